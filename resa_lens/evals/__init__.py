@@ -1,0 +1,1 @@
+"""Scores: question sets, generation, grading and accuracy with intervals."""

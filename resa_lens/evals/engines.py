@@ -1,0 +1,294 @@
+"""Generation behind one interface; here in process, so torch hooks on the model work.
+
+The decoding loop is our own: a row that has ended leaves the batch, so one answer that never ends
+costs little; every document has its own random stream, so that its answer does not depend on its
+neighbours; and neither the model's nor the tokenizer's settings are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.prompts import ANSWER_CLOSE
+
+Progress = Callable[[int], None]
+"""Called with the number of finished documents."""
+
+LIVE_SHARE = 0.8
+"""A batch is cut down to its unfinished rows when their share is at most this."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate; temperature 0 is greedy."""
+
+    max_new_tokens: int = 160
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+    stop: tuple[str, ...] = (ANSWER_CLOSE,)
+    """Generation ends after any of these strings, which stay in the text."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            BadInputError: a value is out of its range.
+        """
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise BadInputError(
+                f"max_new_tokens is {self.max_new_tokens}, batch_size {self.batch_size}; "
+                "both must be at least 1"
+            )
+        if not self.temperature >= 0:
+            raise BadInputError(f"temperature is {self.temperature}; use 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise BadInputError(f"top_p is {self.top_p}; use more than 0 and at most 1")
+        if self.seed < 0:
+            raise BadInputError(f"seed is {self.seed}; use 0 or more")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise BadInputError(f"stop is {self.stop!r}; use a tuple of strings that are not empty")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated text."""
+
+    text: str
+    """With its special tokens, without end-of-sequence and padding; cut after the stop string."""
+    token_ids: tuple[int, ...]
+    """The ids of the text, without end-of-sequence; uncut."""
+    tokens: int
+    """Generated tokens, the end-of-sequence token included."""
+    finished: bool
+    """False where `max_new_tokens` ended it."""
+
+
+class Engine(Protocol):
+    """What evaluation needs of an engine."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        config: GenerationConfig,
+        progress: Progress | None = None,
+        *,
+        streams: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[Generation]:
+        """Return one generation a prompt, in the prompts' order."""
+        ...
+
+
+class HFEngine:
+    """Generates with a transformers causal language model, plain or wrapped by PEFT, in process.
+
+    Args:
+        model: any causal language model that takes `position_ids` and `past_key_values`.
+        tokenizer: its tokenizer; prompts are tokenised with the special tokens it adds by default.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._ends = _end_ids(model, tokenizer)
+        self._enders: dict[tuple[str, ...], Tensor] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        config: GenerationConfig,
+        progress: Progress | None = None,
+        *,
+        streams: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[Generation]:
+        """Return one generation a prompt, in the prompts' order.
+
+        Args:
+            prompts: the texts to continue.
+            config: lengths, sampling, stop strings.
+            progress: called with the number of finished documents whenever it grows.
+            streams: what names each document's random stream besides the seed; its index by
+                default.  A trailing 0 changes nothing: (3,) and (3, 0) are the same stream.
+
+        Raises:
+            BadInputError: a prompt has no tokens, or the numbers of prompts and streams differ.
+            RunFailedError: the model's logits are not numbers.
+        """
+        names = [(i,) for i in range(len(prompts))] if streams is None else list(streams)
+        if len(names) != len(prompts):
+            raise BadInputError(f"{len(names)} streams for {len(prompts)} prompts; give one each")
+        if not prompts:
+            return []
+        encoded: list[list[int]] = self.tokenizer(list(prompts))["input_ids"]
+        if empty := [i for i, ids in enumerate(encoded) if not ids]:
+            raise BadInputError(f"prompt {empty[0]} has no tokens: {prompts[empty[0]]!r}")
+        # Longest first: too little memory shows at once, and neighbours need little padding.
+        order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+        results: dict[int, Generation] = {}
+        with _evaluating(self.model), torch.inference_mode():
+            for start in range(0, len(order), config.batch_size):
+                rows = order[start : start + config.batch_size]
+                batch = [encoded[i] for i in rows]
+                draws = [_uniforms(config, names[i]) for i in rows]
+                for row, generation in self._decode(batch, draws, config):
+                    results[rows[row]] = generation
+                    if progress is not None:
+                        progress(len(results))
+        return [results[i] for i in range(len(prompts))]
+
+    def _decode(
+        self, batch: list[list[int]], draws: list[np.ndarray], config: GenerationConfig
+    ) -> Iterator[tuple[int, Generation]]:
+        """Yield (row, generation) as the rows of one batch end."""
+        device = next(self.model.parameters()).device
+        # A masked position's token does not matter: any id that exists pads.
+        input_BS, mask_BS = _left_padded(batch, self._ends[0] if self._ends else 0, device)
+        position_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
+        enders = self._possible_enders(config.stop)
+        cache = DynamicCache(config=self.model.config)
+        generated: list[list[int]] = [[] for _ in batch]
+        rows = list(range(len(batch)))  # the batch's rows still computed
+        live = set(rows)
+        for step in range(config.max_new_tokens):
+            logits_BV = self.model(
+                input_ids=input_BS,
+                attention_mask=mask_BS,
+                position_ids=position_BS,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            if step == 0 and bool(logits_BV.isnan().any()):
+                raise RunFailedError("the model's logits are NaN; its weights are not usable")
+            next_B = _choose(logits_BV, config, [draws[row][step] for row in rows])
+            for row, token in zip(rows, next_B.tolist(), strict=True):
+                if row not in live:
+                    continue
+                generated[row].append(token)
+                ended = token in self._ends or (
+                    bool(enders[token]) and self._stopped(generated[row], config.stop)
+                )
+                if ended or step + 1 == config.max_new_tokens:
+                    live.remove(row)
+                    yield row, self._finish(generated[row], config.stop, ended)
+            if not live:
+                return
+            if len(live) <= LIVE_SHARE * len(rows):
+                kept = [i for i, row in enumerate(rows) if row in live]
+                index = torch.tensor(kept, device=device)
+                cache.batch_select_indices(index)
+                mask_BS, position_BS, next_B = mask_BS[index], position_BS[index], next_B[index]
+                rows = [rows[i] for i in kept]
+            input_BS = next_B[:, None]
+            position_BS = position_BS[:, -1:] + 1
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(rows), 1)], dim=1)
+
+    def _possible_enders(self, stop: tuple[str, ...]) -> Tensor:
+        """Return a bool [vocabulary] of the tokens whose text can complete a stop string.
+
+        Only after one of these is the text decoded: that keeps stop strings cheap and works for
+        single tokens, several tokens, and tokens that carry more than the stop string's end.
+        """
+        if stop not in self._enders:
+            size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
+            last = {text[-1] for text in stop} | {"\ufffd"}  # a character's last bytes
+            possible = torch.zeros(size, dtype=torch.bool)
+            for token in range(len(self.tokenizer) if stop else 0):
+                possible[token] = not last.isdisjoint(self._text([token]))
+            self._enders[stop] = possible
+        return self._enders[stop]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _stopped(self, ids: list[int], stop: tuple[str, ...]) -> bool:
+        # Twice the bytes: some tokens decode to nothing.
+        tail = self._text(ids[-2 * max(len(text.encode()) for text in stop) :])
+        return any(text in tail for text in stop)
+
+    def _finish(self, ids: list[int], stop: tuple[str, ...], ended: bool) -> Generation:
+        kept = ids[:-1] if ids[-1] in self._ends else ids
+        text = self._text(kept)
+        cuts = [text.find(s) + len(s) for s in stop if s in text]
+        return Generation(text[: min(cuts)] if cuts else text, tuple(kept), len(ids), ended)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the end-of-sequence ids of the tokenizer, the model and its generation config."""
+    found: list[int] = []
+    sources = (
+        tokenizer.eos_token_id,
+        getattr(model.config, "eos_token_id", None),
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+    )
+    for value in sources:
+        ids = value if isinstance(value, list | tuple) else [value]
+        found += [i for i in ids if i is not None and i not in found]
+    return found
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off; afterwards every submodule has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _uniforms(config: GenerationConfig, stream: tuple[int, ...]) -> np.ndarray:
+    """Return the document's numbers in [0, 1), one a step: its random stream."""
+    if config.temperature == 0:
+        return np.zeros(config.max_new_tokens)
+    return np.random.default_rng([config.seed, *stream]).random(config.max_new_tokens)
+
+
+def _left_padded(batch: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask, [batch, longest]."""
+    longest = max(map(len, batch))
+    ids = torch.full((len(batch), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(batch):
+        ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[row, longest - len(tokens) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _choose(logits_BV: Tensor, config: GenerationConfig, draws: list[float]) -> Tensor:
+    """Return the next token of each row: the largest logit, or the inverse of the CDF at its draw.
+
+    With `top_p` < 1 only the smallest set of likeliest tokens that holds this mass is drawn from
+    (nucleus sampling, arXiv 1904.09751, section 3.1).
+    """
+    if config.temperature == 0:
+        return logits_BV.argmax(-1)
+    # Accumulated in double precision, where the device has it.
+    exact = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    draw_B1 = torch.tensor(draws, dtype=exact, device=logits_BV.device)[:, None]
+    probs_BV = (logits_BV.float() / config.temperature).softmax(-1)
+    token_BV = None
+    if config.top_p < 1:
+        probs_BV, token_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        # A token stays while the mass before it is below top_p; the likeliest always does.
+        before_BV = probs_BV.cumsum(-1, dtype=exact) - probs_BV
+        probs_BV = probs_BV.masked_fill(before_BV >= config.top_p, 0.0)
+    cdf_BV = probs_BV.cumsum(-1, dtype=exact)
+    # A draw is below 1, so the first value above draw x total belongs to a token with mass.
+    index_B1 = torch.searchsorted(cdf_BV, draw_B1 * cdf_BV[:, -1:], right=True)
+    index_B1 = index_B1.clamp(max=cdf_BV.shape[-1] - 1)
+    return (index_B1 if token_BV is None else token_BV.gather(-1, index_B1))[:, 0]

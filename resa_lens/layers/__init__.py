@@ -1,0 +1,219 @@
+"""Tables over layers in, recommendations out; nothing here knows a model.
+
+This file holds what the rooms share: the table reader and the result of a fit.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from resa_lens.errors import BadInputError
+from resa_lens.stats import Floats, Interval
+
+SUPPORTED, WEAK, FLAT = "supported", "weak", "not distinguishable from flat"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Checked input of every recipe: values [L] at layers [L], ascending."""
+
+    layers: tuple[int, ...]
+    values: Floats
+    kind: str
+    baseline: float | None
+    noise: float | None
+    draws: int
+    seed: int
+
+    @property
+    def positions(self) -> Floats:
+        """The layers as floats [L]."""
+        return np.asarray(self.layers, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One Gaussian: mean and standard deviation in layers (0-based), weight a share of one."""
+
+    mean: float
+    weight: float
+    std: float
+
+
+@dataclass(frozen=True)
+class ComponentInterval:
+    """Bootstrap 95 % intervals of a component's mean and weight; draws are matched by mean."""
+
+    mean: Interval
+    weight: Interval
+
+
+@dataclass(frozen=True)
+class MixtureFit:
+    """A mixture over layers with its nulls and its verdict."""
+
+    recipe: str
+    """"paper" or "robust"."""
+    kind: str
+    """"counts" or "scores"."""
+    layers: tuple[int, ...]
+    """Candidate layers, 0-based, ascending."""
+    values: tuple[float, ...]
+    """Count or score of each candidate layer."""
+    n: int
+    """Features; for scores, repetitions (paper) or layers (robust)."""
+    k: int
+    """Components; 0 is the uniform distribution, or no fit."""
+    components: tuple[Component, ...]
+    """`paper`: the library's order, each mean with its own weight; `robust`: by mean."""
+    entropy: float | None
+    """`paper`: of the density on 300 points over the layers, plus ln(step), in nats; `robust`:
+    of the fitted probabilities of the candidate layers, so ln(layers) for k = 0."""
+    log_likelihood: float | None
+    """A sample, after the last step; None where values are no counts (`robust`) or without fit."""
+    converged: bool
+    """`paper`: running on gains less than the library's tolerance, 1e-3 a sample."""
+    iterations: int
+    intervals: tuple[ComponentInterval, ...]
+    """One per component, in the same order; empty where nothing can be resampled."""
+    bic: dict[int, float]
+    """K to the Bayesian information criterion, n = features; empty for scores."""
+    nulls: dict[str, Any]
+    """Each null with its statistic, value, p and draws; plain values."""
+    verdict: str
+    reason: str
+    next_step: str
+    recommended: tuple[int, ...]
+    """Nearest candidate layer of each component, by weight, without duplicates."""
+
+    def density(self, x: Floats) -> Floats:
+        """Fitted density per layer at positions x [points]; k = 0 is flat over the candidates."""
+        positions = np.asarray(x, dtype=np.float64)
+        first, last = self.layers[0] - 0.5, self.layers[-1] + 0.5
+        inside = (positions >= first) & (positions <= last)
+        if not self.components:
+            return np.where(inside, 1.0 / (last - first), 0.0)
+        total = np.zeros_like(positions)
+        for part in self.components:
+            bell = np.exp(-0.5 * ((positions - part.mean) / part.std) ** 2)
+            bell *= part.weight / (part.std * math.sqrt(2 * math.pi))
+            if self.recipe == "robust":
+                edges = special.ndtr((np.array([first, last]) - part.mean) / part.std)
+                bell = np.where(inside, bell / (edges[1] - edges[0]), 0.0)
+            total += bell
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = asdict(self)
+        plain["bic"] = {str(k): value for k, value in self.bic.items()}
+        return plain
+
+
+def nearest_layer(mean: float, layers: tuple[int, ...]) -> int:
+    """The candidate layer nearest a mean; the lower one of two equally near."""
+    return min(layers, key=lambda layer: (abs(layer - mean), layer))
+
+
+def checked_profile(
+    values: Mapping[int, float],
+    kind: str,
+    baseline: float | None,
+    noise: float | None,
+    draws: int,
+    seed: int,
+) -> Profile:
+    """Checks the arguments of `mixture.fit_mixture`; raises BadInputError."""
+    if not values:
+        raise BadInputError("the table of layers is empty: give at least one {layer: value}")
+    for layer, value in values.items():
+        if int(layer) != layer or layer < 0:
+            raise BadInputError(f"layer {layer}: layers are whole numbers from 0 (0-based)")
+        if not math.isfinite(value):
+            raise BadInputError(f"layer {layer} (0-based) has the value {value}: give a number")
+    for name, number in (("baseline", baseline), ("noise", noise)):
+        if number is not None and not math.isfinite(number):
+            raise BadInputError(f"{name} {number}: give a finite number")
+    if noise is not None and noise <= 0:
+        raise BadInputError(f"noise {noise}: the standard deviation of one score is above 0")
+    if draws < 20 or seed < 0:
+        raise BadInputError(f"draws {draws}, seed {seed}: give 20 draws or more and a seed from 0")
+    layers = tuple(sorted(int(layer) for layer in values))
+    table = np.array([float(values[layer]) for layer in layers])
+    whole = bool((table == np.round(table)).all())
+    if kind == "auto":
+        kind = "counts" if baseline is None and whole and bool((table >= 0).all()) else "scores"
+    if kind not in ("counts", "scores"):
+        raise BadInputError(f'kind "{kind}" is unknown: give "counts", "scores" or "auto"')
+    if kind == "counts" and not whole:
+        odd = table[table != np.round(table)][0]
+        raise BadInputError(f"{odd} is no count: counts are whole numbers (or say kind scores)")
+    return Profile(layers, table, kind, baseline, noise, draws, seed)
+
+
+def read_table(
+    path: str | Path, column: str, *, layer_column: str | None = None
+) -> dict[int, float]:
+    """Reads one column of a CSV as {0-based layer: value}.
+
+    Args:
+        path: a CSV file with a header.
+        column: name of the values.
+        layer_column: ``layer`` (0-based) or ``layer_1_indexed``; found by itself where not given.
+
+    Returns:
+        One value per layer, in the file's order.
+
+    Raises:
+        BadInputError: a missing or unreadable file, a missing column, a value that is no finite
+            number, no rows, the same layer twice.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise BadInputError(f"{source} is not a file: give a CSV with a header")
+    try:
+        with source.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            header = [str(name).strip() for name in reader.fieldnames or []]
+            reader.fieldnames = header
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise BadInputError(f"{source} cannot be read as CSV text: {problem}") from problem
+    known = ("layer", "layer_1_indexed")
+    name = layer_column or next((option for option in known if option in header), known[0])
+    if name not in known:
+        raise BadInputError(f'"{name}" is no layer column: give layer (0-based) or layer_1_indexed')
+    for needed in (name, column):
+        if needed not in header:
+            raise BadInputError(f'{source} has no column "{needed}": it has {", ".join(header)}')
+    if not rows:
+        raise BadInputError(f"{source} has a header and no rows: give one row per layer")
+    table: dict[int, float] = {}
+    for line, row in enumerate(rows, start=2):
+        layer = _number(row[name], source, line, name)
+        value = _number(row[column], source, line, column)
+        layer -= 1 if name == "layer_1_indexed" else 0
+        if layer != int(layer) or layer < 0:
+            raise BadInputError(f'{source}, line {line}: {name} "{row[name]}" is no layer number')
+        if int(layer) in table:
+            raise BadInputError(f'{source}, line {line}: {name} "{row[name]}" stands there twice')
+        table[int(layer)] = value
+    return table
+
+
+def _number(text: str | None, source: Path, line: int, column: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadInputError(f'{source}, line {line}: {column} "{text or ""}" is no finite number')
+    return value

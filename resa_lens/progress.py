@@ -1,0 +1,65 @@
+"""What a running command says: notes and progress bars on stderr, never on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int], None]
+
+
+class Reporter:
+    """Says nothing; the base of the one that does."""
+
+    def note(self, text: str) -> None:
+        """Say one line."""
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """Open a progress bar; the yielded function advances it."""
+        yield lambda done: None
+
+
+class ConsoleReporter(Reporter):
+    """Notes and bars on stderr; bars only on a terminal, else one line at each end."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(file=sys.stderr, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """Show label, bar, percentage, elapsed time and time left."""
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        if not self.console.is_terminal:
+            self.note(f"{label} ...")
+            yield lambda done: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda done: progress.advance(task, done)
+
+
+SILENT = Reporter()

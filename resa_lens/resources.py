@@ -1,0 +1,25 @@
+"""Where the bundled data lies: in a checkout `data/`, in a wheel `resa_lens/_data/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resa_lens.errors import BadInputError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def data_path(relative: str = "") -> Path:
+    """Return the path of a bundled file or folder.
+
+    Raises:
+        BadInputError: neither the checkout nor the wheel holds it.
+    """
+    roots = (_PACKAGE.parent / "data", _PACKAGE / "_data")
+    for root in roots:
+        if (root / relative).exists():
+            return root / relative
+    raise BadInputError(
+        f"bundled file {relative!r} not found; looked in {roots[0]} and {roots[1]}. "
+        "Reinstall resa-lens or use a full checkout."
+    )

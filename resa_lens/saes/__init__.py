@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the coder, its training and its quality."""

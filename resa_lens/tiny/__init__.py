@@ -1,0 +1,1 @@
+"""The bundled model: its question families, tokenizer and training script."""

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from resa_lens.evals.grading import extract_answer, is_correct, normalise
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think> 1+2=3 </think> <answer> Answer: 3 </answer>", "3"),
+        ("1+2=3 </think> <answer> Answer: 3", "3"),
+        ("a </think> <answer> 3 </answer> b </think> <answer> 4 </answer>", "4"),
+        ("<answer> 3 </answer> </think> so \\boxed{4}", "4"),
+        ("</think> \\boxed{1} and then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\text{a}_{b_{c}}}", "\\text{a}_{b_{c}}"),
+        ("\\boxed {\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("<answer> the result is \\boxed{7} </answer>", "7"),
+        ("\\boxed{7} <answer> Answer: 8 </answer>", "8"),
+        ("<answer> 1 <answer> 2 </answer>", "2"),
+        ("\\boxed{5} and \\boxed{6", "5"),
+        ("<think> I guess 12", None),
+        ("<think> I guess \\boxed{12}", "12"),
+        ("<think> so <answer> 12 </answer>", "12"),
+        ("<think> 12 </think>", None),
+        ("<think> 12 </think> 13", "13"),
+        ("It goes\nAnswer: 13\n\n", "13"),
+        ("</think> <answer> </answer>", None),
+        ("", None),
+        ("   \n", None),
+        ("\\boxed{}", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_normalise():
+    assert normalise(" $+1,234,567$. ") == "1234567"
+    assert normalise("-1,000") == "-1000"
+    assert normalise("(1, 200)") == "(1,200)"  # a pair: no thousands
+    assert normalise("1,20") == "1,20"
+    assert normalise("3.14") == "3.14"
+    assert normalise("x =  5") == "x=5"
+    assert normalise("3 1/2") == "3 1/2"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        ("42", "42", True),
+        ("42", "43", False),
+        ("042", "42", True),
+        ("-42", "42", False),
+        ("-0", "0", True),
+        ("1,000", "1000", True),
+        ("+7", "7", True),
+        ("7.", "7", True),
+        ("$7$", "7", True),
+        ("\\$7", "7", True),
+        ("", "7", False),
+        ("<answer></answer>", "7", False),
+        ("<think> 7", "7", False),
+        ("<think> 7 </think> <answer> Answer: 7 </answer>", "\\boxed{7}", True),
+        ("9" * 6000, "9" * 5999, False),
+        ("0.5", "1/2", True),
+        ("\\frac{1}{2}", "1/2", True),
+        ("\\boxed{\\dfrac{2}{4}}", "0.5", True),
+        ("0.51", "1/2", False),
+        ("x=5", "5", True),
+        ("2\\sqrt{3}", "\\sqrt{12}", True),
+        ("2\\sqrt{3}", "\\sqrt{13}", False),
+        ("42.0", "42", True),
+        ("1 2", "12", False),
+        ("B", "A", False),
+        ("C", "C", True),
+    ],
+)
+def test_is_correct(prediction, gold, expected):
+    assert is_correct(prediction, gold) is expected
+
+
+@pytest.mark.parametrize("hostile", ["9^{9^9}", "10^{10^{10}}"])
+def test_hostile_power_towers_end_and_are_wrong(hostile):
+    began = time.perf_counter()
+    assert not is_correct(f"\\boxed{{{hostile}}}", "7")
+    assert time.perf_counter() - began < 12
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "\\boxed{" * 200_000,
+        "{" * 200_000 + "}" * 200_000,
+        "<answer>" * 200_000,
+        "<think>" * 200_000,
+    ],
+)
+def test_long_hostile_texts_are_read_in_linear_time(hostile):
+    began = time.perf_counter()
+    extract_answer(hostile)
+    assert time.perf_counter() - began < 1.0
+
+
+def test_code_is_never_run(tmp_path):
+    mark = tmp_path / "mark"
+    assert not is_correct(f"__import__('pathlib').Path('{mark}').touch()", "7")
+    assert not mark.exists()
+
+
+def test_off_the_main_thread_it_says_so_instead_of_answering_wrong():
+    outcome: dict[str, object] = {}
+
+    def grade() -> None:
+        outcome["integers"] = is_correct("42", "43"), is_correct("42", "42")
+        with pytest.raises(RuntimeError, match="main thread"):
+            is_correct("0.5", "1/2")
+        outcome["raised"] = True
+
+    thread = threading.Thread(target=grade)
+    thread.start()
+    thread.join()
+    assert outcome == {"integers": (False, True), "raised": True}
+
+
+def test_integers_need_no_math_verify():
+    code = (
+        "import sys; from resa_lens.evals.grading import is_correct; "
+        "assert not is_correct('1', '2'); assert is_correct('1', '1'); "
+        "assert 'sympy' not in sys.modules and 'math_verify' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

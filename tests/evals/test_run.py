@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from resa_lens.errors import BadInputError
+from resa_lens.evals.engines import Generation, GenerationConfig
+from resa_lens.evals.run import (
+    EvalConfig,
+    build_prompt,
+    evaluate,
+    read_samples,
+    write_samples,
+)
+from resa_lens.evals.tasks import EvalItem
+from resa_lens.prompts import R1_SYSTEM_PROMPT
+from resa_lens.stats import bootstrap_mean_interval, wilson_interval
+
+ITEMS = [
+    EvalItem(f"q{i}", f"What is {i}+1?", str(i + 1), "sum" if i % 2 else "odd", 1 + i % 3)
+    for i in range(12)
+]
+
+
+class ScriptedEngine:
+    """Answers by a function of (prompt, stream); keeps what it was asked."""
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+        self.asked = []
+
+    def generate(self, prompts, config, progress=None, *, streams=None):
+        self.asked += list(zip(prompts, streams, strict=True))
+        found = []
+        for prompt, stream in zip(prompts, streams, strict=True):
+            text = self.answer(prompt, stream)
+            found.append(Generation(text, (1,) * 5, 5, text.endswith("</answer>")))
+            if progress is not None:
+                progress(len(found))
+        return found
+
+
+def number(prompt: str) -> int:
+    return int(prompt.rpartition("What is ")[2].partition("+")[0])
+
+
+def right_below(bound):
+    def answer(prompt, _stream):
+        i = number(prompt)
+        shown = i + 1 if i < bound else 0
+        return f" {i}+1={shown} </think> <answer> Answer: {shown} </answer>"
+
+    return answer
+
+
+def test_accuracy_groups_and_interval():
+    seen = []
+    result = evaluate(
+        ScriptedEngine(right_below(9)), ITEMS, EvalConfig(), lambda *done: seen.append(done)
+    )
+    assert (result.accuracy, result.n, result.tokens) == (0.75, 12, 60)
+    assert result.ci == wilson_interval(9, 12)
+    assert {k: (s.correct, s.n) for k, s in result.by_task.items()} == {
+        "odd": (5, 6),
+        "sum": (4, 6),
+    }
+    assert {k: (s.correct, s.n) for k, s in result.by_level.items()} == {
+        1: (3, 4),
+        2: (3, 4),
+        3: (3, 4),
+    }
+    assert result.by_task["odd"].accuracy == pytest.approx(5 / 6)
+    assert result.by_task["odd"].ci == wilson_interval(5, 6)
+    assert seen == [(i + 1, 12) for i in range(12)]
+    row = result.samples[10]
+    assert (row["id"], row["gold"], row["answer"], row["correct"]) == ("q10", "11", "0", False)
+    assert row["prompt"] == "Problem: What is 10+1? <think>"
+
+
+def test_to_dict_is_json_without_samples():
+    result = evaluate(ScriptedEngine(right_below(9)), ITEMS, EvalConfig())
+    values = json.loads(json.dumps(result.to_dict()))
+    assert {"accuracy", "n", "ci", "by_task", "by_level"} <= set(values)
+    assert "samples" not in values
+    assert values["by_level"]["1"]["n"] == 4
+
+
+def test_direct_style_is_graded_from_the_open_answer():
+    engine = ScriptedEngine(lambda prompt, _: f" {number(prompt) + 1} </answer>")
+    result = evaluate(engine, ITEMS, EvalConfig(prompt_style="direct"))
+    assert result.accuracy == 1.0
+    assert result.samples[0]["prompt"].endswith("<think> </think> <answer> Answer:")
+    assert result.samples[0]["answer"] == "1"
+
+
+def test_tags_of_the_system_prompt_are_no_answer():
+    """The R1 prompt holds closed tags and an example answer; a runaway thought stays unanswered."""
+    result = evaluate(
+        ScriptedEngine(lambda prompt, _: f" so {number(prompt) + 1}"),
+        ITEMS,
+        EvalConfig(system_prompt=R1_SYSTEM_PROMPT),
+    )
+    assert result.accuracy == 0.0
+    assert {row["answer"] for row in result.samples} == {None}
+    assert result.samples[0]["prompt"].startswith(R1_SYSTEM_PROMPT + "\nProblem: ")
+
+
+def test_several_samples_are_resampled_by_question():
+    def answer(prompt, stream):
+        shown = number(prompt) + 1 if stream[1] < number(prompt) % 3 else 0
+        return f" </think> <answer> {shown} </answer>"
+
+    config = EvalConfig(samples=2, generation=GenerationConfig(temperature=0.6))
+    engine = ScriptedEngine(answer)
+    result = evaluate(engine, ITEMS, config)
+    means = np.array([min(2, i % 3) / 2 for i in range(12)])
+    assert result.accuracy == pytest.approx(means.mean())
+    assert (result.n, len(result.samples)) == (12, 24)
+    assert result.ci == pytest.approx(bootstrap_mean_interval(means))
+    streams = [stream for _, stream in engine.asked]
+    assert len(set(streams)) == 24
+
+
+def test_a_questions_stream_does_not_depend_on_the_others():
+    def streams(items, **options):
+        engine = ScriptedEngine(right_below(12))
+        evaluate(engine, items, EvalConfig(**options))
+        return dict(engine.asked)
+
+    everything = streams(ITEMS)
+    part = streams(ITEMS[::-1], limit=5)
+    assert len(part) == 5
+    assert part.items() <= everything.items()
+    assert len(streams(ITEMS, levels=(2,))) == 4
+
+
+def test_samples_survive_the_file(tmp_path):
+    items = [*ITEMS, EvalItem("plain", "What is 50+1?", "51")]
+    result = evaluate(ScriptedEngine(right_below(9)), items, EvalConfig())
+    assert set(result.by_task) == {"odd", "sum"}
+    write_samples(result, tmp_path / "samples.parquet")
+    assert read_samples(tmp_path / "samples.parquet") == result.samples
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.parquet"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    result = evaluate(ScriptedEngine(right_below(9)), ITEMS, EvalConfig())
+
+    def full(_table, where):
+        where.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("resa_lens.evals.run.pq.write_table", full)
+    with pytest.raises(OSError, match="No space"):
+        write_samples(result, tmp_path / "samples.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_sample_files(tmp_path):
+    with pytest.raises(BadInputError, match="is no file"):
+        read_samples(tmp_path / "none.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1xx")
+    with pytest.raises(BadInputError, match="no readable parquet"):
+        read_samples(tmp_path / "broken.parquet")
+
+
+def test_bad_configs():
+    with pytest.raises(BadInputError, match="prompt style is 'chat'"):
+        EvalConfig(prompt_style="chat")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BadInputError, match="2 samples at temperature 0"):
+        EvalConfig(samples=2)
+    with pytest.raises(BadInputError, match="samples is 0"):
+        EvalConfig(samples=0)
+    with pytest.raises(BadInputError, match="no questions"):
+        evaluate(ScriptedEngine(right_below(1)), [], EvalConfig())
+
+
+def test_prompts():
+    assert build_prompt("q", "direct") == "Problem: q <think> </think> <answer> Answer:"
+    assert build_prompt("q", "reason", "s") == "s\nProblem: q <think>"
