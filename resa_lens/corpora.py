@@ -67,7 +67,7 @@ class CorpusConfig:
     """Which records, and how they become sequences."""
 
     source: str = "tiny"
-    """`tiny`, a file (.jsonl, .parquet, .csv), a short name of the paper's data sets or a hub id."""
+    """`tiny`, a file (.jsonl, .parquet, .csv), a short name of the paper's sets or a hub id."""
     question_column: str | None = None
     answer_column: str | None = None
     system_prompt: str = "r1"
@@ -122,15 +122,18 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         detail = str(error).splitlines()[0][:200]
         if path.stat().st_size == 0:
             raise BadInputError(f"data file {path} is empty") from error
-        raise BadInputError(f"data file {path} cannot be read as {path.suffix[1:]}: {detail}") from error
+        raise BadInputError(
+            f"data file {path} cannot be read as {path.suffix[1:]}: {detail}"
+        ) from error
 
 
 def _read_hub(repo: str, asked: str) -> list[dict[str, Any]]:
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         loaded = datasets.load_dataset(repo, split="train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetNotFoundError) as error:
         names = ", ".join(["tiny", *HUB_SETS])
         raise BadInputError(
             f"data {asked!r} is no file and not one of {names}, or hub data set {repo!r} is not "
@@ -170,8 +173,13 @@ def _records(
                 f"{where}, row {number}: empty {a if text else q}; remove the row or fill it"
             )
         records.append(
-            Record(text, value, str(row.get("steps") or ""), str(row.get("family") or ""),
-                   int(row.get("level") or 0))
+            Record(
+                text,
+                value,
+                str(row.get("steps") or ""),
+                str(row.get("family") or ""),
+                int(row.get("level") or 0),
+            )
         )
     return records
 
@@ -200,7 +208,7 @@ def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
 
 def pack(
     tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], sequence: int, count: int
-) -> Iterator[Int[Tensor, "position"]]:
+) -> Iterator[Int[Tensor, " position"]]:
     """Yield `count` sequences of `sequence` token ids: documents end to end, eos between them."""
     eos = tokenizer.eos_token_id
     separator = [] if eos is None else [int(eos)]  # pyright: ignore[reportArgumentType]

@@ -87,7 +87,7 @@ class Hookpoint:
 
     @property
     def sparsify(self) -> str:
-        """sparsify's hookpoint and folder name, for example layers.12.mlp."""
+        """Sparsify's hookpoint and folder name, for example layers.12.mlp."""
         return SITES[self.site].sparsify.format(n=self.layer)
 
     def describe(self, n_layers: int) -> str:
@@ -99,7 +99,7 @@ def ordinal(number: int) -> str:
     """Return 1st, 2nd, 3rd, 4th, 11th, ..."""
     if 10 <= number % 100 <= 20:
         return f"{number}th"
-    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th') }"
 
 
 def describe_layer(layer: int, n_layers: int) -> str:

@@ -21,8 +21,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from resa_lens.errors import BadInputError
@@ -63,7 +68,9 @@ class Model:
         """Readable name and 8 hex digits of the weights' hash: the workspace's key."""
         path = Path(self.name)
         name = path.stem if path.suffix == ".gguf" else self.name.rstrip("/").split("/")[-1]
-        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.') or 'model'}-{self.weights_hash[:8]}"
+        return (
+            f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.') or 'model'}-{self.weights_hash[:8]}"
+        )
 
     @property
     def n_layers(self) -> int:
@@ -145,7 +152,7 @@ def boot(
             post_adapter_hook=use_native,
         )
     if path[0] == "native":
-        model.set_attn_implementation(kept)
+        model.set_attn_implementation(kept or "sdpa")
     return bridge, path[0]
 
 
@@ -269,9 +276,10 @@ def _load_plain(path: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any, 
             check_safetensors(file)
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, **options, **quantization
             )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()

@@ -59,9 +59,7 @@ def question_prompt(question: str, system_prompt: str | None = None) -> str:
 
 def direct_prompt(question: str, system_prompt: str | None = None) -> str:
     """Return the text that makes a model answer at once: the think tags stand empty."""
-    return (
-        f"{question_prompt(question, system_prompt)} {THINK_CLOSE} {ANSWER_OPEN} Answer:"
-    )
+    return f"{question_prompt(question, system_prompt)} {THINK_CLOSE} {ANSWER_OPEN} Answer:"
 
 
 def resolve_system_prompt(prompt: str) -> str:

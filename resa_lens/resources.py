@@ -23,3 +23,9 @@ def data_path(relative: str = "") -> Path:
         f"bundled file {relative!r} not found; looked in {roots[0]} and {roots[1]}. "
         "Reinstall resa-lens or use a full checkout."
     )
+
+
+def app_script() -> Path:
+    """Return the script that streamlit runs: in a checkout apps/, in a wheel the bundled copy."""
+    checkout = _PACKAGE.parent / "apps" / "feature_explorer.py"
+    return checkout if checkout.exists() else data_path("feature_explorer.py")

@@ -133,7 +133,9 @@ class Workspace:
         try:
             manifest = Manifest.model_validate_json(file.read_text())
         except (ValidationError, UnicodeDecodeError) as error:
-            raise BadInputError(f"{file} is not a manifest of resa-lens; remove its folder") from error
+            raise BadInputError(
+                f"{file} is not a manifest of resa-lens; remove its folder"
+            ) from error
         if manifest.schema_version > SCHEMA_VERSION:
             raise BadInputError(
                 f"{file} has schema {manifest.schema_version}, this version reads up to "
@@ -229,7 +231,9 @@ def write_errors(where: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
         if code == errno.EROFS:
-            raise BadInputError(f"{where} is on a read-only disk; choose another --workspace") from error
+            raise BadInputError(
+                f"{where} is on a read-only disk; choose another --workspace"
+            ) from error
         full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         what = "the disk is full" if full else str(error)
         raise RunFailedError(

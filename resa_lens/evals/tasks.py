@@ -89,7 +89,7 @@ def select(
         there = f"the questions have levels {known}" if known else "the questions have no levels"
         raise BadInputError(f"no question has level {_listed(levels or ())}; {there}")
     if limit is not None:
-        random.Random(seed).shuffle(chosen)  # noqa: S311 (no secret)
+        random.Random(seed).shuffle(chosen)
     return chosen[:limit]
 
 

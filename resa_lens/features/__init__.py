@@ -1,0 +1,1 @@
+"""Features of SAEs: which are exclusive to the think tags."""

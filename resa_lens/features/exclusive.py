@@ -166,7 +166,7 @@ def exclusive_features(
     above = acts.values > threshold
     rows, latents = acts.rows[above], acts.latents[above]
 
-    def active_in(positions: list[int] | tuple[int, ...]) -> Bool[Tensor, "d_sae"]:
+    def active_in(positions: list[int] | tuple[int, ...]) -> Bool[Tensor, " d_sae"]:
         hit = torch.zeros(acts.d_sae, dtype=torch.bool)
         wanted = torch.isin(rows, torch.tensor(positions, dtype=rows.dtype, device=rows.device))
         hit[latents[wanted].cpu()] = True
@@ -201,7 +201,8 @@ def count_features(
         x: Float[Tensor, "position d_model"] = batch.acts[point][0].float()
         if x.shape[1] != coder.d_in:
             raise BadInputError(
-                f"the SAE at layer {point.layer} has width {coder.d_in}, the model's is {x.shape[1]}"
+                f"the SAE at layer {point.layer} has width {coder.d_in}, "
+                f"the model's is {x.shape[1]}"
             )
         acts = encode(coder, x)
         features = exclusive_features(

@@ -29,14 +29,13 @@ from resa_lens.layers import (
     nulls,
     read_table,
 )
-from resa_lens.layers.nulls import MIN_LAYERS, MIN_SD
+from resa_lens.layers.nulls import MAX_K, MIN_LAYERS, MIN_SD
 from resa_lens.stats import Floats
 
 __all__ = ["Component", "ComponentInterval", "MixtureFit", "fit_mixture", "read_table"]
 
 ALPHA = 0.05
 MIN_FEATURES = 10
-MAX_K = 5
 MAX_REPEATS = 5_000_000
 
 _NEXT = {
@@ -156,7 +155,7 @@ def _fit_paper(profile: Profile, k: int) -> _Fitted:
         return _Fitted(
             n=total, trouble=f"{distinct} layers hold all {total}, too few for {k} means"
         )
-    x = profile.positions
+    x = profile.positions  # floats: scikit-learn 1.9 scores whole-number data wrongly
     data = np.repeat(x, weights.astype(int))[:, None]
     model = GaussianMixture(k, random_state=profile.seed).fit(data)
     run_on = GaussianMixture(k, random_state=profile.seed, tol=1e-9, max_iter=20_000).fit(data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Recommendation:
     """The selector that decided: "middle" where the one asked for found no support."""
     requested: str
     layers: dict[int, float]
-    """The table judged: {0-based layer: features}, or the selector's own table."""
+    """{0-based layer: features}."""
     recommended: tuple[int, ...]
     """0-based, best first, never empty."""
     verdict: str
@@ -64,6 +64,7 @@ class Tables:
     n_layers: int
     recipe: str = "robust"
     seed: int = 0
+    draws: int = 1000
     quality: Mapping[int, float] | None = None
     """Change of the loss with the SAE inserted; lowest wins."""
     causal: Mapping[int, float] | None = None
@@ -78,7 +79,6 @@ class Choice:
     reason: str
     next_step: str
     verdict: str = NOT_TESTED
-    table: Mapping[int, float] = field(default_factory=dict)
     fit: MixtureFit | None = None
 
 
@@ -109,22 +109,22 @@ def middle_layer(n_layers: int, candidates: Sequence[int] | None = None) -> int:
 
 
 def _mixture(tables: Tables) -> Choice:
-    fit = fit_mixture(tables.features, recipe=tables.recipe, seed=tables.seed)
+    fit = fit_mixture(tables.features, recipe=tables.recipe, seed=tables.seed, draws=tables.draws)
     chosen = () if fit.verdict == FLAT else fit.recommended
-    return Choice(chosen, fit.reason, fit.next_step, fit.verdict, tables.features, fit)
+    return Choice(chosen, fit.reason, fit.next_step, fit.verdict, fit)
 
 
 def _most_features(tables: Tables) -> Choice:
-    fit = fit_mixture(tables.features, recipe=tables.recipe, seed=tables.seed)
-    middle = middle_layer(tables.n_layers, tuple(tables.features))
+    fit = fit_mixture(tables.features, recipe=tables.recipe, seed=tables.seed, draws=tables.draws)
+    middle = middle_layer(tables.n_layers)
     held = {layer: value for layer, value in tables.features.items() if value > 0}
     if not held:
-        return Choice((), "No layer has a feature.", fit.next_step, FLAT, tables.features, fit)
+        return Choice((), "No layer has a feature.", fit.next_step, FLAT, fit)
     # Equal counts: the layer nearer the middle, then the lower one, so that ties are no accident.
     ranked = sorted(held, key=lambda layer: (-held[layer], abs(layer - middle), layer))
     best = layer_name(ranked[0], tables.n_layers)
     reason = f"{best} has the most features, {held[ranked[0]]:g}. {fit.reason}"
-    return Choice(tuple(ranked[:TOP]), reason, fit.next_step, fit.verdict, tables.features, fit)
+    return Choice(tuple(ranked[:TOP]), reason, fit.next_step, fit.verdict, fit)
 
 
 def _middle(tables: Tables) -> Choice:
@@ -132,7 +132,7 @@ def _middle(tables: Tables) -> Choice:
     name = layer_name(layer, tables.n_layers)
     reason = f"{name} is the paper's default depth; no measurement was used."
     step = "Compare with the mixture or the causal selector."
-    return Choice((layer,), reason, step, table=tables.features)
+    return Choice((layer,), reason, step)
 
 
 def _ranked(
@@ -144,7 +144,7 @@ def _ranked(
     ranked = sorted(table, key=lambda layer: (-sign * table[layer], layer))
     reason = f"{layer_name(ranked[0], n_layers)} has the {what}, {table[ranked[0]]:.4g}."
     step = "Repeat with other seeds: one value per layer carries no interval."
-    return Choice(tuple(ranked[:TOP]), reason, step, table=table)
+    return Choice(tuple(ranked[:TOP]), reason, step)
 
 
 def _quality(tables: Tables) -> Choice:
@@ -174,6 +174,7 @@ def recommend(
     seed: int = 0,
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, float] | None = None,
+    draws: int = 1000,
 ) -> Recommendation:
     """Recommends layers from a table of feature counts.
 
@@ -185,6 +186,7 @@ def recommend(
         seed: of the mixture and its draws.
         quality: {layer: change of the loss}, for "quality".
         causal: {layer: effect}, for "causal".
+        draws: of each null and of the bootstrap.
 
     Returns:
         Layers, best first.  Where the counts support no choice, the middle layer alone.
@@ -202,7 +204,7 @@ def recommend(
                 )
             if not math.isfinite(value):
                 raise BadInputError(f"{name}, layer {layer} (0-based): {value} is no finite number")
-    tables = Tables(table, n_layers, recipe, seed, quality, causal)
+    tables = Tables(table, n_layers, recipe, seed, draws, quality, causal)
     choice = SELECTORS[selector](tables)
     chosen, name, reason = choice.layers, selector, choice.reason
     if not chosen:
@@ -213,7 +215,7 @@ def recommend(
     return Recommendation(
         selector=name,
         requested=selector,
-        layers={layer: float(choice.table[layer]) for layer in sorted(choice.table)},
+        layers={layer: float(table[layer]) for layer in sorted(table)},
         recommended=chosen,
         verdict=choice.verdict,
         reason=reason[0].upper() + reason[1:],

@@ -32,15 +32,15 @@ __all__ = ["SparseActs", "SparseCoder", "encode", "load_coder", "new_coder", "re
 class SparseActs(NamedTuple):
     """Active latents of a batch, row by row."""
 
-    rows: Int[Tensor, "active"]
-    latents: Int[Tensor, "active"]
-    values: Float[Tensor, "active"]
+    rows: Int[Tensor, " active"]
+    latents: Int[Tensor, " active"]
+    values: Float[Tensor, " active"]
     n_rows: int
     d_sae: int
 
 
 def _topk(coder: SparseCoder, x: Float[Tensor, "row d_in"]) -> SparseActs:
-    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) (paper eq. 3, with sparsify's ReLU)."""
+    """Z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) (paper eq. 3, with sparsify's ReLU)."""
     found = coder.encode(x)
     active = found.top_acts > 0
     rows = active.nonzero()[:, 0]

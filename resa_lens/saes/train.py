@@ -110,11 +110,11 @@ class _LayerTrainer:
     def __init__(self, coder: SparseCoder, config: SaeConfig) -> None:
         self.coder = coder
         rate = float(config.learning_rate or 0)
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: torch.optim.Optimizer | ScheduleFreeWrapper
         if config.optimizer == "signum":
             inner = SignSGD(coder.parameters(), lr=rate)
             self.optimizer = ScheduleFreeWrapper(inner, momentum=0.95)
-            self.optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.train()
         else:
             self.optimizer = torch.optim.Adam(coder.parameters(), lr=rate)
         self.started = False
@@ -148,8 +148,8 @@ class _LayerTrainer:
             # the reconstruction of each latent as it was trained.
             assert self.coder.W_dec is not None
             norm = self.coder.W_dec.norm(dim=1)
-            self.coder.encoder.weight *= norm[:, None]
-            self.coder.encoder.bias *= norm
+            self.coder.encoder.weight.mul_(norm[:, None])
+            self.coder.encoder.bias.mul_(norm)
             self.coder.set_decoder_norm_to_unit_norm()
         return self.coder.requires_grad_(False)
 
@@ -252,10 +252,13 @@ def measure_fvu(
             held["xx"] += x.double().pow(2).sum().item()
             held["e"] += error
             held["l0"] += (found.top_acts > 0).sum().item()
-    result = {point: (math.nan, math.nan) for point in coders}
+    result = dict.fromkeys(coders, (math.nan, math.nan))
     for point, held in sums.items():
         mean = held["x"] / held["n"]
         assert isinstance(mean, Tensor)
         variance = float(held["xx"]) - float(held["n"]) * mean.pow(2).sum().item()
-        result[point] = (float(held["e"]) / max(variance, 1e-12), float(held["l0"]) / float(held["n"]))
+        result[point] = (
+            float(held["e"]) / max(variance, 1e-12),
+            float(held["l0"]) / float(held["n"]),
+        )
     return result

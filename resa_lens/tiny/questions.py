@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import islice
 
 TRAIN_LEVELS = (1, 2, 3)
 OUT_OF_DISTRIBUTION_LEVEL = 4
@@ -31,6 +32,7 @@ class Question:
     level: int
 
     def to_dict(self) -> dict[str, str | int]:
+        """Return the row that the data files hold."""
         return asdict(self)
 
 
@@ -172,7 +174,10 @@ def _word_problem(rng: random.Random, level: int) -> Draft:
         kind = rng.choice(("buys", "gives", "finds", "loses"))
         if kind == "buys":
             bags, each = rng.randint(2, 9), rng.randint(2, 9)
-            steps += [f"{bags}*{each}={bags * each}", f"{total}+{bags * each}={total + bags * each}"]
+            steps += [
+                f"{bags}*{each}={bags * each}",
+                f"{total}+{bags * each}={total + bags * each}",
+            ]
             text += f" {name} buys {bags} bags of {each} {thing}."
             total += bags * each
             continue
@@ -235,8 +240,12 @@ def check_steps(question: Question) -> bool:
 
 
 def _exact(expression: str) -> Fraction:
-    for operator, apply in (("+", Fraction.__add__), ("-", Fraction.__sub__),
-                            ("*", Fraction.__mul__), ("/", Fraction.__truediv__)):
+    for operator, apply in (
+        ("+", Fraction.__add__),
+        ("-", Fraction.__sub__),
+        ("*", Fraction.__mul__),
+        ("/", Fraction.__truediv__),
+    ):
         left, found, right = expression.rpartition(operator)
         if found and left:
             return apply(_exact(left), _exact(right))
@@ -269,16 +278,27 @@ def draw(
 
 
 def draw_unique(seed: int, split: str, per_level: dict[int, int]) -> list[Question]:
-    """Return distinct questions, `per_level[level]` of each level, families in equal shares."""
+    """Return distinct questions, `per_level[level]` of each level, families in equal shares.
+
+    A family whose questions of a level run out (short products) leaves its share to the others.
+    """
     chosen: list[Question] = []
     seen: set[str] = set()
     for level, count in per_level.items():
-        names = list(FAMILIES)
-        streams = {name: draw(seed, split, (level,), (name,)) for name in names}
-        for index in range(count):
-            stream = streams[names[index % len(names)]]
-            item = next(q for q in stream if q.question not in seen)
-            seen.add(item.question)
-            chosen.append(item)
+        streams = {name: draw(seed, split, (level,), (name,)) for name in FAMILIES}
+        left = count
+        while left:
+            for name in list(streams)[:left]:
+                item = _unseen(streams[name], seen)
+                if item is None:
+                    del streams[name]
+                    continue
+                seen.add(item.question)
+                chosen.append(item)
+                left -= 1
     random.Random(seed).shuffle(chosen)
     return chosen
+
+
+def _unseen(stream: Iterator[Question], seen: set[str], tries: int = 1000) -> Question | None:
+    return next((q for q in islice(stream, tries) if q.question not in seen), None)

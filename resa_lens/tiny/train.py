@@ -87,10 +87,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Train the byte-level BPE: single digits, single-token tags, all bytes representable."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"[0-9]| ?[A-Za-z]+|[^\s0-9A-Za-z]+ ?|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([  # pyright: ignore[reportAttributeAccessIssue]
-        pre_tokenizers.Split(words, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [  # pyright: ignore[reportAttributeAccessIssue]
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     specials = [EOS, PAD, *prompts.TAGS]
     trainer = trainers.BpeTrainer(
@@ -110,6 +112,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def _id_of(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def build_model(config: TinyConfig, vocabulary: int, eos: int, pad: int) -> Qwen2ForCausalLM:
@@ -149,10 +157,15 @@ def _optimizers(model: Qwen2ForCausalLM, config: TinyConfig) -> list[torch.optim
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     ]
     if matrices:
-        optimizers.append(torch.optim.Muon(
-            matrices, lr=config.muon_learning_rate, momentum=0.95,
-            weight_decay=config.weight_decay, adjust_lr_fn="original",
-        ))
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.muon_learning_rate,
+                momentum=0.95,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="original",
+            )
+        )
     return optimizers
 
 
@@ -188,9 +201,7 @@ def train(config: TinyConfig, out: Path) -> Path:
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    model = build_model(
-        config, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
-    )
+    model = build_model(config, len(tokenizer), _id_of(tokenizer, EOS), _id_of(tokenizer, PAD))
     optimizers = _optimizers(model, config)
     steps = config.tokens // (config.batch * config.sequence)
     every = max(1, config.checkpoint_tokens // (config.batch * config.sequence))
@@ -249,7 +260,8 @@ def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     """Write bf16 weights, configuration and tokenizer; the model in memory stays in fp32."""
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     weights.pop("lm_head.weight", None)
-    copy = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
+    copy: Any = Qwen2ForCausalLM(model.config)
+    copy = copy.to(torch.bfloat16)
     copy.load_state_dict(weights, strict=False)
     copy.tie_weights()
     copy.generation_config.do_sample = False
@@ -268,8 +280,12 @@ def main(
 ) -> None:
     """Train the bundled model from scratch."""
     config = TinyConfig(
-        tokens=tokens, threads=threads, learning_rate=learning_rate, muon=muon,
-        muon_learning_rate=muon_learning_rate, seed=seed,
+        tokens=tokens,
+        threads=threads,
+        learning_rate=learning_rate,
+        muon=muon,
+        muon_learning_rate=muon_learning_rate,
+        seed=seed,
     )
     print(train(config, out))
 

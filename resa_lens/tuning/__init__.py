@@ -1,0 +1,1 @@
+"""SAE-Tuning: the objective and the trainer."""

@@ -94,7 +94,8 @@ def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tupl
             ),
         )
     # After PEFT, so that its layers are inside what the bridge wraps.
-    bridge, _ = boot(peft.base_model.model, model.tokenizer, model.name)
+    inner: Any = peft.base_model.model
+    bridge, _ = boot(inner, model.tokenizer, model.name)
     return peft, bridge
 
 

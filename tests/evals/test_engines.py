@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedTokenizerFast,
@@ -87,8 +89,7 @@ def test_greedy_equals_a_loop_without_cache(engine, tokenizer, batch_size):
         assert (generation.tokens, generation.finished) == (12, False)
 
 
-def test_greedy_on_another_architecture(tokenizer):
-    torch.manual_seed(1)
+def gpt_neox():
     config = GPTNeoXConfig(
         vocab_size=264,
         hidden_size=32,
@@ -99,7 +100,27 @@ def test_greedy_on_another_architecture(tokenizer):
         eos_token_id=None,
         bos_token_id=None,
     )
-    model = GPTNeoXForCausalLM(config).eval()
+    return GPTNeoXForCausalLM(config)
+
+
+def gpt2():
+    config = GPT2Config(
+        vocab_size=264,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("build", [gpt_neox, gpt2])  # GPT-2's positions are absolute
+def test_greedy_on_other_architectures(tokenizer, build):
+    torch.manual_seed(1)
+    model = build().eval()
     found = HFEngine(model, tokenizer).generate(PROMPTS, GenerationConfig(max_new_tokens=8))
     expected = [greedy_by_hand(model, tokenizer, prompt, 8) for prompt in PROMPTS]
     assert [list(g.token_ids) for g in found] == expected

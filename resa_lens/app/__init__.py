@@ -1,0 +1,1 @@
+"""Streamlit pages: they read the workspace and draw with plots.py."""

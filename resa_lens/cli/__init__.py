@@ -1,0 +1,52 @@
+"""The command line: parse, call, print; no logic.  Heavy modules are imported inside commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from resa_lens import __version__
+from resa_lens.cli import layers, models, workspace
+
+app = typer.Typer(
+    name="resa-lens",
+    help="Find where in a language model reasoning lives, and tune through what was found.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"resa-lens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("demo")(models.demo)
+app.command("recommend-layers")(layers.recommend_layers)
+app.command("tune")(models.tune)
+app.command("train-saes")(layers.train_saes)
+app.command("count-features")(layers.count_features)
+app.command("fit-mixture")(layers.fit_mixture)
+app.command("eval")(models.evaluate)
+app.command("compare")(models.compare)
+app.command("runs")(workspace.runs)
+app.command("app")(workspace.explorer)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

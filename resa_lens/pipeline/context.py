@@ -1,0 +1,64 @@
+"""What every stage needs: the workspace, who to tell, seed, device, and the loaded models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resa_lens.models import Model, load_model
+from resa_lens.progress import SILENT, Reporter
+from resa_lens.workspace import Manifest, Workspace
+
+NARROW = 256
+"""Up to this width one thread is faster than several: the products are too small to share."""
+
+
+@dataclass
+class Context:
+    """What every stage needs besides its own configuration."""
+
+    workspace: Workspace
+    reporter: Reporter = SILENT
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    force: bool = False
+    threads: int | None = None
+    models: dict[str, Model] = field(default_factory=dict)
+
+    def model(self, name: str, base: str | None = None) -> Model:
+        """Load a model once and say what it is and where it runs."""
+        key = f"{name}|{base or ''}"
+        if key not in self.models:
+            model = load_model(name, device=self.device, dtype=self.dtype, base=base)
+            threads = self.threads or (
+                1 if model.d_model <= NARROW else max(1, torch.get_num_threads())
+            )
+            torch.set_num_threads(threads)
+            self.reporter.note(
+                f"model {model.slug}: {model.n_layers} layers x {model.d_model}, {model.dtype} on "
+                f"{model.device} ({model.reason}), {threads} thread{'s' if threads > 1 else ''}"
+            )
+            self.models[key] = model
+        return self.models[key]
+
+    def manifest(self, kind: str, model: Model, **fields: Any) -> Manifest:
+        """Start the manifest of an artifact made with a model."""
+        hashes = {"weights": model.weights_hash, **fields.pop("hashes", {})}
+        return Manifest(
+            kind=kind,
+            seed=self.seed,
+            threads=torch.get_num_threads(),
+            device=model.device,
+            dtype=model.dtype,
+            kernel_path=f"{model.attention if 'bridge' in vars(model) else 'plain'} attention",
+            hashes=hashes,
+            **fields,
+        )
+
+    def done(self, folder: Path) -> Manifest | None:
+        """Return the manifest of a finished artifact unless the work is to start anew."""
+        return None if self.force else self.workspace.manifest(folder)

@@ -1,0 +1,216 @@
+"""The demo: the whole idea end to end on one model, with a final table and a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from resa_lens import plots, report
+from resa_lens.corpora import CorpusConfig
+from resa_lens.errors import BadInputError
+from resa_lens.evals.run import EvalConfig, EvalResult
+from resa_lens.features.exclusive import RULES
+from resa_lens.hookpoints import describe_layer
+from resa_lens.layers import SUPPORTED, MixtureFit
+from resa_lens.layers.mixture import fit_mixture
+from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.discovery import Discovery, discover
+from resa_lens.pipeline.tuning import Tuned, TuneJob, tune_run
+from resa_lens.saes.train import SaeConfig
+from resa_lens.tuning.objective import preset
+from resa_lens.tuning.train import TuneConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much the demo does."""
+
+    sae_tokens: int
+    latents: int | None
+    steps: int
+    questions: int
+
+
+BUDGETS: dict[str, Budget] = {
+    "full": Budget(sae_tokens=200_000, latents=None, steps=100, questions=500),
+    "test": Budget(sae_tokens=16_384, latents=512, steps=6, questions=64),
+}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo made."""
+
+    discovery: Discovery
+    fits: dict[str, MixtureFit]
+    """By counting rule."""
+    tuned: Tuned
+    page: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recommendation, the fits by rule, the tuning and the page."""
+        return {
+            "recommendation": self.discovery.recommendation.to_dict(),
+            "verdicts": {rule: fit.verdict for rule, fit in self.fits.items()},
+            "tune": self.tuned.to_dict(),
+            "page": str(self.page),
+        }
+
+
+def demo(
+    ctx: Context, model_name: str, budget: str, learning_rate: float | None = None
+) -> DemoResult:
+    """Run every stage on a model and write the page.
+
+    Raises:
+        BadInputError: the budget does not exist.
+    """
+    if budget not in BUDGETS:
+        raise BadInputError(f"budget {budget!r} is unknown; use {' or '.join(BUDGETS)}")
+    amount = BUDGETS[budget]
+    model = ctx.model(model_name)
+    corpus = CorpusConfig(seed=ctx.seed)
+    sae = SaeConfig(tokens=amount.sae_tokens, latents=amount.latents, seed=ctx.seed)
+    ctx.reporter.note("1/3 SAEs, counts and recommendation")
+    found = discover(ctx, model, sae=sae, corpus=corpus)
+    fits = {rule: fit_mixture(found.counts.table(rule), seed=ctx.seed) for rule in RULES}
+    ctx.reporter.note("2/3 tuning through the SAE, scores before and after")
+    lora = TuneConfig(seed=ctx.seed)
+    if learning_rate is not None:
+        lora = replace(lora, learning_rate=learning_rate)
+    tuned = tune_run(
+        ctx,
+        TuneJob(
+            model=model_name,
+            objective=preset("paper"),
+            layer=str(found.recommendation.recommended[0]),
+            lora=lora,
+            sae=sae,
+            trigger=corpus,
+            elicitation=corpus,
+            steps=amount.steps,
+            saes=str(found.saes.folder),
+            evaluation=EvalConfig(limit=amount.questions),
+        ),
+    )
+    tuned = replace(tuned, selector=found.recommendation.selector)
+    ctx.reporter.note("3/3 the page")
+    page = ctx.workspace.path("report.html")
+    write_report(page, found, fits, tuned)
+    return DemoResult(found, fits, tuned, page)
+
+
+def _groups(result: EvalResult) -> dict[str, tuple[float, tuple[float, float], int]]:
+    groups = {"all": (result.accuracy, result.ci, result.n)}
+    for level, score in sorted(result.by_level.items()):
+        groups[f"level {level}"] = (score.accuracy, score.ci, score.n)
+    for family, score in sorted(result.by_task.items()):
+        groups[family] = (score.accuracy, score.ci, score.n)
+    return groups
+
+
+def score_rows(tuned: Tuned) -> list[tuple[str, str, str, str]]:
+    """Return the rows of the final table: what, accuracy, 95 % interval, n."""
+    rows = []
+    for label, result in (("base", tuned.base), ("tuned", tuned.tuned)):
+        low, high = result.ci
+        rows.append(
+            (
+                label,
+                f"{100 * result.accuracy:.1f} %",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+                str(result.n),
+            )
+        )
+    paired = tuned.paired
+    rows.append(
+        (
+            "difference",
+            f"{100 * paired.difference:+.1f} points",
+            f"{100 * paired.ci[0]:+.1f} to {100 * paired.ci[1]:+.1f}",
+            f"{paired.changed} changed (+{paired.gained}/-{paired.lost}), p = {paired.p_value:.3g}"
+            + (", changed no answer" if paired.changed == 0 else ""),
+        )
+    )
+    return rows
+
+
+def write_report(path: Path, found: Discovery, fits: dict[str, MixtureFit], tuned: Tuned) -> None:
+    """Write the demo's page: layers, mixture with its null, SAEs, tuning and scores."""
+    made = found.recommendation
+    n_layers = made.n_layers
+    counts = {rule: found.counts.table(rule) for rule in RULES}
+    strict = fits["all"]
+    layers = [
+        [
+            describe_layer(c.layer, n_layers),
+            c.active,
+            *[f"{len(c.features[r])}" for r in RULES],
+            f"{found.saes.quality[c.layer]['fvu']:.4f}" if c.layer in found.saes.quality else "",
+        ]
+        for c in found.counts.layers
+    ]
+    sections: list[report.Section] = [
+        (
+            "Which layers",
+            [
+                report.Verdict(
+                    f"{strict.verdict}: {describe_layer(made.recommended[0], n_layers)}, "
+                    f"selector {made.selector}",
+                    f"{made.reason} {made.next_step}",
+                    strict.verdict == SUPPORTED,
+                ),
+                plots.counts_figure(
+                    counts, recommended=made.recommended, supported=strict.verdict == SUPPORTED
+                ),
+                report.Table(["layer", "active on the prompt", *RULES, "SAE FVU"], layers),
+                "Rules: "
+                + "; ".join(f"{name}: {text}" for name, text in RULES.items())
+                + ". Only the first decides; the others stand beside it.",
+            ],
+        ),
+        (
+            "Three Gaussians, and what chance does",
+            [
+                *(plots.mixture_figure(fit) for fit in fits.values() if sum(fit.values) > 0),
+                report.Table(
+                    ["rule", "features", "components", "verdict", "why"],
+                    [
+                        [r, f"{sum(f.values):.0f}", f.k, f.verdict, f.reason]
+                        for r, f in fits.items()
+                    ],
+                ),
+            ],
+        ),
+        ("SAEs", [plots.quality_figure({k: q["fvu"] for k, q in found.saes.quality.items()})]),
+        (
+            "Scores before and after",
+            [
+                plots.scores_figure({"base": _groups(tuned.base), "tuned": _groups(tuned.tuned)}),
+                report.Table(["", "accuracy", "95 % interval", "n / changed"], score_rows(tuned)),
+                plots.loss_figure(tuned.losses),
+            ],
+        ),
+        (
+            "Where everything lies",
+            [
+                report.Table(
+                    ["what", "folder"],
+                    [
+                        ["SAEs", found.saes.folder],
+                        ["counts", found.counts_folder],
+                        ["recommendation", found.folder],
+                        ["adapter", tuned.adapter],
+                        ["scores", tuned.base_folder],
+                        ["", tuned.tuned_folder],
+                    ],
+                )
+            ],
+        ),
+    ]
+    lead = (
+        f"Model {tuned.model.slug}; site {tuned.site}; {found.saes.tokens} training tokens an SAE; "
+        f"{tuned.base.n} questions. Method: arXiv 2506.09967."
+    )
+    report.write_page(path, "resa-lens: where does reasoning live?", lead, sections)

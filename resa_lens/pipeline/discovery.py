@@ -1,0 +1,179 @@
+"""Counts and the recommendation made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resa_lens.corpora import CorpusConfig
+from resa_lens.errors import BadInputError
+from resa_lens.features.exclusive import (
+    RULES,
+    CountConfig,
+    FeatureCounts,
+    count_features,
+    tag_prompt,
+)
+from resa_lens.hookpoints import trainable_layers
+from resa_lens.layers.selectors import Recommendation, recommend
+from resa_lens.models import Model
+from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.saes import SaeRun, saes_for
+from resa_lens.saes.train import SaeConfig
+from resa_lens.workspace import Manifest, config_dict, digest, write_json
+
+
+def count_run(
+    ctx: Context, model: Model, saes: SaeRun, config: CountConfig, layers: Sequence[int] | None
+) -> tuple[Path, FeatureCounts]:
+    """Count the exclusive features at the layers and keep them in the workspace."""
+    coders = saes.coders(model, layers)
+    counts = count_features(model, coders, config)
+    identity = {
+        "count": config_dict(config),
+        "saes": ctx.workspace.relative(saes.folder),
+        "layers": [c.layer for c in counts.layers],
+    }
+    site = saes.points[0].site
+    folder = ctx.workspace.path("counts", model.slug, f"{site}-{digest(identity)}")
+    manifest = ctx.manifest(
+        "counts",
+        model,
+        config=identity,
+        parents=[ctx.workspace.relative(saes.folder)],
+        results={
+            "layers": [c.to_dict() for c in counts.layers],
+            "site": site,
+            "model": model.name,
+            "n_layers": model.n_layers,
+        },
+    )
+    with ctx.workspace.artifact(folder, manifest) as target:
+        write_json(
+            target / "features.json",
+            {
+                "rules": RULES,
+                "prompt": counts.prompt.text,
+                "tokens": counts.prompt.tokens,
+                "open_spans": counts.prompt.open_spans,
+                "close_spans": counts.prompt.close_spans,
+                "layers": [
+                    {"layer": c.layer, "active": c.active, "features": c.features}
+                    for c in counts.layers
+                ],
+            },
+        )
+    return folder, counts
+
+
+def recommend_run(
+    ctx: Context,
+    model: Model,
+    counts: FeatureCounts,
+    counts_folder: Path,
+    *,
+    rule: str,
+    selector: str,
+    recipe: str,
+    site: str,
+    quality: dict[int, float] | None = None,
+) -> tuple[Path, Recommendation]:
+    """Recommend layers from the counts of a rule and keep the recommendation."""
+    made = recommend(
+        counts.table(rule),
+        n_layers=model.n_layers,
+        selector=selector,
+        recipe=recipe,
+        seed=ctx.seed,
+        quality=quality,
+    )
+    identity = {
+        "rule": rule,
+        "selector": selector,
+        "recipe": recipe,
+        "seed": ctx.seed,
+        "counts": ctx.workspace.relative(counts_folder),
+    }
+    folder = ctx.workspace.path("recommendations", model.slug, f"{site}-{digest(identity)}")
+    manifest = ctx.manifest(
+        "recommendation",
+        model,
+        config=identity,
+        parents=[ctx.workspace.relative(counts_folder)],
+        results={
+            "recommended": list(made.recommended),
+            "selector": made.selector,
+            "verdict": made.verdict,
+            "reason": made.reason,
+            "site": site,
+            "model": model.name,
+            "n_layers": model.n_layers,
+        },
+    )
+    with ctx.workspace.artifact(folder, manifest) as target:
+        write_json(target / "recommendation.json", made.to_dict())
+    return folder, made
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """SAEs, counts and the recommendation made of them."""
+
+    saes: SaeRun
+    counts: FeatureCounts
+    counts_folder: Path
+    recommendation: Recommendation
+    folder: Path
+
+
+def discover(
+    ctx: Context,
+    model: Model,
+    *,
+    sae: SaeConfig,
+    corpus: CorpusConfig,
+    count: CountConfig | None = None,
+    layers: Sequence[int] | None = None,
+    rule: str = "all",
+    selector: str = "mixture",
+    recipe: str = "robust",
+    saes: str | None = None,
+    allow_mismatch: bool = False,
+) -> Discovery:
+    """Recommend layers for a model; SAEs that are missing are trained."""
+    count = count or CountConfig()
+    given = layers is not None
+    layers = list(layers) if layers is not None else trainable_layers(model.n_layers)
+    # A prompt without the tags is found before anything long begins.
+    tag_prompt(model, count)
+    if rule not in RULES:
+        raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
+    run = saes_for(ctx, model, layers, sae, corpus, saes, allow_mismatch=allow_mismatch)
+    if saes and not given:
+        layers = [p.layer for p in run.points]
+    counts_folder, counts = count_run(ctx, model, run, count, layers)
+    quality = {layer: q["fvu"] for layer, q in run.quality.items() if layer in layers}
+    folder, made = recommend_run(
+        ctx,
+        model,
+        counts,
+        counts_folder,
+        rule=rule,
+        selector=selector,
+        recipe=recipe,
+        site=sae.site,
+        quality=quality or None,
+    )
+    return Discovery(run, counts, counts_folder, made, folder)
+
+
+def newest_recommendation(
+    ctx: Context, model: Model | None, site: str | None
+) -> tuple[Path, Manifest] | None:
+    """Return the newest recommendation of a model (by weights) and site, either left open."""
+    below = f"recommendations/{model.slug}" if model else "recommendations"
+    for folder, manifest in ctx.workspace.find(below, "recommendation"):
+        if site is None or manifest.results.get("site") == site:
+            return folder, manifest
+    return None

@@ -1,0 +1,260 @@
+"""SAEs for a model: trained, found in the workspace, or given by the user."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from resa_lens import corpora
+from resa_lens.corpora import CorpusConfig, Record
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint, describe_layer, parse_hookpoint
+from resa_lens.models import Model
+from resa_lens.pipeline.context import Context
+from resa_lens.saes.coder import SparseCoder, load_coder
+from resa_lens.saes.quality import check_fit
+from resa_lens.saes.train import SaeConfig, train_saes
+from resa_lens.workspace import Manifest, config_dict, digest
+
+PROBE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class SaeRun:
+    """SAEs in a folder of sparsify's layout, and what is known of them."""
+
+    folder: Path
+    points: tuple[Hookpoint, ...]
+    quality: dict[int, dict[str, float]]
+    """By layer; empty for SAEs that came without a manifest."""
+    tokens: int
+    seconds: float
+    fresh: bool
+    """Whether this call trained them."""
+    manifest: Manifest | None = None
+
+    def coders(
+        self, model: Model, layers: Sequence[int] | None = None
+    ) -> dict[Hookpoint, SparseCoder]:
+        """Load the coders of some layers, or of all."""
+        wanted = [p for p in self.points if layers is None or p.layer in layers]
+        if missing := sorted(set(layers or ()) - {p.layer for p in wanted}):
+            raise BadInputError(
+                f"{self.folder} has no SAE at {describe_layer(missing[0], model.n_layers)}"
+            )
+        return {
+            p: load_coder(self.folder / p.sparsify, device=model.device, d_in=model.d_model)
+            for p in wanted
+        }
+
+
+def split_records(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Split off one record in 20 for the quality figures; of few records, all serve for both."""
+    if len(records) < 200:
+        return list(records), list(records)
+    order = list(range(len(records)))
+    random.Random("held out").shuffle(order)
+    held = set(order[: len(records) // 20])
+    return (
+        [r for i, r in enumerate(records) if i not in held],
+        [r for i, r in enumerate(records) if i in held],
+    )
+
+
+def probe_batches(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> list[Any]:
+    """Return a few sequences of a corpus, to check how well an SAE fits."""
+    corpus = fit_corpus(corpus, model)
+    return list(corpora.batches(model.tokenizer, records, corpus, tokens=PROBE_TOKENS, batch=2))
+
+
+def fit_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
+    """Shorten the sequences where the model's context is shorter."""
+    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    return replace(corpus, sequence=min(corpus.sequence, longest or corpus.sequence))
+
+
+def train_run(
+    ctx: Context, model: Model, layers: Sequence[int], config: SaeConfig, corpus: CorpusConfig
+) -> SaeRun:
+    """Train SAEs at the layers, or return the finished run of the same configuration."""
+    config = config.for_width(model.d_model)
+    corpus = fit_corpus(corpus, model)
+    records = corpora.load_records(
+        corpus.source, question_column=corpus.question_column, answer_column=corpus.answer_column
+    )
+    data_hash = corpora.hash_records(records)
+    identity = {
+        "sae": config_dict(config),
+        "corpus": config_dict(corpus),
+        "layers": list(layers),
+        "data": data_hash,
+    }
+    run = f"scratch-{config.site}-{config.latents}x{config.k}-{digest(identity)}"
+    folder = ctx.workspace.path("saes", model.slug, run)
+    points = [Hookpoint(layer, config.site) for layer in layers]
+    if manifest := ctx.done(folder):
+        ctx.reporter.note(f"SAEs: done before, in {folder}")
+        return _sae_run(folder, points, manifest, fresh=False)
+    assert config.tokens is not None
+    assert config.batch is not None
+    assert config.latents is not None
+    training, held = split_records(records)
+    steps = max(1, config.tokens // (config.batch * corpus.sequence))
+    weights = len(layers) * 2 * config.latents * model.d_model * 4
+
+    def forecast(seconds: float) -> None:
+        ctx.reporter.note(
+            f"expected: {seconds * steps:.0f} s, about {weights * 4 / 2**20 + 300:.0f} MB of "
+            f"memory besides the model, {weights / 2**20:.0f} MB on disk"
+        )
+
+    label = f"training {len(layers)} SAEs ({config.latents} latents, k {config.k}, {config.site})"
+    with ctx.reporter.bar(label, steps) as advance:
+        trained = train_saes(
+            model,
+            layers,
+            corpora.batches(
+                model.tokenizer, training, corpus, tokens=config.tokens, batch=config.batch
+            ),
+            list(
+                corpora.batches(
+                    model.tokenizer,
+                    held,
+                    replace(corpus, seed=corpus.seed + 1),
+                    tokens=8 * corpus.sequence,
+                    batch=4,
+                )
+            ),
+            config,
+            advance=advance,
+            on_probe=forecast,
+        )
+    manifest = ctx.manifest(
+        "saes",
+        model,
+        config=identity,
+        hashes={"data": data_hash},
+        results={
+            "layers": [vars(q) for q in trained.quality],
+            "tokens": trained.tokens,
+            "dead_window": trained.dead_window,
+            "model": model.name,
+            "site": config.site,
+            "n_layers": model.n_layers,
+        },
+    )
+    manifest.seconds = round(trained.seconds, 3)
+    with ctx.workspace.artifact(folder, manifest) as target:
+        for point, coder in trained.coders.items():
+            coder.save_to_disk(target / point.sparsify)
+    return _sae_run(folder, points, manifest, fresh=True)
+
+
+def _sae_run(
+    folder: Path, points: Sequence[Hookpoint], manifest: Manifest, *, fresh: bool
+) -> SaeRun:
+    results = manifest.results
+    return SaeRun(
+        folder=folder,
+        points=tuple(points),
+        quality={q["layer"]: q for q in results["layers"]},
+        tokens=results["tokens"],
+        seconds=manifest.seconds,
+        fresh=fresh,
+        manifest=manifest,
+    )
+
+
+def open_saes(
+    ctx: Context,
+    model: Model,
+    folder: Path,
+    site: str,
+    *,
+    allow_mismatch: bool = False,
+    corpus: CorpusConfig | None = None,
+) -> SaeRun:
+    """Open SAEs that the user points to, in sparsify's layout, and check that they fit.
+
+    Raises:
+        BadInputError: none of the site is there, or one does not fit the model.
+    """
+    if not folder.is_dir():
+        raise BadInputError(
+            f"--saes {folder} is not a folder; it should hold layers.N.mlp/ folders"
+        )
+    found: list[Path] = sorted(p.parent for p in folder.glob("*/cfg.json"))
+    if not found:
+        raise BadInputError(
+            f"--saes {folder} holds no SAE (layers.N.mlp/cfg.json, sae.safetensors)"
+        )
+    points = {parse_hookpoint(p.name): p for p in found}
+    sites = sorted({p.site for p in points})
+    chosen = [p for p in points if p.site == site]
+    if not chosen and not allow_mismatch:
+        raise BadInputError(f"--saes {folder} has SAEs for site {', '.join(sites)}, not for {site}")
+    records = corpora.load_records((corpus or CorpusConfig()).source)
+    probe = probe_batches(model, split_records(records)[1], corpus or CorpusConfig())
+    manifest = ctx.workspace.manifest(folder)
+    run = SaeRun(
+        folder,
+        tuple(sorted(chosen or points)),
+        {q["layer"]: q for q in manifest.results["layers"]} if manifest else {},
+        manifest.results["tokens"] if manifest else 0,
+        0.0,
+        False,
+        manifest,
+    )
+    fvu, warnings = check_fit(model, run.coders(model), probe, allow_mismatch=allow_mismatch)
+    for warning in warnings:
+        ctx.reporter.note(f"warning: {warning}")
+    return replace(
+        run, quality=run.quality or {p.layer: {"fvu": value} for p, value in fvu.items()}
+    )
+
+
+def find_saes(ctx: Context, model: Model, site: str, layers: Sequence[int]) -> SaeRun | None:
+    """Return the newest run of the model and site that has all the layers."""
+    if ctx.force:
+        return None
+    for folder, manifest in ctx.workspace.find(f"saes/{model.slug}", "saes"):
+        if manifest.results.get("site") != site:
+            continue
+        held = [q["layer"] for q in manifest.results["layers"]]
+        if set(layers) <= set(held):
+            points = [Hookpoint(layer, site) for layer in held]
+            return _sae_run(folder, points, manifest, fresh=False)
+    return None
+
+
+def saes_for(
+    ctx: Context,
+    model: Model,
+    layers: Sequence[int],
+    config: SaeConfig,
+    corpus: CorpusConfig,
+    given: str | None = None,
+    *,
+    allow_mismatch: bool = False,
+) -> SaeRun:
+    """Return SAEs at the layers: as given, as found, or trained now."""
+    if given:
+        return open_saes(
+            ctx,
+            model,
+            Path(given).expanduser(),
+            config.site,
+            allow_mismatch=allow_mismatch,
+            corpus=corpus,
+        )
+    if found := find_saes(ctx, model, config.site, layers):
+        ctx.reporter.note(f"SAEs: using {found.folder}")
+        return found
+    ctx.reporter.note(
+        f"SAEs: none for {model.slug} at site {config.site} with the layers "
+        f"{', '.join(map(str, layers))}; training them"
+    )
+    return train_run(ctx, model, layers, config, corpus)
