@@ -8,17 +8,15 @@ paper by its short name.  Documents follow the CoT-free template (spec section 3
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -27,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from resa_lens import prompts
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
+from resa_lens.tables import READERS, read_rows
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,10 @@ def load_records(
         BadInputError: not found, empty, without the columns, or with empty answers.
     """
     if source == "tiny":
-        rows = _read_file(data_path(f"tiny/{split}.jsonl"))
+        rows = read_rows(data_path(f"tiny/{split}.jsonl"))
         where = "the bundled set"
-    elif Path(source).suffix in (".jsonl", ".json", ".parquet", ".csv"):
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise BadInputError(f"data file {source!r} does not exist")
-        rows, where = _read_file(path), source
+    elif Path(source).suffix in READERS or Path(source).exists():
+        rows, where = read_rows(Path(source).expanduser()), source
     else:
         known = HUB_SETS.get(source)
         rows = _read_hub(known.repo if known else source, source)
@@ -108,23 +104,6 @@ def load_records(
             question_column = question_column or known.question
             answer_column = answer_column or known.answer
     return _records(rows, where, question_column, answer_column)
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix == ".csv":
-            return pyarrow.csv.read_csv(path).to_pylist()
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        return [json.loads(line) for line in lines]
-    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError) as error:
-        detail = str(error).splitlines()[0][:200]
-        if path.stat().st_size == 0:
-            raise BadInputError(f"data file {path} is empty") from error
-        raise BadInputError(
-            f"data file {path} cannot be read as {path.suffix[1:]}: {detail}"
-        ) from error
 
 
 def _read_hub(repo: str, asked: str) -> list[dict[str, Any]]:
@@ -160,14 +139,17 @@ def _records(
 ) -> list[Record]:
     if not rows:
         raise BadInputError(f"{where} is empty: it holds no question")
-    if not all(isinstance(row, dict) for row in rows):
-        raise BadInputError(f"{where} must hold one JSON object a line")
     q = _column(rows, question, QUESTION_COLUMNS, where)
     a = _column(rows, answer, ANSWER_COLUMNS, where)
     records = []
     for number, row in enumerate(rows, 1):
-        text, value = str(row.get(q) or "").strip(), row.get(a)
-        value = "" if value is None else str(value).strip()
+        for name in (q, a):
+            if isinstance(row.get(name), list | dict):
+                raise BadInputError(
+                    f"{where}, row {number}: {name} is a {type(row[name]).__name__}, not a text; "
+                    "choose other columns or flatten it"
+                )
+        text, value = _text(row.get(q)), _text(row.get(a))
         if not text or not value:
             raise BadInputError(
                 f"{where}, row {number}: empty {a if text else q}; remove the row or fill it"
@@ -176,12 +158,26 @@ def _records(
             Record(
                 text,
                 value,
-                str(row.get("steps") or ""),
-                str(row.get("family") or ""),
-                int(row.get("level") or 0),
+                _text(row.get("steps")),
+                _text(row.get("family")),
+                _level(row.get("level")),
             )
         )
     return records
+
+
+def _text(value: Any) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value).strip()
+
+
+def _level(value: Any) -> int:
+    """Return the number in 3, "3", 3.0 or "Level 3"; 0 where a source has levels of another kind.
+
+    Levels group our own questions; a foreign column of that name must not stop a run.
+    """
+    found = re.fullmatch(r"\D*(\d+)(\.0)?", _text(value))
+    return int(found[1]) if found else 0
 
 
 def hash_records(records: Sequence[Record]) -> str:
@@ -194,6 +190,8 @@ def hash_records(records: Sequence[Record]) -> str:
 
 def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
     """Yield CoT-free documents without end, in a new order every epoch, deterministic by seed."""
+    if not records:
+        raise BadInputError("no record was given; documents need at least one")
     rng = random.Random(f"corpus/{config.seed}")
     system = prompts.resolve_system_prompt(config.system_prompt)
     order = list(records)
@@ -216,6 +214,10 @@ def pack(
     while count > 0:
         while len(buffer) < sequence:
             batch = list(islice(texts, 64))
+            if not batch:
+                raise BadInputError(
+                    f"the texts ran out with {count} sequences of {sequence} tokens to fill"
+                )
             for ids in tokenizer(batch)["input_ids"]:  # pyright: ignore[reportGeneralTypeIssues]
                 buffer += [*ids, *separator]
         yield torch.tensor(buffer[:sequence])

@@ -144,6 +144,15 @@ def parse_layer(text: str | int, n_layers: int) -> int:
     return layer
 
 
+def _check_wildcard(spec: str) -> None:
+    try:
+        parse_hookpoint(spec.replace("*", "0"))
+    except BadInputError as error:
+        raise BadInputError(
+            f"layers {spec!r} are no hookpoint with a wildcard; use all or layers.*.mlp"
+        ) from error
+
+
 def trainable_layers(n_layers: int) -> list[int]:
     """Return the default candidates: all layers but the first and the last (paper, section 5)."""
     return list(range(1, n_layers - 1)) if n_layers > 2 else list(range(n_layers))
@@ -164,7 +173,7 @@ def parse_layers(spec: str | Sequence[int] | None, n_layers: int) -> list[int]:
         return sorted({parse_layer(layer, n_layers) for layer in spec})
     if spec == "all" or "*" in spec:
         if "*" in spec:
-            parse_hookpoint(spec.replace("*", "0"))
+            _check_wildcard(spec)
         return list(range(n_layers))
     chosen: set[int] = set()
     for part in spec.split(","):

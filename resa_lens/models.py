@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,14 +30,19 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from resa_lens.errors import BadInputError
-from resa_lens.resources import data_path
+from resa_lens.model_files import (
+    check_safetensors,
+    find_folder,
+    hash_files,
+    resolve_base,
+    weight_files,
+)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-BUNDLED = ("tiny-reasoner",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass
@@ -185,78 +189,6 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[str, torch
     return device, chosen, why
 
 
-def hash_files(files: list[Path]) -> str:
-    """Return the SHA-256 of the files' contents in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda path: path.name):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def check_safetensors(file: Path) -> None:
-    """Read the header and every tensor's extent; raise BadInputError on a damaged file."""
-    try:
-        with safe_open(file, framework="pt") as stream:
-            for key in stream.keys():  # noqa: SIM118 - not a dict
-                stream.get_slice(key).get_shape()
-    except (SafetensorError, OSError) as error:
-        raise BadInputError(
-            f"{file} is corrupt or truncated ({error}); copy or download it again"
-        ) from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        if escaping := [name for name in named if Path(name).name != name]:
-            raise BadInputError(f"{index} names {escaping[0]!r} outside its folder; refused")
-        if missing := sorted(named - {file.name for file in files}):
-            raise BadInputError(f"{folder} lacks {missing[0]}, which its index names")
-        files = [folder / name for name in sorted(named)]
-    if not files:
-        raise BadInputError(
-            f"{folder} has no *.safetensors file; save the model as safetensors "
-            "(pickled weights are not read)"
-        )
-    return files
-
-
-def find_folder(name: str) -> Path:
-    """Return the folder or file that holds the model named by the user.
-
-    Raises:
-        BadInputError: nothing of that name is here and it cannot be fetched.
-    """
-    if name in BUNDLED:
-        return data_path(name)
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise BadInputError(
-            f"model {name!r} not found: no such file or folder.\n"
-            f"Use {BUNDLED[0]}, a hub id (owner/name), a local folder, a .gguf file or an adapter."
-        )
-    try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_PATTERNS))
-    except HFValidationError as error:
-        raise BadInputError(f"model {name!r} is not a valid hub id: {error}") from error
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInputError(
-            f"model {name!r} is not in the local hub cache and could not be fetched "
-            f"({type(error).__name__}).\nWhere there is a network run `hf download {name}`, "
-            "copy the folder here and pass its path."
-        ) from error
-
-
 def _load_plain(path: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
     """Load a folder or .gguf file; return model, tokenizer and the hash of the weights."""
     if path.is_file():
@@ -271,64 +203,63 @@ def _load_plain(path: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any, 
                 "*.safetensors and a tokenizer"
             )
         source, options, quantization = path, {}, {}
-        weights = _weight_files(path)
+        # Without its files transformers makes an empty tokenizer and says nothing.
+        if not any((path / file).exists() for file in _TOKENIZER_FILES):
+            raise BadInputError(
+                f"{path} has no tokenizer; add one of {', '.join(_TOKENIZER_FILES)}"
+            )
+        weights = weight_files(path)
         for file in weights:
             check_safetensors(file)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **options, **quantization
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                # Refused below, with the name and both shapes.
+                ignore_mismatched_sizes=True,
+                **options,
+                **quantization,
             )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        struct.error,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise BadInputError(
-            f"{path} cannot be loaded as a causal language model: "
-            f"{(first[0] if first else type(error).__name__)[:300]}"
+            f"{path} cannot be loaded as a causal language model: {reason[:300]}"
         ) from error
     # transformers fills absent weights at random and only warns.
-    missing = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or {}))
-    if missing or info["mismatched_keys"]:
-        what = missing[0] if missing else str(sorted(info["mismatched_keys"])[0])
+    if difference := _first_difference(model, info):
         raise BadInputError(
-            f"{path}: the weights do not fit config.json (first difference: {what}); "
+            f"{path}: the weights do not fit config.json: {difference}; "
             "check hidden_size and num_hidden_layers"
         )
     return model.to(device).eval(), tokenizer, hash_files(weights)
 
 
-def _resolve_base(folder: Path, base: str | None) -> tuple[Path, str | None]:
-    """Find an adapter's base model: as given, by its config, or by its weights' hash."""
-    if base:
-        return find_folder(base), None
-    config = json.loads((folder / "adapter_config.json").read_text())
-    named = config.get("base_model_name_or_path") or ""
-    manifest = folder / "manifest.json"
-    wanted = None
-    if manifest.exists():
-        wanted = json.loads(manifest.read_text()).get("config", {}).get("base_hash")
-    candidates = [named] if named else []
-    candidates += list(BUNDLED)
-    candidates += [str(p.parent) for p in sorted(folder.parent.glob("*/config.json"))]
-    for candidate in candidates:
-        try:
-            path = find_folder(candidate)
-            if not (path / "config.json").exists() and path.suffix != ".gguf":
-                continue
-            files = [path] if path.is_file() else _weight_files(path)
-        except BadInputError:
-            continue
-        if wanted is None:
-            if candidate == named:
-                return path, None
-        elif hash_files(files) == wanted:
-            return path, wanted
-    raise BadInputError(
-        f"adapter {folder}: its base {named!r} was not found"
-        + (f" (weights hash {wanted[:8]})" if wanted else "")
-        + "; pass the base model with --base"
-    )
+def _first_difference(model: Any, info: dict[str, Any]) -> str | None:
+    """Say where weights and config differ first: what transformers only warns of."""
+    if wrong := sorted(info["mismatched_keys"]):
+        name, stored, expected = wrong[0]
+        return f"{name} is {tuple(stored)}, the config needs {tuple(expected)}"
+    if missing := sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or {})):
+        return f"{missing[0]} is missing"
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    for name in sorted(info["unexpected_keys"]):
+        found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
+        if found and int(found[1]) >= layers:
+            return f"{name} has no place in {layers} layers"
+    return None
 
 
 def load_model(
@@ -356,7 +287,7 @@ def load_model(
     path = find_folder(name)
     peft = base_hash = None
     if path.is_dir() and (path / "adapter_config.json").exists():
-        base_path, _ = _resolve_base(path, base)
+        base_path = resolve_base(path, base)
         check_safetensors(path / "adapter_model.safetensors")
         model, tokenizer, base_hash = _load_plain(base_path, chosen_device, chosen_dtype)
         peft = attach_adapter(model, path, trainable=trainable)

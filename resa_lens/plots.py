@@ -5,13 +5,14 @@ Functions from plain tables to figures; layers are 0-based inside and shown in e
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
 from resa_lens import stats
-from resa_lens.layers import FLAT, MixtureFit
+from resa_lens.layers import FLAT, SUPPORTED, WEAK, MixtureFit
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on light and on dark ground.
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY = (
@@ -23,21 +24,54 @@ RULE_NAMES = {
     "any": "any occurrence of both tags",
     "either": "either tag",
 }
+MARKS = {SUPPORTED: "recommended", WEAK: "weak evidence", FLAT: "fallback"}
+"""What stands at the first recommended layer, by verdict; "not tested" for all others."""
 BAND_DRAWS = 2000
 
 
-def _layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
+def _plain(text: str) -> str:
+    """Text from a file as text: Plotly reads tags in titles, names and categories."""
+    return html.escape(text, quote=False)
+
+
+def _layout(figure: go.Figure, title: str, x: str, y: str, subtitle: str = "") -> go.Figure:
+    # The short title and the subtitle fit a phone's width; legend and title have their own bands
+    # above and below the axes, which grow with the legend's lines.
     figure.update_layout(
-        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 16}},
+        title={
+            "text": title,
+            "subtitle": {"text": subtitle, "font": {"size": 12.5}},
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "pad": {"l": 8},
+            "y": 0.97,
+            "yref": "container",
+            "yanchor": "top",
+            "font": {"size": 16},
+        },
         xaxis_title=x,
         yaxis_title=y,
         template="plotly_white",
         legend={"orientation": "h", "y": -0.22, "x": 0},
-        margin={"l": 60, "r": 20, "t": 70, "b": 90},
+        margin={"l": 56, "r": 16, "t": 92 if subtitle else 76, "b": 84},
         hovermode="x unified",
-        height=430,
+        height=440,
     )
+    if len(figure.data) == 1 and isinstance(figure.data[0], go.Scatter):
+        figure.update_layout(margin_b=56, height=410)
+    figure.update_xaxes(automargin=True)
+    figure.update_yaxes(automargin=True)
     return figure
+
+
+def _layer_ticks(figure: go.Figure, layers: int) -> None:
+    figure.update_xaxes(dtick=1 if layers <= 16 else 2)
+
+
+def _count_ticks(figure: go.Figure, highest: float) -> None:
+    """Whole numbers on an axis of counts."""
+    figure.update_yaxes(rangemode="tozero", dtick=1 if highest <= 8 else None)
 
 
 def _axis(one_based: bool) -> str:
@@ -49,31 +83,46 @@ def counts_figure(
     *,
     recommended: Sequence[int] = (),
     supported: bool = False,
+    verdict: str | None = None,
     one_based: bool = False,
+    title: str = "Think-tag exclusive features",
 ) -> go.Figure:
     """Bars of the exclusive features of each layer, a colour a rule, the recommended layers marked.
 
     Args:
         counts: {rule: {0-based layer: count}}.
         recommended: 0-based layers, best first.
-        supported: whether the verdict supports them: solid marks, else dashed.
+        supported: whether the verdict supports them: solid marks, else dotted.
+        verdict: the verdict itself; it takes the place of `supported`, and its mark is named.
         one_based: numbering of the axis.
+        title: of the figure.
     """
     shift = int(one_based)
+    verdict = verdict or (SUPPORTED if supported else FLAT)
     figure = go.Figure()
     for rule, table in counts.items():
         figure.add_bar(
             x=[layer + shift for layer in table],
             y=list(table.values()),
-            name=RULE_NAMES.get(rule, rule),
+            name=RULE_NAMES.get(rule, _plain(rule)),
             marker_color=RULE_COLOURS.get(rule, GREY),
         )
     for rank, layer in enumerate(recommended):
         figure.add_vline(
             x=layer + shift,
-            line={"color": VERMILION, "dash": "solid" if supported else "dot", "width": 2},
-            annotation_text=("recommended" if supported else "fallback") if rank == 0 else None,
-            annotation_font_color=VERMILION,
+            line={
+                "color": VERMILION,
+                "dash": "solid" if verdict == SUPPORTED else "dot",
+                "width": 2 if rank == 0 else 1.2,
+            },
+            # Centred above the axes: to the side of its line it would cover bars, or be cut off.
+            annotation={
+                "text": MARKS.get(verdict, "not tested") if rank == 0 else "",
+                "font": {"color": VERMILION},
+                "y": 1,
+                "yanchor": "bottom",
+                "xanchor": "center",
+            },
         )
     total = sum(sum(table.values()) for table in counts.values())
     if total == 0:
@@ -85,12 +134,18 @@ def counts_figure(
             x=0.5,
             y=0.5,
         )
-    figure.update_xaxes(dtick=1 if len(next(iter(counts.values()), {})) <= 16 else 2)
-    figure.update_yaxes(rangemode="tozero")
-    return _layout(figure, "Think-tag exclusive features", _axis(one_based), "features")
+    _layer_ticks(figure, len(next(iter(counts.values()), {})))
+    _count_ticks(figure, max((v for t in counts.values() for v in t.values()), default=0))
+    return _layout(figure, title, _axis(one_based), "features")
 
 
-def mixture_figure(fit: MixtureFit, *, one_based: bool = False, seed: int = 0) -> go.Figure:
+def mixture_figure(
+    fit: MixtureFit,
+    *,
+    one_based: bool = False,
+    seed: int = 0,
+    title: str = "Mixture over layers",
+) -> go.Figure:
     """The profile, the fitted density on its scale, and the 95 % band of the flat null.
 
     For counts the band is that of each layer when the same number of features falls on the layers
@@ -103,9 +158,10 @@ def mixture_figure(fit: MixtureFit, *, one_based: bool = False, seed: int = 0) -
     if fit.kind == "counts" and fit.n > 0:
         draws = stats.multinomial_draws(fit.n, np.ones(layers.size), BAND_DRAWS, seed)
         low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+        edges = (layers[:, None] + np.array([-0.5, 0.5])).ravel()
         figure.add_scatter(
-            x=np.concatenate([layers, layers[::-1]]) + shift,
-            y=np.concatenate([high, low[::-1]]),
+            x=np.concatenate([edges, edges[::-1]]) + shift,
+            y=np.concatenate([high.repeat(2), low.repeat(2)[::-1]]),
             fill="toself",
             fillcolor="rgba(127,127,127,0.22)",
             line={"width": 0},
@@ -161,29 +217,58 @@ def mixture_figure(fit: MixtureFit, *, one_based: bool = False, seed: int = 0) -
     if fit.kind == "scores" and values.size:
         spread = max(float(np.ptp(values)), 0.1)
         figure.update_yaxes(range=[values.min() - 0.3 * spread, values.max() + 0.3 * spread])
-    title = f"Mixture over layers, recipe {fit.recipe}: {fit.verdict}"
+    _layer_ticks(figure, layers.size)
+    if fit.kind == "counts":
+        _count_ticks(figure, float(values.max(initial=0)))
+    subtitle = _plain(f"recipe {fit.recipe}: {fit.verdict}")
     y = "features" if fit.kind == "counts" else "score"
+    return _layout(figure, title, _axis(one_based), y, subtitle)
+
+
+def profile_figure(
+    profile: Mapping[int, float],
+    *,
+    title: str,
+    y: str,
+    baseline: float | None = None,
+    baseline_name: str = "base model",
+    one_based: bool = False,
+    from_zero: bool = False,
+) -> go.Figure:
+    """A line over layers, {0-based layer: value}, with a level to compare it with where given."""
+    shift = int(one_based)
+    layers = sorted(profile)
+    figure = go.Figure(
+        go.Scatter(
+            x=[layer + shift for layer in layers],
+            y=[profile[layer] for layer in layers],
+            mode="lines+markers",
+            line={"color": PURPLE},
+            name=y,
+        )
+    )
+    if baseline is not None and layers:
+        figure.add_scatter(
+            x=[layers[0] + shift, layers[-1] + shift],
+            y=[baseline, baseline],
+            mode="lines",
+            line={"color": GREY, "dash": "dash"},
+            name=baseline_name,
+        )
+    _layer_ticks(figure, len(layers))
+    if from_zero:
+        figure.update_yaxes(rangemode="tozero")
     return _layout(figure, title, _axis(one_based), y)
 
 
 def quality_figure(fvu: Mapping[int, float], *, one_based: bool = False) -> go.Figure:
     """FVU of each layer's SAE on held-out sequences."""
-    shift = int(one_based)
-    figure = go.Figure(
-        go.Scatter(
-            x=[layer + shift for layer in fvu],
-            y=list(fvu.values()),
-            mode="lines+markers",
-            line={"color": PURPLE},
-            name="FVU",
-        )
-    )
-    figure.update_yaxes(rangemode="tozero")
-    return _layout(
-        figure,
-        "SAE quality on held-out sequences",
-        _axis(one_based),
-        "fraction of variance unexplained",
+    return profile_figure(
+        fvu,
+        title="SAE quality on held-out sequences",
+        y="fraction of variance unexplained",
+        one_based=one_based,
+        from_zero=True,
     )
 
 
@@ -192,19 +277,27 @@ def scores_figure(
 ) -> go.Figure:
     """Accuracy with 95 % intervals: {run: {group: (accuracy, interval, n)}}, a colour a run."""
     figure = go.Figure()
-    for (run, groups), colour in zip(runs.items(), (GREY, BLUE, ORANGE, GREEN), strict=False):
+    # Points, not bars: the interval is what is to be read, on light and on dark ground.
+    styles = ((GREY, "circle"), (BLUE, "diamond"), (ORANGE, "square"), (GREEN, "cross"))
+    for (run, groups), (colour, symbol) in zip(runs.items(), styles, strict=False):
         accuracy = [100 * score[0] for score in groups.values()]
-        figure.add_bar(
-            x=list(groups),
+        figure.add_scatter(
+            x=[_plain(group) for group in groups],
             y=accuracy,
-            name=run,
-            marker_color=colour,
-            customdata=[score[2] for score in groups.values()],
-            hovertemplate="%{y:.1f} % (n = %{customdata})<extra>" + run + "</extra>",
+            mode="markers",
+            name=_plain(run),
+            marker={"color": colour, "symbol": symbol, "size": 9},
+            customdata=[
+                (score[2], 100 * score[1][0], 100 * score[1][1]) for score in groups.values()
+            ],
+            hovertemplate="%{y:.1f} % (%{customdata[1]:.1f} to %{customdata[2]:.1f}, "
+            "n = %{customdata[0]})<extra>" + _plain(run) + "</extra>",
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "thickness": 1.5,
+                "thickness": 2,
+                "width": 4,
+                "color": colour,
                 "array": [
                     100 * s[1][1] - a for s, a in zip(groups.values(), accuracy, strict=True)
                 ],
@@ -214,11 +307,16 @@ def scores_figure(
             },
         )
     figure.update_yaxes(range=[0, 100])
-    return _layout(figure, "Accuracy with 95 % intervals", "", "accuracy, %")
+    figure.update_layout(scattermode="group", scattergap=0.6)
+    made = _layout(figure, "Accuracy with 95 % intervals", "", "accuracy, %")
+    # On a narrow screen the groups' names stand upright, where the legend would be.
+    return made.update_layout(
+        legend={"y": 1.02, "yanchor": "bottom"}, margin_b=40, margin_t=84, showlegend=True
+    )
 
 
 def loss_figure(losses: Sequence[float]) -> go.Figure:
     """The tuning's loss by step."""
     figure = go.Figure(go.Scatter(y=list(losses), mode="lines", line={"color": BLUE}, name="loss"))
-    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero", exponentformat="power")
     return _layout(figure, "Tuning loss", "step", "KL, nats")

@@ -31,7 +31,8 @@ class ConsoleReporter(Reporter):
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False)
+        # Soft: a path must stay in one piece to be copied.
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:

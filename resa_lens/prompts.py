@@ -58,8 +58,12 @@ def question_prompt(question: str, system_prompt: str | None = None) -> str:
 
 
 def direct_prompt(question: str, system_prompt: str | None = None) -> str:
-    """Return the text that makes a model answer at once: the think tags stand empty."""
-    return f"{question_prompt(question, system_prompt)} {THINK_CLOSE} {ANSWER_OPEN} Answer:"
+    """Return the text that makes a model answer at once: the think tags stand empty.
+
+    It ends with a tag: an ending like "Answer:" would split the token ": " of some tokenizers and
+    make the direct answer look harder than it is.
+    """
+    return f"{question_prompt(question, system_prompt)} {THINK_CLOSE} {ANSWER_OPEN}"
 
 
 def resolve_system_prompt(prompt: str) -> str:

@@ -18,11 +18,13 @@ main { max-width: 980px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 1.7rem; margin: 0 0 4px; } h2 { font-size: 1.2rem; margin: 36px 0 8px; }
 table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #d7dce1; }
+td, th { white-space: nowrap; vertical-align: top; } td.long { white-space: normal; min-width: 17em; }
 .wide { overflow-x: auto; } .small { color: #57606a; font-size: .9rem; }
 .verdict { border-left: 4px solid #d55e00; padding: 8px 14px; background: #f6f8fa; }
 .verdict.supported { border-color: #009e73; }
 code { background: #f6f8fa; padding: 1px 5px; overflow-wrap: anywhere; }
 """
+LONG_CELL = 36  # characters: a layer's name in both numberings stays on its line
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ Block = str | go.Figure | Table | Verdict
 Section = tuple[str, Sequence[Block]]
 
 
+def _cell(text: str) -> str:
+    """A cell; long text wraps, everything else keeps its line, and the table scrolls."""
+    kind = " class='long'" if len(text) > LONG_CELL else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
+
+
 def _block(block: Block, first_figure: bool) -> str:
     if isinstance(block, go.Figure):
         return block.to_html(
@@ -56,8 +64,7 @@ def _block(block: Block, first_figure: bool) -> str:
     if isinstance(block, Table):
         head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in block.header)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-            for row in block.rows
+            "<tr>" + "".join(_cell(str(cell)) for cell in row) + "</tr>" for row in block.rows
         )
         return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
     if isinstance(block, Verdict):

@@ -15,7 +15,8 @@ def data_path(relative: str = "") -> Path:
     Raises:
         BadInputError: neither the checkout nor the wheel holds it.
     """
-    roots = (_PACKAGE.parent / "data", _PACKAGE / "_data")
+    # The wheel's first: beside an installed package `data` may be somebody else's.
+    roots = (_PACKAGE / "_data", _PACKAGE.parent / "data")
     for root in roots:
         if (root / relative).exists():
             return root / relative
@@ -27,5 +28,5 @@ def data_path(relative: str = "") -> Path:
 
 def app_script() -> Path:
     """Return the script that streamlit runs: in a checkout apps/, in a wheel the bundled copy."""
-    checkout = _PACKAGE.parent / "apps" / "feature_explorer.py"
-    return checkout if checkout.exists() else data_path("feature_explorer.py")
+    bundled = _PACKAGE / "_data" / "feature_explorer.py"
+    return bundled if bundled.exists() else _PACKAGE.parent / "apps" / "feature_explorer.py"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from resa_lens.errors import BadInputError, RunFailedError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 DEFAULT_FOLDER = "resa-workspace"
+_TEMPORARY = re.compile(r"\.tmp-(\d+)(\.old)?-(.+)")
+"""A folder being filled by a process, or with `.old` the artifact that it is replacing."""
 _TRACKED = ("resa-lens", "torch", "transformers", "transformer-lens", "eai-sparsify", "peft")
 
 
@@ -103,11 +106,23 @@ def digest(value: Any) -> str:
 class Workspace:
     """A folder of artifacts; it comes into being with its first artifact."""
 
-    def __init__(self, root: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path | None = None, *, recover: bool = True) -> None:
         chosen = root or os.environ.get("RESA_LENS_WORKSPACE") or DEFAULT_FOLDER
         self.root = Path(chosen).expanduser().resolve()
         if self.root.exists() and not self.root.is_dir():
             raise BadInputError(f"workspace {self.root} is a file; pass a folder with --workspace")
+        # A run killed between the two renames of a replacement left the old artifact set aside.
+        # A reader that may not write, as the app, leaves that to the next command.
+        for aside in self.root.rglob(".tmp-*.old-*") if recover else ():
+            _put_back(aside)
+
+    def check_writable(self) -> None:
+        """Raise BadInputError where nothing can be written: before long work, not after it."""
+        place = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not place.is_dir():
+            raise BadInputError(f"workspace {self.root}: {place} is a file; pass another folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise BadInputError(f"no permission to write {place}; choose another --workspace")
 
     def path(self, *parts: str) -> Path:
         """Return the path of an artifact; the parts may not lead out of the workspace."""
@@ -131,23 +146,25 @@ class Workspace:
         if not file.exists():
             return None
         try:
-            manifest = Manifest.model_validate_json(file.read_text())
-        except (ValidationError, UnicodeDecodeError) as error:
+            value = json.loads(file.read_text())
+            # First of all: a newer schema may lack what this one needs.
+            version = value.get("schema_version") if isinstance(value, dict) else None
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                raise BadInputError(
+                    f"{file} has schema {version}, this version reads up to "
+                    f"{SCHEMA_VERSION}; update resa-lens"
+                )
+            return Manifest.model_validate(value)
+        except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadInputError(
                 f"{file} is not a manifest of resa-lens; remove its folder"
             ) from error
-        if manifest.schema_version > SCHEMA_VERSION:
-            raise BadInputError(
-                f"{file} has schema {manifest.schema_version}, this version reads up to "
-                f"{SCHEMA_VERSION}; update resa-lens"
-            )
-        return manifest
 
     def find(self, kind_folder: str, kind: str | None = None) -> list[tuple[Path, Manifest]]:
         """Return the complete artifacts below a folder, the newest first."""
         found = []
         for file in self.path(kind_folder).rglob(MANIFEST):
-            if any(part.startswith(".tmp-") for part in file.parts):
+            if any(part.startswith(".tmp-") for part in file.relative_to(self.root).parts):
                 continue
             manifest = self.manifest(file.parent)
             if manifest and (kind is None or manifest.kind == kind):
@@ -171,6 +188,8 @@ class Workspace:
             with write_errors(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 _clear_stale(folder.parent)
+                # Of a killed run that had this process's number, as happens in containers.
+                shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
             # Only writes may fail as "disk full": an OSError of a computation inside the block
             # is a write too, because callers compute first and write here.
@@ -193,18 +212,37 @@ def _replace(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    old = folder.parent / f".tmp-{os.getpid()}-old-{folder.name}"
+    old = folder.parent / f".tmp-{os.getpid()}.old-{folder.name}"
+    shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear_stale(parent: Path) -> None:
     """Remove what killed runs left: temporary folders whose process is gone."""
     for stale in parent.glob(".tmp-*"):
-        pid = stale.name.split("-")[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not _alive(int(pid)):
+        found = _TEMPORARY.fullmatch(stale.name)
+        if found and not _put_back(stale) and not _alive(int(found[1])):
             shutil.rmtree(stale, ignore_errors=True)
+
+
+def _put_back(aside: Path) -> bool:
+    """Rename the artifact that a killed run had set aside to its place, if that is empty."""
+    found = _TEMPORARY.fullmatch(aside.name)
+    if not found or not found[2] or _alive(int(found[1])):
+        return False
+    place = aside.parent / found[3]
+    if place.exists():
+        return False
+    with contextlib.suppress(OSError):
+        aside.rename(place)
+        return True
+    return False
 
 
 def _alive(pid: int) -> bool:
@@ -244,8 +282,12 @@ def write_errors(where: Path) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:

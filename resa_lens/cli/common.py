@@ -79,6 +79,7 @@ def context(
 
     reporter = ConsoleReporter()
     place = Workspace(workspace)
+    place.check_writable()
     reporter.note(f"workspace: {place.root}")
     return Context(place, reporter, seed, device, dtype, force, threads)
 
@@ -135,7 +136,7 @@ def show_all(*parts: Any) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for part in parts:
         if isinstance(part, str):
-            console.print(part, markup=False)
+            console.print(part, markup=False, soft_wrap=True)
         else:
             console.print(part)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
+from resa_lens.tables import READERS, read_rows
 
 BUNDLED = "tiny"
 SPLITS = ("test", "train")
@@ -57,7 +53,7 @@ def load_questions(
             twice, or no question left.
     """
     path = _resolve(name_or_path, split)
-    rows = _read(path)
+    rows = read_rows(path)
     if not rows:
         raise BadInputError(f"{path} holds no rows; give at least one question with its answer")
     items = [_item(row, f"{path.stem}-{index}", index, path) for index, row in enumerate(rows)]
@@ -109,51 +105,6 @@ def _resolve(name_or_path: str | Path, split: str) -> Path:
             f"use {BUNDLED!r} or the path of a {_listed(READERS)} file"
         )
     return path
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise BadInputError(f"{path} has no known format; use one of {_listed(READERS)}")
-    try:
-        return reader(path)
-    except (UnicodeDecodeError, pa.ArrowInvalid, csv.Error) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise BadInputError(f"{path} is not readable as {path.suffix}: {reason}") from error
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInputError(f"{path}, line {number} is not JSON: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise BadInputError(f"{path}, line {number} is not a JSON object: {line[:40]!r}")
-            rows.append(row)
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    return pq.read_table(path).to_pylist()
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    # Not by type inference: "007" and "1.0" must stay what they are.
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
-"""Rows of a file, by its suffix."""
 
 
 def _item(row: dict[str, Any], default_id: str, index: int, path: Path) -> EvalItem:

@@ -139,12 +139,19 @@ def tag_prompt(model: Model, config: CountConfig) -> TaggedPrompt:
             start = text.find(tag, end)
         return tuple(found)
 
+    opened, closed = spans(config.open_tag), spans(config.close_tag)
+    for tag, found in ((config.open_tag, opened), (config.close_tag, closed)):
+        if not found:
+            raise BadInputError(
+                f"the chat template of {model.name} drops {tag} from the system message; "
+                "count on the bare text"
+            )
     return TaggedPrompt(
         text=text,
         ids=ids,
         tokens=tuple(tokenizer.convert_ids_to_tokens(list(ids))),
-        open_spans=spans(config.open_tag),
-        close_spans=spans(config.close_tag),
+        open_spans=opened,
+        close_spans=closed,
     )
 
 

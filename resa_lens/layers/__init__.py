@@ -117,6 +117,25 @@ class MixtureFit:
         plain["bic"] = {str(k): value for k, value in self.bic.items()}
         return plain
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MixtureFit:
+        """Read what `to_dict` wrote, also by way of JSON."""
+        intervals = [
+            ComponentInterval(
+                (item["mean"][0], item["mean"][1]), (item["weight"][0], item["weight"][1])
+            )
+            for item in values["intervals"]
+        ]
+        changed = {
+            "layers": tuple(values["layers"]),
+            "values": tuple(values["values"]),
+            "components": tuple(Component(**part) for part in values["components"]),
+            "intervals": tuple(intervals),
+            "bic": {int(k): value for k, value in values["bic"].items()},
+            "recommended": tuple(values["recommended"]),
+        }
+        return cls(**{**values, **changed})
+
 
 def nearest_layer(mean: float, layers: tuple[int, ...]) -> int:
     """The candidate layer nearest a mean; the lower one of two equally near."""

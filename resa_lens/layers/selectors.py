@@ -55,6 +55,14 @@ class Recommendation:
             "fit": self.fit.to_dict() if self.fit else None,
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recommendation:
+        """Read what `to_dict` wrote."""
+        layers = {item["layer"]: item["features"] for item in values["layers"]}
+        fit = MixtureFit.from_dict(values["fit"]) if values["fit"] else None
+        changed = {"layers": layers, "recommended": tuple(values["recommended"]), "fit": fit}
+        return cls(**{**values, **changed})
+
 
 @dataclass(frozen=True)
 class Tables:

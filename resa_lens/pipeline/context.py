@@ -10,7 +10,7 @@ import torch
 
 from resa_lens.models import Model, load_model
 from resa_lens.progress import SILENT, Reporter
-from resa_lens.workspace import Manifest, Workspace
+from resa_lens.workspace import MANIFEST, Manifest, Workspace
 
 NARROW = 256
 """Up to this width one thread is faster than several: the products are too small to share."""
@@ -59,6 +59,16 @@ class Context:
             **fields,
         )
 
-    def done(self, folder: Path) -> Manifest | None:
-        """Return the manifest of a finished artifact unless the work is to start anew."""
-        return None if self.force else self.workspace.manifest(folder)
+    def done(self, folder: Path, *parents: Path) -> Manifest | None:
+        """Return the manifest of a finished artifact, unless the work is to start anew.
+
+        An artifact older than one of the folders it was made from does not count as finished.
+        """
+        if self.force or not (found := self.workspace.manifest(folder)):
+            return None
+        made = (folder / MANIFEST).stat().st_mtime_ns
+        for parent in parents:
+            files = (file for file in parent.rglob("*") if file.is_file())
+            if max((file.stat().st_mtime_ns for file in files), default=0) > made:
+                return None
+        return found

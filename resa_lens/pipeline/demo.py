@@ -173,7 +173,11 @@ def write_report(path: Path, found: Discovery, fits: dict[str, MixtureFit], tune
         (
             "Three Gaussians, and what chance does",
             [
-                *(plots.mixture_figure(fit) for fit in fits.values() if sum(fit.values) > 0),
+                *(
+                    plots.mixture_figure(fit, title=f"Mixture over layers, rule {rule}")
+                    for rule, fit in fits.items()
+                    if sum(fit.values) > 0
+                ),
                 report.Table(
                     ["rule", "features", "components", "verdict", "why"],
                     [

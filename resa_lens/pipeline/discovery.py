@@ -12,31 +12,40 @@ from resa_lens.features.exclusive import (
     RULES,
     CountConfig,
     FeatureCounts,
+    LayerCount,
+    TaggedPrompt,
     count_features,
     tag_prompt,
 )
 from resa_lens.hookpoints import trainable_layers
-from resa_lens.layers.selectors import Recommendation, recommend
+from resa_lens.layers.selectors import SELECTORS, Recommendation, recommend
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.saes import SaeRun, saes_for
+from resa_lens.prompts import resolve_system_prompt
 from resa_lens.saes.train import SaeConfig
-from resa_lens.workspace import Manifest, config_dict, digest, write_json
+from resa_lens.workspace import Manifest, config_dict, digest, read_json, write_json
+
+RECIPES = ("robust", "paper")
 
 
 def count_run(
     ctx: Context, model: Model, saes: SaeRun, config: CountConfig, layers: Sequence[int] | None
 ) -> tuple[Path, FeatureCounts]:
-    """Count the exclusive features at the layers and keep them in the workspace."""
-    coders = saes.coders(model, layers)
-    counts = count_features(model, coders, config)
+    """Count the exclusive features at the layers, or read the finished counts."""
+    prompt = tag_prompt(model, config)
     identity = {
-        "count": config_dict(config),
+        # The text itself: a file named by @path may change.
+        "count": {**config_dict(config), "prompt": resolve_system_prompt(config.prompt)},
         "saes": ctx.workspace.relative(saes.folder),
-        "layers": [c.layer for c in counts.layers],
+        "layers": sorted(p.layer for p in saes.points if layers is None or p.layer in layers),
     }
     site = saes.points[0].site
     folder = ctx.workspace.path("counts", model.slug, f"{site}-{digest(identity)}")
+    if saes.manifest and not saes.warnings and ctx.done(folder, saes.folder):
+        ctx.reporter.note(f"counts: done before, in {folder}")
+        return folder, _read_counts(folder, prompt, config)
+    counts = count_features(model, saes.coders(model, layers, decoder=False), config)
     manifest = ctx.manifest(
         "counts",
         model,
@@ -47,6 +56,7 @@ def count_run(
             "site": site,
             "model": model.name,
             "n_layers": model.n_layers,
+            "warnings": list(saes.warnings),
         },
     )
     with ctx.workspace.artifact(folder, manifest) as target:
@@ -67,6 +77,19 @@ def count_run(
     return folder, counts
 
 
+def _read_counts(folder: Path, prompt: TaggedPrompt, config: CountConfig) -> FeatureCounts:
+    held = read_json(folder / "features.json")["layers"]
+    layers = tuple(
+        LayerCount(
+            item["layer"],
+            {rule: tuple(found) for rule, found in item["features"].items()},
+            item["active"],
+        )
+        for item in held
+    )
+    return FeatureCounts(prompt, layers, config)
+
+
 def recommend_run(
     ctx: Context,
     model: Model,
@@ -79,15 +102,7 @@ def recommend_run(
     site: str,
     quality: dict[int, float] | None = None,
 ) -> tuple[Path, Recommendation]:
-    """Recommend layers from the counts of a rule and keep the recommendation."""
-    made = recommend(
-        counts.table(rule),
-        n_layers=model.n_layers,
-        selector=selector,
-        recipe=recipe,
-        seed=ctx.seed,
-        quality=quality,
-    )
+    """Recommend layers from the counts of a rule, or read the finished recommendation."""
     identity = {
         "rule": rule,
         "selector": selector,
@@ -96,6 +111,17 @@ def recommend_run(
         "counts": ctx.workspace.relative(counts_folder),
     }
     folder = ctx.workspace.path("recommendations", model.slug, f"{site}-{digest(identity)}")
+    if ctx.done(folder, counts_folder):
+        ctx.reporter.note(f"recommendation: done before, in {folder}")
+        return folder, Recommendation.from_dict(read_json(folder / "recommendation.json"))
+    made = recommend(
+        counts.table(rule),
+        n_layers=model.n_layers,
+        selector=selector,
+        recipe=recipe,
+        seed=ctx.seed,
+        quality=quality,
+    )
     manifest = ctx.manifest(
         "recommendation",
         model,
@@ -149,6 +175,15 @@ def discover(
     tag_prompt(model, count)
     if rule not in RULES:
         raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
+    if selector not in SELECTORS:
+        raise BadInputError(f"selector {selector!r} is unknown; use {', '.join(SELECTORS)}")
+    if selector == "causal":
+        raise BadInputError(
+            "selector 'causal' needs measured effects, which no command makes yet; use mixture, "
+            "most-features, middle or quality"
+        )
+    if recipe not in RECIPES:
+        raise BadInputError(f"recipe {recipe!r} is unknown; use {' or '.join(RECIPES)}")
     run = saes_for(ctx, model, layers, sae, corpus, saes, allow_mismatch=allow_mismatch)
     if saes and not given:
         layers = [p.layer for p in run.points]

@@ -35,18 +35,26 @@ class SaeRun:
     fresh: bool
     """Whether this call trained them."""
     manifest: Manifest | None = None
+    stored_site: str | None = None
+    """The site of the folders' names where it is not the place's (--allow-site-mismatch)."""
+    warnings: tuple[str, ...] = ()
 
     def coders(
-        self, model: Model, layers: Sequence[int] | None = None
+        self, model: Model, layers: Sequence[int] | None = None, *, decoder: bool = True
     ) -> dict[Hookpoint, SparseCoder]:
-        """Load the coders of some layers, or of all."""
+        """Load the coders of some layers, or of all; counting needs no decoder."""
         wanted = [p for p in self.points if layers is None or p.layer in layers]
         if missing := sorted(set(layers or ()) - {p.layer for p in wanted}):
             raise BadInputError(
                 f"{self.folder} has no SAE at {describe_layer(missing[0], model.n_layers)}"
             )
         return {
-            p: load_coder(self.folder / p.sparsify, device=model.device, d_in=model.d_model)
+            p: load_coder(
+                self.folder / Hookpoint(p.layer, self.stored_site or p.site).sparsify,
+                device=model.device,
+                d_in=model.d_model,
+                decoder=decoder,
+            )
             for p in wanted
         }
 
@@ -176,8 +184,20 @@ def open_saes(
     *,
     allow_mismatch: bool = False,
     corpus: CorpusConfig | None = None,
+    only: Sequence[int] | None = None,
 ) -> SaeRun:
     """Open SAEs that the user points to, in sparsify's layout, and check that they fit.
+
+    With a mismatch allowed, SAEs of another site are put at `site` all the same.
+
+    Args:
+        ctx: the workspace and who to tell.
+        model: the model they are put into.
+        folder: holds one folder a hookpoint.
+        site: where they are put.
+        allow_mismatch: warn where they do not fit.
+        corpus: of the probe text.
+        only: open these layers alone; one SAE of a large model is nearly a gigabyte.
 
     Raises:
         BadInputError: none of the site is there, or one does not fit the model.
@@ -193,35 +213,54 @@ def open_saes(
         )
     points = {parse_hookpoint(p.name): p for p in found}
     sites = sorted({p.site for p in points})
-    chosen = [p for p in points if p.site == site]
-    if not chosen and not allow_mismatch:
+    if site not in sites and not allow_mismatch:
         raise BadInputError(f"--saes {folder} has SAEs for site {', '.join(sites)}, not for {site}")
+    stored = site if site in sites else sites[0]
+    chosen = [Hookpoint(p.layer, site) for p in points if p.site == stored]
     records = corpora.load_records((corpus or CorpusConfig()).source)
     probe = probe_batches(model, split_records(records)[1], corpus or CorpusConfig())
     manifest = ctx.workspace.manifest(folder)
     run = SaeRun(
         folder,
-        tuple(sorted(chosen or points)),
+        tuple(sorted(chosen)),
         {q["layer"]: q for q in manifest.results["layers"]} if manifest else {},
         manifest.results["tokens"] if manifest else 0,
         0.0,
         False,
         manifest,
+        stored,
     )
-    fvu, warnings = check_fit(model, run.coders(model), probe, allow_mismatch=allow_mismatch)
+    coders = run.coders(model, only)
+    fvu, warnings = check_fit(model, coders, probe, allow_mismatch=allow_mismatch)
     for warning in warnings:
         ctx.reporter.note(f"warning: {warning}")
     return replace(
-        run, quality=run.quality or {p.layer: {"fvu": value} for p, value in fvu.items()}
+        run,
+        quality=run.quality or {p.layer: {"fvu": value} for p, value in fvu.items()},
+        warnings=tuple(warnings),
     )
 
 
-def find_saes(ctx: Context, model: Model, site: str, layers: Sequence[int]) -> SaeRun | None:
-    """Return the newest run of the model and site that has all the layers."""
+def find_saes(
+    ctx: Context, model: Model, config: SaeConfig, corpus: CorpusConfig, layers: Sequence[int]
+) -> SaeRun | None:
+    """Return the newest run of the model and site that has all the layers.
+
+    What the caller left at its default matches any run; what was asked for must be so.
+    """
     if ctx.force:
         return None
+    site, plain = config.site, SaeConfig()
+    asked = {
+        key: value
+        for key in ("latents", "k", "optimizer", "learning_rate", "tokens", "batch")
+        if (value := getattr(config, key)) != getattr(plain, key)
+    }
     for folder, manifest in ctx.workspace.find(f"saes/{model.slug}", "saes"):
-        if manifest.results.get("site") != site:
+        made, data = manifest.config["sae"], manifest.config["corpus"]["source"]
+        if manifest.results.get("site") != site or any(made[k] != v for k, v in asked.items()):
+            continue
+        if corpus.source not in (CorpusConfig().source, data):
             continue
         held = [q["layer"] for q in manifest.results["layers"]]
         if set(layers) <= set(held):
@@ -239,8 +278,9 @@ def saes_for(
     given: str | None = None,
     *,
     allow_mismatch: bool = False,
+    only: Sequence[int] | None = None,
 ) -> SaeRun:
-    """Return SAEs at the layers: as given, as found, or trained now."""
+    """Return SAEs at the layers: as given, as found, or trained now (`only`: see `open_saes`)."""
     if given:
         return open_saes(
             ctx,
@@ -249,8 +289,9 @@ def saes_for(
             config.site,
             allow_mismatch=allow_mismatch,
             corpus=corpus,
+            only=only,
         )
-    if found := find_saes(ctx, model, config.site, layers):
+    if found := find_saes(ctx, model, config, corpus, layers):
         ctx.reporter.note(f"SAEs: using {found.folder}")
         return found
     ctx.reporter.note(

@@ -23,7 +23,7 @@ from resa_lens.saes.quality import check_fit
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stats import PairedComparison
 from resa_lens.tuning.objective import Objective
-from resa_lens.tuning.train import TuneConfig, save_adapter, tune
+from resa_lens.tuning.train import TuneConfig, lora_targets, save_adapter, tune
 from resa_lens.workspace import Manifest, config_dict, digest
 
 
@@ -134,6 +134,7 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
         raise BadInputError(
             f"{job.model} is an adapter; tune its base model (adapters on adapters are not stacked)"
         )
+    lora_targets(target.model, job.objective.targets)
     source = ctx.model(job.source_model) if job.source_model else target
     if (source.d_model, source.n_layers) != (target.d_model, target.n_layers):
         raise BadInputError(
@@ -148,12 +149,17 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     ctx.reporter.note(f"{describe_layer(layer, target.n_layers)}, selector {selector}: {note}")
     sae_config = replace(job.sae, site=site)
     run = saes_for(
-        ctx, source, [layer], sae_config, job.trigger, job.saes, allow_mismatch=job.allow_mismatch
+        ctx,
+        source,
+        [layer],
+        sae_config,
+        job.trigger,
+        job.saes,
+        allow_mismatch=job.allow_mismatch,
+        only=[layer],
     )
-    # With a mismatch allowed, the SAE of another site is put at the objective's.
-    held = next((p for p in run.points if p.layer == layer), Hookpoint(layer, site))
-    coder = run.coders(source, [layer])[held]
     point = Hookpoint(layer, site)
+    coder = run.coders(source, [layer])[point]
     probe = probe_batches(target, split_records(records)[1], job.elicitation)
     _, warnings = check_fit(target, {point: coder}, probe, allow_mismatch=job.allow_mismatch)
     for warning in warnings:
@@ -172,7 +178,7 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     }
     name = f"{target.slug}-{job.objective.preset}-{site}-L{layer:02d}-{digest(identity)}"
     folder = ctx.workspace.path("adapters", name)
-    manifest = ctx.done(folder)
+    manifest = ctx.done(folder, run.folder)
     if manifest:
         ctx.reporter.note(f"adapter: done before, in {folder}")
     else:

@@ -104,7 +104,7 @@ def load_coder(
         values: dict[str, Any] = json.loads(config.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInputError(f"{config} is damaged: {error}") from error
-    if not isinstance(values.get("d_in"), int):
+    if not isinstance(values, dict) or not isinstance(values.get("d_in"), int):
         raise BadInputError(f"{config} has no d_in; it is not a sparsify checkpoint")
     if d_in is not None and values["d_in"] != d_in:
         raise BadInputError(
@@ -116,6 +116,8 @@ def load_coder(
         raise BadInputError(
             f"SAE {folder} has activation {activation!r}; readable: {', '.join(ACTIVATIONS)}"
         )
+    if values.get("transcode") or values.get("skip_connection"):
+        raise BadInputError(f"SAE {folder} is a transcoder; an autoencoder is needed")
     check_safetensors(weights)
     with safe_open(weights, framework="pt") as stream:
         present = set(stream.keys())
@@ -123,8 +125,14 @@ def load_coder(
         raise BadInputError(f"SAE {folder} lacks the tensor {sorted(missing)[0]}")
     try:
         coder = SparseCoder.load_from_disk(folder, device=device, decoder=decoder)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise BadInputError(f"SAE {folder}: {str(error).splitlines()[0][:200]}") from error
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        # torch's first line is only a heading; the last one names the tensor and the sizes.
+        detail = str(error).strip().splitlines()[-1].strip()[:200]
+        raise BadInputError(f"SAE {folder}: {detail}") from error
+    if not isinstance(coder.cfg.k, int) or not 1 <= coder.cfg.k <= coder.num_latents:
+        raise BadInputError(
+            f"SAE {folder} has k {coder.cfg.k!r}; k must be 1 to its {coder.num_latents} latents"
+        )
     for name, value in coder.named_parameters():
         if not torch.isfinite(value).all():
             raise BadInputError(f"SAE {folder}: {name} holds values that are not finite")

@@ -215,6 +215,13 @@ def train_saes(
     window = min(config.dead_threshold, max(1, tokens // 2))
     coders = {point: trainer.finish() for point, trainer in trainers.items()}
     measured = measure_fvu(model, coders, held_out)
+    # The last step's update was seen by no loss.
+    for point, (fvu, _) in measured.items():
+        if held_out and not math.isfinite(fvu):
+            raise RunFailedError(
+                f"SAE at layer {point.layer}: the FVU is {fvu} after the last step; "
+                f"lower the learning rate (now {config.learning_rate:.3g})"
+            )
     quality = tuple(
         LayerQuality(
             layer=point.layer,

@@ -2,7 +2,7 @@
 
 A Qwen2 of 12 layers x 128 learns to solve the questions of `questions.py` with their steps between
 the think tags.  87 % of the documents show the steps, 7 % stand behind a system prompt, 6 % answer
-at once with empty tags.  The run resumes from its last checkpoint in FOLDER/state.
+at once with empty tags.  The run resumes from its last checkpoint in FOLDER/state.pt.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class TinyConfig:
     """Sequences a step."""
     learning_rate: float = 2.5e-3
     """AdamW's, for embeddings and norms; the matrices have it too unless `muon`."""
-    muon: bool = False
+    muon: bool = True
     """Orthogonalised momentum for the matrices of the blocks."""
-    muon_learning_rate: float = 1e-2
+    muon_learning_rate: float = 2e-2
     weight_decay: float = 0.05
     decay_share: float = 0.4
     """Last share of the training over which the learning rates fall linearly to 2 %."""
@@ -73,7 +73,7 @@ def render(item: Question, rng: random.Random) -> str:
         name = "r1" if rng.random() < 0.7 else rng.choice(list(prompts.SYSTEM_PROMPTS))
         text = prompts.SYSTEM_PROMPTS[name]
         return prompts.document(item.question, item.steps, item.answer, text)
-    return prompts.direct_prompt(item.question) + f" {item.answer} {prompts.ANSWER_CLOSE}"
+    return f"{prompts.direct_prompt(item.question)} Answer: {item.answer} {prompts.ANSWER_CLOSE}"
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -253,6 +253,9 @@ def train(config: TinyConfig, out: Path) -> Path:
             torch.save(values, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").rename(state)
             export(model, tokenizer, out / "model")
+    if start >= steps:
+        # A run killed after its last checkpoint may have exported an older model, or none.
+        export(model, tokenizer, out / "model")
     return out / "model"
 
 

@@ -8,6 +8,7 @@ option of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.hookpoints import Hookpoint, site_named
 from resa_lens.saes.coder import SparseCoder, reconstruct
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -86,6 +87,10 @@ def preset(name: str, **changes: Any) -> Objective:
             raise BadInputError(
                 f"{key} {getattr(chosen, key)!r} is unknown; use {' or '.join(values)}"
             )
+    site_named(chosen.site)
+    # A negative norm would turn every gradient around.
+    if chosen.clip_norm is not None and not 0 < chosen.clip_norm < math.inf:
+        raise BadInputError(f"clip norm {chosen.clip_norm} must be a positive number")
     return chosen
 
 

@@ -21,7 +21,7 @@ from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model, boot, check_safetensors
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.tuning.objective import Objective, tuning_loss
+from resa_lens.tuning.objective import ATTENTION, MLP, Objective, tuning_loss
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,14 @@ def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """Return the module names that get adapters: the wanted ones, or a NeoX model's own.
 
     Raises:
-        BadInputError: the model has none of them.
+        BadInputError: the model has none of them, or a name that is of no model's.
     """
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if unknown := [n for n in wanted if n not in present and n not in (*ATTENTION, *MLP)]:
+        raise BadInputError(
+            f"the model has no module named {unknown[0]!r} to adapt; "
+            f"choose from {', '.join(n for n in (*ATTENTION, *MLP) if n in present) or 'its own'}"
+        )
     if found := [name for name in wanted if name in present]:
         return found
     fused = {
@@ -161,6 +166,12 @@ def tune(
         torch.random.set_rng_state(generator_state)
     if not losses:
         raise BadInputError("the elicitation data gave no batch")
+    # The last step's update was seen by no loss.
+    if not all(bool(torch.isfinite(p).all()) for p in weights):
+        raise RunFailedError(
+            f"tuning at layer {point.layer}: the adapters are not finite after the last step; "
+            f"lower the learning rate (now {config.learning_rate:.3g})"
+        )
     peft.eval()
     trainable = sum(p.numel() for p in weights)
     result = TuneResult(

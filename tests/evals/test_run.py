@@ -91,7 +91,7 @@ def test_direct_style_is_graded_from_the_open_answer():
     engine = ScriptedEngine(lambda prompt, _: f" {number(prompt) + 1} </answer>")
     result = evaluate(engine, ITEMS, EvalConfig(prompt_style="direct"))
     assert result.accuracy == 1.0
-    assert result.samples[0]["prompt"].endswith("<think> </think> <answer> Answer:")
+    assert result.samples[0]["prompt"].endswith("<think> </think> <answer>")
     assert result.samples[0]["answer"] == "1"
 
 
@@ -178,5 +178,5 @@ def test_bad_configs():
 
 
 def test_prompts():
-    assert build_prompt("q", "direct") == "Problem: q <think> </think> <answer> Answer:"
+    assert build_prompt("q", "direct") == "Problem: q <think> </think> <answer>"
     assert build_prompt("q", "reason", "s") == "s\nProblem: q <think>"

@@ -1,0 +1,52 @@
+"""An SAE at the wrong place is refused, or allowed with a warning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint
+from resa_lens.models import Model
+from resa_lens.saes.coder import SparseCoder, new_coder
+from resa_lens.saes.quality import check_fit
+from resa_lens.saes.train import SaeConfig, train_saes
+
+
+def batches(count: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 500, (2, 128), generator=generator) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Model) -> SparseCoder:
+    """An SAE for the MLP's output of layer 9."""
+    config = SaeConfig(latents=512, k=32).for_width(tiny.d_model)
+    return train_saes(tiny, [9], batches(25, 0), batches(1, 1), config).coders[Hookpoint(9)]
+
+
+def test_at_its_own_site(tiny: Model, trained: SparseCoder) -> None:
+    point = Hookpoint(9, "mlp_out")
+    fvu, warnings = check_fit(tiny, {point: trained}, batches(2, 2))
+    assert fvu[point] < 0.8
+    assert warnings == []
+
+
+def test_at_the_other_site_it_is_refused(tiny: Model, trained: SparseCoder) -> None:
+    point = Hookpoint(9, "resid_post")
+    with pytest.raises(BadInputError, match=r"(?s)10th of 12.*resid_post.*--site") as caught:
+        check_fit(tiny, {point: trained}, batches(2, 2))
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_allowed_it_warns_with_the_figure(tiny: Model, trained: SparseCoder) -> None:
+    point = Hookpoint(9, "resid_post")
+    fvu, warnings = check_fit(tiny, {point: trained}, batches(2, 2), allow_mismatch=True)
+    assert fvu[point] > 1
+    assert len(warnings) == 1
+    assert f"{fvu[point]:.2f}" in warnings[0]
+
+
+def test_a_layer_beyond_the_model(tiny: Model) -> None:
+    with pytest.raises(BadInputError, match="out of range"):
+        check_fit(tiny, {Hookpoint(12): new_coder(tiny.d_model, 8, 1, seed=0)}, batches(1, 0))
