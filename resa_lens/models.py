@@ -26,6 +26,7 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -223,7 +224,11 @@ def _load_plain(path: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any, 
                 **quantization,
             )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # The file is what the model was trained with.  For some architectures (qwen2) AutoTokenizer
+        # puts its own pre-tokenizer in place of the file's and leaves out a beginning token.
+        as_saved = not options and (source / "tokenizer.json").exists()
+        reader: Any = PreTrainedTokenizerFast if as_saved else AutoTokenizer
+        tokenizer = reader.from_pretrained(source, **options)
     except (
         OSError,
         ValueError,

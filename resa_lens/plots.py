@@ -34,7 +34,9 @@ def _plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _layout(figure: go.Figure, title: str, x: str, y: str, subtitle: str = "") -> go.Figure:
+def _layout(
+    figure: go.Figure, title: str, x: str, y: str, subtitle: str = "", *, legend: bool = True
+) -> go.Figure:
     # The short title and the subtitle fit a phone's width; legend and title have their own bands
     # above and below the axes, which grow with the legend's lines.
     figure.update_layout(
@@ -58,8 +60,8 @@ def _layout(figure: go.Figure, title: str, x: str, y: str, subtitle: str = "") -
         hovermode="x unified",
         height=440,
     )
-    if len(figure.data) == 1 and isinstance(figure.data[0], go.Scatter):
-        figure.update_layout(margin_b=56, height=410)
+    if not legend:
+        figure.update_layout(margin_b=56, height=410, showlegend=False)
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     return figure
@@ -76,6 +78,11 @@ def _count_ticks(figure: go.Figure, highest: float) -> None:
 
 def _axis(one_based: bool) -> str:
     return "layer (1-based)" if one_based else "layer (0-based)"
+
+
+def _empty(figure: go.Figure, text: str) -> None:
+    where = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
+    figure.add_annotation(text=text, showarrow=False, font={"size": 14}, **where)
 
 
 def counts_figure(
@@ -126,14 +133,7 @@ def counts_figure(
         )
     total = sum(sum(table.values()) for table in counts.values())
     if total == 0:
-        figure.add_annotation(
-            text="no feature under any rule",
-            showarrow=False,
-            xref="paper",
-            yref="paper",
-            x=0.5,
-            y=0.5,
-        )
+        _empty(figure, "no feature under any rule" if len(counts) > 1 else "no feature")
     _layer_ticks(figure, len(next(iter(counts.values()), {})))
     _count_ticks(figure, max((v for t in counts.values() for v in t.values()), default=0))
     return _layout(figure, title, _axis(one_based), "features")
@@ -192,15 +192,16 @@ def mixture_figure(
                 name=f"fitted mixture (K = {fit.k})",
                 line={"color": BLUE, "width": 3, "dash": "dot" if fit.verdict == FLAT else "solid"},
             )
-        for part, interval in zip(
-            fit.components, [*fit.intervals, *[None] * len(fit.components)], strict=False
-        ):
+        intervals = [*fit.intervals, *[None] * len(fit.components)]
+        for rank, (part, interval) in enumerate(zip(fit.components, intervals, strict=False)):
             top = float(values.max()) * 1.06
             figure.add_scatter(
                 x=[part.mean + shift],
                 y=[top],
                 mode="markers",
-                showlegend=False,
+                showlegend=rank == 0,
+                legendgroup="means",
+                name="mean of a component, 95 %" if fit.intervals else "mean of a component",
                 marker={"symbol": "triangle-down", "size": 11, "color": VERMILION},
                 error_x=None
                 if interval is None
@@ -218,6 +219,8 @@ def mixture_figure(
         spread = max(float(np.ptp(values)), 0.1)
         figure.update_yaxes(range=[values.min() - 0.3 * spread, values.max() + 0.3 * spread])
     _layer_ticks(figure, layers.size)
+    if fit.kind == "counts" and fit.n == 0:
+        _empty(figure, "no feature: nothing to fit")
     if fit.kind == "counts":
         _count_ticks(figure, float(values.max(initial=0)))
     subtitle = _plain(f"recipe {fit.recipe}: {fit.verdict}")
@@ -258,7 +261,7 @@ def profile_figure(
     _layer_ticks(figure, len(layers))
     if from_zero:
         figure.update_yaxes(rangemode="tozero")
-    return _layout(figure, title, _axis(one_based), y)
+    return _layout(figure, title, _axis(one_based), y, legend=baseline is not None)
 
 
 def quality_figure(fvu: Mapping[int, float], *, one_based: bool = False) -> go.Figure:
@@ -306,8 +309,8 @@ def scores_figure(
                 ],
             },
         )
-    figure.update_yaxes(range=[0, 100])
-    figure.update_layout(scattermode="group", scattergap=0.6)
+    figure.update_yaxes(range=[-3, 103], tickvals=list(range(0, 101, 20)))
+    figure.update_layout(scattermode="group", scattergap=0.35)
     made = _layout(figure, "Accuracy with 95 % intervals", "", "accuracy, %")
     # On a narrow screen the groups' names stand upright, where the legend would be.
     return made.update_layout(
@@ -319,4 +322,4 @@ def loss_figure(losses: Sequence[float]) -> go.Figure:
     """The tuning's loss by step."""
     figure = go.Figure(go.Scatter(y=list(losses), mode="lines", line={"color": BLUE}, name="loss"))
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
-    return _layout(figure, "Tuning loss", "step", "KL, nats")
+    return _layout(figure, "Tuning loss", "step", "KL, nats", legend=False)

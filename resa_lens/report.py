@@ -18,7 +18,8 @@ main { max-width: 980px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 1.7rem; margin: 0 0 4px; } h2 { font-size: 1.2rem; margin: 36px 0 8px; }
 table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #d7dce1; }
-td, th { white-space: nowrap; vertical-align: top; } td.long { white-space: normal; min-width: 17em; }
+td, th { white-space: nowrap; vertical-align: top; }
+td.long { white-space: normal; min-width: 17em; }
 .wide { overflow-x: auto; } .small { color: #57606a; font-size: .9rem; }
 .verdict { border-left: 4px solid #d55e00; padding: 8px 14px; background: #f6f8fa; }
 .verdict.supported { border-color: #009e73; }

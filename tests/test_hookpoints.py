@@ -82,7 +82,7 @@ def test_default_site_order_and_bad_values():
     assert sorted([Hookpoint(10), Hookpoint(2)]) == [Hookpoint(2), Hookpoint(10)]
     with pytest.raises(BadInputError, match="-1"):
         Hookpoint(-1)
-    with pytest.raises(BadInputError, match="attn_out.*mlp_out, resid_post"):
+    with pytest.raises(BadInputError, match=r"attn_out.*mlp_out, resid_post"):
         Hookpoint(1, "attn_out")
     with pytest.raises(BadInputError, match="nowhere"):
         site_named("nowhere")

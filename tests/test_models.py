@@ -37,8 +37,8 @@ from resa_lens.tuning.train import TuneConfig, add_adapters, save_adapter
 EOS, PAD = "<eos>", "<pad>"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIALS = [EOS, PAD, "<think>", "</think>"]
-MERGED = ["Ġt", "12"]
-MERGES = [("Ġ", "t"), ("1", "2")]
+MERGED = ["Ġt", "ab"]
+MERGES = [("Ġ", "t"), ("a", "b")]
 VOCABULARY = [*ALPHABET, *SPECIALS, *MERGED]
 SHAPE: dict[str, Any] = {
     "vocab_size": len(VOCABULARY), "hidden_size": 64, "intermediate_size": 96,
@@ -190,6 +190,22 @@ def test_a_sharded_folder_loads_like_a_whole_one(small, tmp_path):
         assert "index.json is damaged" in refusal(sharded)
 
 
+def test_the_tokens_are_those_of_the_folders_own_file(small):
+    # AutoTokenizer puts Qwen2's pre-tokenizer, which knows no digit pairs, in place of the file's.
+    model = load_model(str(small))
+    own = Tokenizer.from_file(str(small / "tokenizer.json"))
+    text = "abc te 12<think> don't\n\n x"
+    assert model.tokenizer(text)["input_ids"] == own.encode(text).ids
+    assert model.tokenizer.eos_token == EOS
+    assert model.tokenizer.pad_token == PAD
+
+
+def test_the_bundled_models_tokens_are_those_it_was_trained_with():
+    own = Tokenizer.from_file(str(data_path("tiny-reasoner") / "tokenizer.json"))
+    text = "Problem: What is 12+34? <think> 12+34=46 </think> <answer> Answer: 46 </answer>"
+    assert load_model("tiny-reasoner").tokenizer(text)["input_ids"] == own.encode(text).ids
+
+
 # Names and places
 
 
@@ -273,7 +289,8 @@ def test_a_hub_id_is_found_in_the_hub_cache_offline(small, tmp_path):
     (repository / "refs" / "main").write_text(revision)
     # In a process of its own: huggingface_hub reads the place of its cache at import.
     done = subprocess.run(
-        [sys.executable, "-c", HUB_SCRIPT], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", HUB_SCRIPT],
+        capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -429,7 +446,7 @@ def test_a_gguf_file_in_fp32_has_the_folders_logits_and_tokens(small, tmp_path):
     model = load_model(str(path))
     assert (bridge_logits(model) - plain_logits(small)).abs().max() < 1e-4
     assert model.attention == "native"
-    text = "a 12 te<think>"
+    text = "abc 12 te<think>"
     assert model.tokenizer(text)["input_ids"] == small_tokenizer()(text)["input_ids"]
     assert model.tokenizer.eos_token == EOS
     assert model.slug == f"small-{hash_files([path])[:8]}"
@@ -448,7 +465,7 @@ def test_a_quantised_gguf_file_is_dequantised(small, tmp_path):
     assert (error <= 0.55 * step).all()
     assert error.max() > 0
     expected = plain_logits(small)
-    assert (bridge_logits(model) - expected).abs().max() < 0.1 * expected.std()
+    assert (bridge_logits(model) - expected).std() < 0.1 * expected.std()
 
 
 def test_a_damaged_gguf_file_is_refused_with_its_name(small, tmp_path):
@@ -510,6 +527,9 @@ def test_a_reloaded_adapter_changes_the_logits_as_it_did_when_saved(small, tmp_p
     base = load_model(str(small))
     for given in (None, str(small)):
         model = load_model(str(folder), base=given)
+        frozen = [p for n, p in model.peft.named_parameters() if "lora_" in n]
+        assert frozen
+        assert not any(p.requires_grad for p in frozen)
         logits = bridge_logits(model)
         assert (logits - expected).abs().max() < 1e-4
         assert (logits - plain_logits(small)).abs().max() > 0.05
@@ -517,7 +537,6 @@ def test_a_reloaded_adapter_changes_the_logits_as_it_did_when_saved(small, tmp_p
         assert model.weights_hash != base.weights_hash
         with torch.no_grad(), model.peft.disable_adapter():
             assert (model.bridge(token_ids()) - plain_logits(small)).abs().max() < 1e-4
-        assert not any(p.requires_grad for n, p in model.peft.named_parameters() if "lora_" in n)
     trainable = load_model(str(folder), trainable=True)
     assert all(p.requires_grad for n, p in trainable.peft.named_parameters() if "lora_" in n)
 

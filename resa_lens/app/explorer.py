@@ -21,7 +21,7 @@ def workspace_argument(arguments: Sequence[str]) -> str | None:
 
 def main() -> None:
     """Draw the app; streamlit calls it again at every click.  Nothing is ever written."""
-    st.set_page_config(page_title="resa-lens", page_icon=":material/layers:", layout="wide")
+    st.set_page_config(page_title="resa-lens", layout="wide")
     try:
         listing = data.scan(workspace_argument(sys.argv[1:]))
     except BadInputError as error:
@@ -32,7 +32,6 @@ def main() -> None:
     layers = st.Page(
         lambda: layers_page.show(listing),
         title="Layers",
-        icon=":material/layers:",
         url_path="layers",
         default=True,
     )

@@ -154,6 +154,8 @@ def _mixture(counts: Counts, made: StoredRecommendation | None, rule: str, one_b
         problem(str(error))
         return
     figure(plots.mixture_figure(fit, one_based=one_based), "figure-mixture")
+    if chosen != rule:
+        st.caption(f'The recommendation follows rule "{rule}"; this rule only stands beside it.')
     st.text(f"Verdict: {fit.verdict}\nWhy: {fit.reason}\nNext step: {fit.next_step}")
     if fit.components:
         shift = int(one_based)
@@ -180,10 +182,10 @@ def _fit(counts: Counts, made: StoredRecommendation | None, rule: str, chosen: s
     """The recommendation's own fit where it has one for the rule, else a cached one."""
     if made and made.fit and chosen == rule:
         return made.fit
-    table = counts.table(chosen)
+    held = counts.table(chosen)
     recipe = made.fit.recipe if made and made.fit else "robust"
     with st.spinner("Fitting the mixture and its nulls"):
-        return data.fitted(tuple(table), tuple(map(float, table.values())), recipe, 0)
+        return data.fitted(tuple(held), tuple(map(float, held.values())), recipe, 0)
 
 
 def _quality(listing: Listing, run: Artifact, one_based: bool) -> None:
@@ -227,13 +229,13 @@ def _paper(counts: Counts, rule: str, one_based: bool) -> None:
         return
     ours, theirs = st.columns(2)
     with ours:
-        table = {rule: counts.table(rule)}
+        shown = {rule: counts.table(rule)}
         title = f"This model, {counts.n_layers} layers"
-        figure(plots.counts_figure(table, one_based=one_based, title=title), "figure-ours")
+        figure(plots.counts_figure(shown, one_based=one_based, title=title), "figure-ours")
     with theirs:
-        table = {"paper": {layer: int(value) for layer, value in paper.counts.items()}}
+        shown = {"paper": {layer: int(value) for layer, value in paper.counts.items()}}
         title = f"The paper's model, {data.PAPER_LAYERS} layers"
-        figure(plots.counts_figure(table, one_based=one_based, title=title), "figure-paper")
+        figure(plots.counts_figure(shown, one_based=one_based, title=title), "figure-paper")
     made = plots.profile_figure(
         paper.scores,
         title="The paper's tuned models",
@@ -315,7 +317,7 @@ def _scores(listing: Listing, run: Artifact) -> None:
                 "high, %": 100 * ci[1],
                 "n": n,
             }
-            for name, table in groups.items()
-            for group, (accuracy, ci, n) in table.items()
+            for name, scored in groups.items()
+            for group, (accuracy, ci, n) in scored.items()
         ]
         table(rows, "scores", dict.fromkeys(("accuracy, %", "low, %", "high, %"), "%.1f"))

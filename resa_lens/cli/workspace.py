@@ -64,7 +64,7 @@ def explorer(
         ctx = common.context(workspace, 0, "cpu", "auto", False, None)
         os.environ["RESA_LENS_WORKSPACE"] = str(ctx.workspace.root)
         options = ["--server.address", "localhost", "--server.port", str(port)]
-        options += ["--browser.gatherUsageStats", "false"]
+        options += ["--browser.gatherUsageStats", "false", "--client.toolbarMode", "viewer"]
         command = [sys.executable, "-m", "streamlit", "run", str(app_script()), *options]
         os.execv(sys.executable, command)  # noqa: S606
 

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.hookpoints import SITES, Hookpoint
 from resa_lens.models import Model
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.train import measure_fvu
@@ -26,22 +26,37 @@ def check_fit(
 ) -> tuple[dict[Hookpoint, float], list[str]]:
     """Measure each SAE's FVU on a probe text and refuse one that does not fit.
 
+    It does not fit where it leaves more variance than there is, or less at another site of the
+    same layer: on templated text the wrong site's FVU can stay below 1 (0.56 to 0.95 on the
+    bundled model, against 0.16 to 0.46 at the right one).
+
     Returns:
         FVU a hookpoint, and a warning for each misfit that was allowed.
 
     Raises:
-        BadInputError: an FVU above 1, unless `allow_mismatch`.
+        BadInputError: an SAE that does not fit, unless `allow_mismatch`.
     """
-    measured = {point: fvu for point, (fvu, _) in measure_fvu(model, coders, probe).items()}
+    rivals = {
+        point: [Hookpoint(point.layer, site) for site in SITES if site != point.site]
+        for point in coders
+    }
+    places = {other: coder for point, coder in coders.items() for other in rivals[point]}
+    found = {p: fvu for p, (fvu, _) in measure_fvu(model, {**places, **coders}, probe).items()}
     warnings = []
-    for point, fvu in measured.items():
-        if fvu <= FVU_LIMIT:
+    for point in coders:
+        fvu = found[point]
+        # An asked-for rival was measured with its own SAE.
+        better = [o for o in rivals[point] if o not in coders and found[o] < fvu]
+        if fvu <= FVU_LIMIT and not better:
             continue
+        best = min(better, key=lambda other: found[other], default=None)
+        where = "another model, layer or site" if best is None else f"site {best.site}"
+        at_best = "" if best is None else f" and {found[best]:.2f} at {best.site}"
         text = (
             f"the SAE for {point.describe(model.n_layers)}, site {point.site}, leaves an FVU of "
-            f"{fvu:.2f} on a probe text: it was trained on another model, layer or site"
+            f"{fvu:.2f} on a probe text{at_best}: it was trained on {where}"
         )
         if not allow_mismatch:
             raise BadInputError(f"{text}.\nPass the right --site, or --allow-site-mismatch.")
         warnings.append(f"{text} (allowed by --allow-site-mismatch)")
-    return measured, warnings
+    return {point: found[point] for point in coders}, warnings

@@ -17,14 +17,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from resa_lens import prompts
-from resa_lens.tiny.questions import Question, draw
+from resa_lens.tiny.questions import TRAIN_LEVELS, Question, draw, draw_unique
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 640
+DEV_SEED = 5
 STEPS_SHARE, SYSTEM_SHARE = 0.87, 0.07
 """Shares of documents with steps and with steps behind a system prompt; the rest is direct."""
 
@@ -41,8 +42,11 @@ CHAT_TEMPLATE = (
 class TinyConfig:
     """Shape and training of the bundled model."""
 
-    tokens: int = 14_000_000
-    """Training tokens."""
+    tokens: int = 9_000_000
+    """Training tokens at most: the length of the schedule."""
+    stop_at: float | None = 0.68
+    """Stop at this greedy accuracy on questions of the training split: an instrument for finding
+    what helps needs a model with room to gain and to lose.  None trains to the end."""
     layers: int = 12
     width: int = 128
     heads: int = 4
@@ -61,7 +65,7 @@ class TinyConfig:
     """Last share of the training over which the learning rates fall linearly to 2 %."""
     seed: int = 0
     threads: int = 1
-    checkpoint_tokens: int = 1_000_000
+    checkpoint_tokens: int = 500_000
 
 
 def render(item: Question, rng: random.Random) -> str:
@@ -83,38 +87,41 @@ def documents(seed: int) -> Iterator[str]:
         yield render(item, rng)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE: single digits, single-token tags, all bytes representable."""
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"[0-9]| ?[A-Za-z]+|[^\s0-9A-Za-z]+ ?|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [  # pyright: ignore[reportAttributeAccessIssue]
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Train the byte-level BPE: single digits, single-token tags, all bytes representable.
+
+    The class is Qwen2's own, so that every loader splits text as it was split in training:
+    AutoTokenizer puts the architecture's pre-tokenizer in place of the one that a file holds.
+    """
+    shape = Qwen2Tokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = shape.normalizer
+    learner.pre_tokenizer = shape.pre_tokenizer
     specials = [EOS, PAD, *prompts.TAGS]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(token, special=True) for token in specials],
+        special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     stream = documents(seed=1)
-    tokenizer.train_from_iterator((next(stream) for _ in range(20_000)), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    learner.train_from_iterator((next(stream) for _ in range(20_000)), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
         eos_token=EOS,
+        unk_token=EOS,
         pad_token=PAD,
+        additional_special_tokens=list(prompts.TAGS),
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
-def _id_of(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+def _id_of(tokenizer: Qwen2Tokenizer, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(found, int)
     return found
@@ -169,9 +176,7 @@ def _optimizers(model: Qwen2ForCausalLM, config: TinyConfig) -> list[torch.optim
     return optimizers
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerFast, config: TinyConfig, skip: int
-) -> Iterator[torch.Tensor]:
+def _batches(tokenizer: Qwen2Tokenizer, config: TinyConfig, skip: int) -> Iterator[torch.Tensor]:
     """Yield packed [batch, sequence] ids; `skip` whole batches are passed over on a resume."""
     stream, buffer, need = documents(config.seed + 2), [], config.batch * config.sequence
     while True:
@@ -245,21 +250,44 @@ def train(config: TinyConfig, out: Path) -> Path:
             }
             print(json.dumps(line), flush=True)
         if (step + 1) % every == 0 or step + 1 == steps:
+            reached = False
+            if config.stop_at is not None and step + 1 >= steps // 2:
+                accuracy = dev_accuracy(model, tokenizer)
+                reached = accuracy >= config.stop_at
+                print(json.dumps({"step": step + 1, "dev_accuracy": accuracy}), flush=True)
             values = {
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": step + 1,
+                "step": steps if reached else step + 1,
             }
             torch.save(values, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").rename(state)
-            export(model, tokenizer, out / "model")
-    if start >= steps:
-        # A run killed after its last checkpoint may have exported an older model, or none.
-        export(model, tokenizer, out / "model")
+            if reached:
+                break
+    export(model, tokenizer, out / "model")
     return out / "model"
 
 
-def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+@torch.no_grad()
+def dev_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, questions: int = 300) -> float:
+    """Return the greedy accuracy on questions of the training split, levels 1 to 3.
+
+    The test split has no part in when the training stops.
+    """
+    items = draw_unique(DEV_SEED, "train", dict.fromkeys(TRAIN_LEVELS, questions // 3))
+    texts = [prompts.question_prompt(item.question) for item in items]
+    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    model.eval()
+    out: Any = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+    model.train()
+    right = 0
+    for item, ids in zip(items, out, strict=True):
+        answer = tokenizer.decode(ids).partition(f"{prompts.ANSWER_OPEN} Answer: ")[2]
+        right += answer.partition(f" {prompts.ANSWER_CLOSE}")[0] == item.answer
+    return right / len(items)
+
+
+def export(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
     """Write bf16 weights, configuration and tokenizer; the model in memory stays in fp32."""
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     weights.pop("lm_head.weight", None)
@@ -279,6 +307,9 @@ def main(
     learning_rate: float = TinyConfig.learning_rate,
     muon: bool = TinyConfig.muon,
     muon_learning_rate: float = TinyConfig.muon_learning_rate,
+    stop_at: Annotated[
+        float, typer.Option(help="Stop at this accuracy on training questions; 1 never stops.")
+    ] = TinyConfig.stop_at or 1.0,
     seed: int = TinyConfig.seed,
 ) -> None:
     """Train the bundled model from scratch."""
@@ -288,6 +319,7 @@ def main(
         learning_rate=learning_rate,
         muon=muon,
         muon_learning_rate=muon_learning_rate,
+        stop_at=stop_at if stop_at < 1 else None,
         seed=seed,
     )
     print(train(config, out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ PROMPT = TaggedPrompt(
 )
 
 
-def acts(features: dict[int, Iterable[int]], value: float = 1.0, n: int = 8) -> SparseActs:
+def acts(features: Mapping[int, Iterable[int]], value: float = 1.0, n: int = 8) -> SparseActs:
     pairs = [(row, latent) for latent, rows in features.items() for row in rows]
     return SparseActs(
         torch.tensor([p[0] for p in pairs], dtype=torch.long),
@@ -98,7 +98,7 @@ def test_tags_of_several_tokens() -> None:
 
 
 def test_nothing_active_counts_nothing() -> None:
-    assert exclusive_features(acts({}), PROMPT) == {rule: () for rule in RULES}
+    assert exclusive_features(acts({}), PROMPT) == dict.fromkeys(RULES, ())
 
 
 def test_the_strict_rule_is_never_loosened() -> None:
@@ -150,7 +150,7 @@ def test_planted_features_are_told_apart(
 def test_table_of_an_unknown_rule(
     tiny: Model, planted: tuple[SparseCoder, Hookpoint, TaggedPrompt]
 ) -> None:
-    with pytest.raises(BadInputError, match="'most'.*all, any, either"):
+    with pytest.raises(BadInputError, match=r"'most'.*all, any, either"):
         count_features(tiny, {planted[1]: planted[0]}).table("most")
 
 
@@ -202,10 +202,10 @@ def test_prompt_from_a_file(tiny: Model, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A random model whose tokenizer knows no tag: bytes, with "th" and "<th" merged."""
+    """A random model whose tokenizer knows no tag: bytes, and three merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*alphabet, "th", "<th", "k>", "k>Ġ"])}
-    merges = [("t", "h"), ("<", "th"), ("k", ">"), ("k>", "Ġ")]
+    vocab = {token: index for index, token in enumerate([*alphabet, "th", "Ġ<", ">!"])}
+    merges = [("t", "h"), ("Ġ", "<"), (">", "!")]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -221,17 +221,17 @@ def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def test_tags_in_pieces_are_found_by_characters(bytewise: Model) -> None:
-    prompt = tag_prompt(bytewise, CountConfig(prompt="ünder <think> and </think>!"))
+    prompt = tag_prompt(bytewise, CountConfig(prompt="ünder <think> and </think>!."))
     opened = [prompt.tokens[p] for p in prompt.open_spans[0]]
     closed = [prompt.tokens[p] for p in prompt.close_spans[0]]
-    # "k>Ġ" reaches over the tag's edge and belongs to it all the same.
-    assert opened == ["<th", "i", "n", "k>Ġ"]
-    assert closed == ["<", "/", "th", "i", "n", "k>"]
-    assert "".join(prompt.tokens[p] for p in prompt.others) == "Ã¼nderĠandĠ!"
+    # "Ġ<" and ">!" reach over the tag's edge and belong to it all the same.
+    assert opened == ["Ġ<", "th", "i", "n", "k", ">"]
+    assert closed == ["Ġ<", "/", "th", "i", "n", "k", ">!"]
+    assert "".join(prompt.tokens[p] for p in prompt.others) == "Ã¼nderĠand."
 
 
 def test_counting_with_tags_in_pieces(bytewise: Model) -> None:
-    """A feature of the token "k>" alone fires in the closing tag; one of "i" in both."""
+    """A feature of the token "/" alone fires in the closing tag; one of "i" in both."""
     config = CountConfig(prompt="see <think> so </think>")
     prompt, point = tag_prompt(bytewise, config), Hookpoint(0, "resid_post")
     batch = next(iter(stream_activations(bytewise, [torch.tensor([prompt.ids])], [point])))
@@ -241,7 +241,7 @@ def test_counting_with_tags_in_pieces(bytewise: Model) -> None:
     with torch.no_grad():
         coder.encoder.weight.zero_()
         coder.encoder.bias.fill_(-1.0)
-        for latent, token in ((1, "k>"), (2, "i")):
+        for latent, token in ((1, "/"), (2, "i")):
             hits = torch.tensor([1.0 if t == token else -1.0 for t in prompt.tokens]).double()
             solved = torch.linalg.lstsq(design, hits[:, None], driver="gelsd").solution[:, 0]
             coder.encoder.weight[latent] = solved[:-1].float()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from resa_lens import corpora
+from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
@@ -50,3 +52,21 @@ def test_allowed_it_warns_with_the_figure(tiny: Model, trained: SparseCoder) -> 
 def test_a_layer_beyond_the_model(tiny: Model) -> None:
     with pytest.raises(BadInputError, match="out of range"):
         check_fit(tiny, {Hookpoint(12): new_coder(tiny.d_model, 8, 1, seed=0)}, batches(1, 0))
+
+
+def test_the_wrong_site_is_refused_below_an_fvu_of_one(tiny: Model) -> None:
+    """On templated text the other site's FVU stays below 1; the comparison finds it."""
+    records = load_records("tiny")[:400]
+
+    def documents(tokens: int, seed: int) -> list[torch.Tensor]:
+        config = CorpusConfig(sequence=128, seed=seed)
+        return list(corpora.batches(tiny.tokenizer, records, config, tokens=tokens, batch=2))
+
+    config = SaeConfig(latents=256, k=32).for_width(tiny.d_model)
+    coder = train_saes(tiny, [1], documents(8192, 0), [], config).coders[Hookpoint(1)]
+    right, wrong = Hookpoint(1, "mlp_out"), Hookpoint(1, "resid_post")
+    fvu, _ = check_fit(tiny, {right: coder}, documents(1024, 1))
+    with pytest.raises(BadInputError, match=f"{fvu[right]:.2f} at mlp_out"):
+        check_fit(tiny, {wrong: coder}, documents(1024, 1))
+    measured, _ = check_fit(tiny, {wrong: coder}, documents(1024, 1), allow_mismatch=True)
+    assert fvu[right] < measured[wrong] < 1

@@ -127,7 +127,7 @@ def test_a_batch_goes_through_the_model_once_and_stops_early(tiny: Model) -> Non
     calls: list[int] = []
     blocks = tiny.bridge.blocks
     handles = [
-        blocks[i].register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i in (0, 3, 4)
+        blocks[i].register_forward_pre_hook(lambda *_, i=i: calls.append(i)) for i in (0, 3, 5)
     ]
     advanced: list[int] = []
     train_saes(
@@ -137,8 +137,8 @@ def test_a_batch_goes_through_the_model_once_and_stops_early(tiny: Model) -> Non
     for handle in handles:
         handle.remove()
     assert sum(advanced) == 3
-    # Three training batches and one held out; block 4 is past the last layer asked for.
-    assert [calls.count(i) for i in (0, 3, 4)] == [4, 4, 0]
+    # Three training batches and one held out; the pass ends on entering block 4.
+    assert [calls.count(i) for i in (0, 3, 5)] == [4, 4, 0]
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])

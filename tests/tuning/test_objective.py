@@ -126,7 +126,7 @@ def test_unknown_values_are_named(changes: dict[str, Any], named: str) -> None:
 
 
 def test_unknown_preset_is_named() -> None:
-    with pytest.raises(BadInputError, match="'best'.*paper or reference"):
+    with pytest.raises(BadInputError, match=r"'best'.*paper or reference"):
         preset("best")
 
 
@@ -170,9 +170,7 @@ def run(model: Model, objective: Objective, layer: int, ids: torch.Tensor) -> tu
     return loss.item(), peft
 
 
-def test_paper_adapters_below_the_hook_learn(
-    small: Callable[[], Model], ids: torch.Tensor
-) -> None:
+def test_paper_adapters_below_the_hook_learn(small: Callable[[], Model], ids: torch.Tensor) -> None:
     loss, peft = run(small(), preset("paper"), 2, ids)
     sizes = gradients(peft)
     assert loss > 0
@@ -230,10 +228,6 @@ def test_loss_equals_the_divergence_computed_by_hand(
                     reference = bridge(ids).log_softmax(-1)
                 by_hand = (reference.exp() * (reference - inserted)).sum() / ids.shape[0]
         assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
-
-
-class Identity:
-    """Stands in for a coder whose reconstruction is the activation itself."""
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -61,9 +61,8 @@ def test_the_saved_adapter_is_plain_peft(
         after = reloaded(ids).logits
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(after, ours, atol=1e-5, rtol=0)
-    assert course.trainable == sum(
-        value.numel() for value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
-    )  # fmt: skip
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert course.trainable == sum(value.numel() for value in saved.values())
 
 
 def test_adapters_off_is_the_base_exactly(
@@ -160,7 +159,9 @@ def test_clipping_bounds_what_the_optimizer_sees(
     step = torch.optim.AdamW.step
 
     def spy(self: torch.optim.AdamW, *args: Any, **options: Any) -> Any:
-        grads = [p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None]
+        grads = [
+            p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None
+        ]
         seen.append(float(torch.stack(grads).norm()))
         return step(self, *args, **options)
 
@@ -200,10 +201,9 @@ def test_update_of_the_last_step_is_checked_too(small: Callable[[], Model]) -> N
 
 
 def test_sae_of_another_width(small: Callable[[], Model]) -> None:
+    narrow = new_coder(16, 32, 2, seed=0)
     with pytest.raises(BadInputError, match=r"width 16.*32"):
-        tune(
-            small(), new_coder(16, 32, 2, seed=0), Hookpoint(1), batches(1), 1, preset("paper"), FAST
-        )  # fmt: skip
+        tune(small(), narrow, Hookpoint(1), batches(1), 1, preset("paper"), FAST)
 
 
 def test_sae_of_another_site(small: Callable[[], Model]) -> None:

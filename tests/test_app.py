@@ -1,0 +1,367 @@
+"""The feature explorer: its logic through AppTest, its looks in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from resa_lens import plots
+from resa_lens.app import data
+from resa_lens.app.explorer import workspace_argument
+from resa_lens.layers import FLAT, SUPPORTED
+from resa_lens.layers.selectors import recommend
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "apps" / "feature_explorer.py"
+CHROMIUM = Path("/usr/bin/chromium")
+HOSTILE = "<img src=x onerror=alert(1)> **bold** ![x](http://example.invalid/x.png) :red[red]"
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture
+def open_app(monkeypatch):
+    def run(workspace: Path) -> AppTest:
+        monkeypatch.setenv("RESA_LENS_WORKSPACE", str(workspace))
+        return AppTest.from_file(str(SCRIPT), default_timeout=60).run()
+
+    return run
+
+
+@pytest.fixture
+def copied(demo, tmp_path) -> Path:
+    """A copy of the demo's workspace, without weights, to be damaged."""
+    target = tmp_path / "workspace"
+    skip = shutil.ignore_patterns("*.safetensors", "report.html")
+    shutil.copytree(demo.workspace, target, ignore=skip)
+    return target
+
+
+def texts(app: AppTest) -> str:
+    """What is shown as plain text."""
+    assert not app.exception
+    return "\n".join(element.value for element in app.text)
+
+
+def marked_up(app: AppTest) -> str:
+    """What is read as Markdown."""
+    found = [*app.markdown, *app.caption, *app.subheader, *app.title]
+    return "\n".join(element.value for element in found)
+
+
+def manifest_of(workspace: Path, kind_folder: str) -> Path:
+    return next(Path(workspace, kind_folder).rglob("manifest.json"))
+
+
+def edit(file: Path, change) -> None:
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+def charts(app: AppTest) -> int:
+    return len(app.get("plotly_chart"))
+
+
+# Logic ---------------------------------------------------------------------------------------
+
+
+def test_shows_the_demo_and_never_writes(demo, open_app):
+    before = state(demo.workspace)
+    app = open_app(demo.workspace)
+    shown = texts(app)
+    made = demo.result["recommendation"]
+    assert f"workspace: {demo.workspace}" in shown
+    assert f"Verdict: {made['verdict']}" in shown
+    assert made["reason"] in shown
+    assert made["next_step"] in shown
+    paired = demo.result["tune"]["paired"]
+    assert f"Tuned minus base: {100 * paired['difference']:+.1f} points" in shown
+    assert f"n = {paired['n']}" in shown
+    assert charts(app) == 7
+    assert app.selectbox(key="model").value.startswith("tiny-reasoner-")
+    tables = {tuple(frame.value.columns): frame.value for frame in app.dataframe}
+    paper = next(v for k, v in tables.items() if "paper: features" in k)
+    assert paper.iloc[0]["layer"] == 1
+    assert paper.iloc[0]["layer_1_indexed"] == 2
+    assert paper.iloc[0]["paper: score, %"] == 47.84
+    counted = next(v for k, v in tables.items() if {"all", "any", "either"} <= set(k))
+    held = {row["layer"]: row["features"] for row in made["layers"]}
+    assert dict(zip(counted["layer"], counted["all"], strict=True)) == held
+    assert state(demo.workspace) == before
+
+
+def test_other_rule_and_numbering(demo, open_app):
+    app = open_app(demo.workspace)
+    app.toggle(key="one_based").set_value(True)
+    app.button_group(key="rule-all").set_value("either").run()
+    assert f"Verdict: {demo.result['verdicts']['either']}\nWhy:" in texts(app)
+    specs = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
+    first = specs[0]["layout"]["xaxis"]["title"]["text"]
+    assert first == "layer (1-based)"
+
+
+def test_supported_looks_different_from_flat(copied, open_app):
+    lumps = {1: 2, 2: 12, 3: 30, 4: 14, 5: 2, 6: 1, 7: 0, 8: 1, 9: 0, 10: 1}
+    made = recommend(lumps, n_layers=12, draws=100)
+    assert made.verdict == SUPPORTED
+    flat = texts(open_app(copied))
+
+    def raise_counts(manifest):
+        for row in manifest["results"]["layers"]:
+            row["all"] = lumps[row["layer"]]
+
+    edit(manifest_of(copied, "counts"), raise_counts)
+    file = manifest_of(copied, "recommendations").with_name("recommendation.json")
+    file.write_text(json.dumps(made.to_dict()))
+    app = open_app(copied)
+    assert f"Verdict: {SUPPORTED}" in texts(app)
+    assert f"Verdict: {SUPPORTED}" not in flat
+    headings = {element.value for element in app.subheader}
+    assert "Recommended" in headings
+    assert "Not a finding, only a place to try" not in headings
+
+    def first_line(verdict):
+        figure = plots.counts_figure({"all": lumps}, recommended=[3], verdict=verdict)
+        return figure.layout.shapes[0].line.dash, figure.layout.annotations[0].text
+
+    assert first_line(SUPPORTED) == ("solid", "recommended")
+    assert first_line(FLAT) == ("dot", "fallback")
+
+
+def test_text_from_files_is_shown_as_text(copied, open_app):
+    file = manifest_of(copied, "recommendations").with_name("recommendation.json")
+    edit(file, lambda value: value.update(reason=HOSTILE, verdict=HOSTILE))
+    app = open_app(copied)
+    assert f"Why: {HOSTILE}" in texts(app)
+    assert "onerror" not in marked_up(app)
+    figure = plots.counts_figure({HOSTILE: {1: 1}})
+    assert "<" not in figure.data[0].name
+    scores = plots.scores_figure({HOSTILE: {HOSTILE: (0.5, (0.4, 0.6), 9)}}).data[0]
+    assert "<img" not in f"{scores.name} {scores.x[0]} {scores.hovertemplate}"
+
+
+def test_missing_and_empty(tmp_path, open_app):
+    missing = tmp_path / "nowhere"
+    app = open_app(missing)
+    assert f"There is no workspace at {missing}" in texts(app)
+    assert any("resa-lens demo" in code.value for code in app.code)
+    assert not missing.exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    app = open_app(empty)
+    assert f"{empty} holds no finished run" in texts(app)
+    assert any("resa-lens demo" in code.value for code in app.code)
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "is a file; pass a folder" in texts(open_app(file))
+
+
+def test_broken_newer_and_foreign_manifests(copied, open_app):
+    counts = manifest_of(copied, "counts")
+    text = counts.read_text()
+    counts.write_text(text[: len(text) // 2])
+    app = open_app(copied)
+    assert f"{counts} is not a manifest of resa-lens" in texts(app)
+    assert "No feature counts" in texts(app)
+    edit_text = json.loads(text)
+    counts.write_text(json.dumps({**edit_text, "schema_version": 99}))
+    assert "has schema 99" in texts(open_app(copied))
+    assert "update resa-lens" in texts(open_app(copied))
+    counts.write_text('{"name": "somebody else\'s", "version": 3}')
+    assert "is not a manifest of resa-lens" in texts(open_app(copied))
+    counts.write_text("[1, 2]")
+    assert "is not a manifest of resa-lens" in texts(open_app(copied))
+    counts.write_text(json.dumps({**edit_text, "results": {"layers": []}}))
+    app = open_app(copied)
+    assert "is damaged or of another version" in texts(app)
+    assert any("resa-lens demo" in code.value for code in app.code)
+
+
+def test_one_damaged_artifact_leaves_the_others(copied, open_app):
+    manifest_of(copied, "adapters").write_text("{")
+    app = open_app(copied)
+    assert "is not a manifest of resa-lens" in texts(app)
+    assert "No adapter of this model was scored" in texts(app)
+    assert charts(app) == 6
+
+
+@pytest.mark.parametrize("name", ["recommendation.json", "results.json", "samples.parquet"])
+def test_half_written_files(copied, open_app, name):
+    for file in copied.rglob(name):
+        file.write_bytes(file.read_bytes()[:40])
+    app = open_app(copied)
+    assert "damaged" in texts(app)
+    for file in copied.rglob(name):
+        file.unlink()
+    assert "missing" in texts(open_app(copied))
+
+
+def test_stages_that_are_missing_name_their_command(copied, open_app):
+    for folder in ("recommendations", "saes", "evals"):
+        shutil.rmtree(copied / folder)
+    app = open_app(copied)
+    commands = " ".join(code.value for code in app.code)
+    texts(app)
+    for command in ("recommend-layers", "train-saes", "tune --layer auto"):
+        assert f"resa-lens {command}" in commands
+    shutil.rmtree(copied / "counts")
+    (copied / "counts" / ".tmp-1-run").mkdir(parents=True)
+    assert "1 unfinished folder(s)" in texts(open_app(copied))
+
+
+def test_reading_puts_nothing_back(copied, open_app):
+    run = manifest_of(copied, "counts").parent
+    aside = run.with_name(f".tmp-999999999.old-{run.name}")
+    run.rename(aside)
+    before = state(copied)
+    texts(open_app(copied))
+    assert state(copied) == before
+
+
+def test_tunings_pair_the_same_questions(demo, copied):
+    listing = data.scan(str(copied))
+    weights = listing.of("counts")[0].weights
+    (pair,) = data.tunings(listing, weights)
+    assert [str(pair.base.path), str(pair.tuned.path)] == [
+        path.replace(str(demo.workspace), str(copied)) for path in demo.result["tune"]["evals"]
+    ]
+    paired = data.comparison(pair)
+    assert paired.changed == demo.result["tune"]["paired"]["changed"]
+    edit(pair.base.path / "manifest.json", lambda m: m["config"].update(questions="others"))
+    assert data.tunings(data.scan(str(copied)), weights) == []
+
+
+def test_workspace_argument():
+    assert workspace_argument(["--workspace", "/a b"]) == "/a b"
+    assert workspace_argument(["--workspace=/c"]) == "/c"
+    assert workspace_argument([]) is None
+    assert workspace_argument(["--workspace"]) is None
+    assert workspace_argument(["tests", "-q"]) is None
+
+
+# A real browser ------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(workspace: Path, log: Path):
+    """The app on a free port of this machine; ended by its own process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", str(SCRIPT)]
+    command += ["--server.address", "127.0.0.1", "--server.port", str(port)]
+    command += ["--server.headless", "true", "--", "--workspace", str(workspace)]
+    environment = {k: v for k, v in os.environ.items() if k != "RESA_LENS_WORKSPACE"}
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent, env=environment
+        )
+    try:
+        for _ in range(240):
+            assert server.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=2):
+                    break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        else:
+            raise AssertionError(f"the app did not start: {log.read_text()}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+@contextmanager
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed; install chromium to run the browser tests")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+def new_page(opened, width: int, height: int, scheme: str = "light"):
+    """A page and the list of what went wrong on it."""
+    page = opened.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    return page, wrong
+
+
+def fits_width(page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_app_in_a_browser(demo, tmp_path):
+    made = demo.result["recommendation"]
+    views = {"desktop": (1280, 5200, "light"), "phone": (390, 6800, "light")}
+    views["dark"] = (1280, 5200, "dark")
+    with browser() as opened, served(demo.workspace, tmp_path / "server.log") as url:
+        for name, (width, height, scheme) in views.items():
+            page, wrong = new_page(opened, width, height, scheme)
+            page.goto(url)
+            figures = page.locator(".js-plotly-plot .subplot.xy")
+            page.get_by_text("Tuned minus base").wait_for(timeout=60_000)
+            figures.nth(6).wait_for(state="attached", timeout=30_000)
+            assert page.get_by_text(f"Verdict: {made['verdict']}").first.is_visible()
+            assert page.get_by_text(f"workspace: {demo.workspace}").is_visible()
+            assert page.locator("[data-testid='stException']").count() == 0
+            assert fits_width(page), name
+            dark = page.evaluate("getComputedStyle(document.querySelector('.stApp')).colorScheme")
+            assert dark == scheme
+            if name == "desktop":
+                page.get_by_role("radio", name="either").click()
+                below = page.get_by_test_id("stExpander").filter(has_text="Table of scores")
+                below.get_by_text("Table of scores").click()
+                with page.expect_download() as download:
+                    below.get_by_test_id("stDownloadButton").locator("button").click()
+                lines = Path(download.value.path()).read_text().splitlines()
+                assert lines[0].startswith("run,group,")
+                assert len(lines) > 4
+            page.wait_for_timeout(500)
+            shot = tmp_path / f"app-{name}.png"
+            page.screenshot(path=shot)
+            assert shot.stat().st_size > 50_000
+            assert page.locator("[data-testid='stException']").count() == 0
+            assert wrong == []
+            page.close()
+
+
+def test_report_in_a_browser(demo, tmp_path):
+    with browser() as opened:
+        for width in (1100, 390):
+            page, wrong = new_page(opened, width, 900)
+            page.goto(Path(demo.workspace, "report.html").as_uri())
+            page.locator(".js-plotly-plot .subplot.xy").nth(3).wait_for(state="attached")
+            assert page.get_by_text(demo.result["recommendation"]["verdict"]).first.is_visible()
+            assert fits_width(page)
+            shot = tmp_path / f"report-{width}.png"
+            page.screenshot(path=shot, full_page=True)
+            assert shot.stat().st_size > 50_000
+            assert wrong == []
+            page.close()

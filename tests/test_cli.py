@@ -1,0 +1,220 @@
+"""The command line: help, start-up time, one JSON object, exit codes, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from resa_lens import __version__
+from resa_lens.cli import app
+
+PAPER = Path(__file__).parents[1] / "data" / "paper"
+TABLE_6 = str(PAPER / "table6_hookpoints.csv")
+COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(app, list(args))
+
+
+def fit(*args: str) -> dict[str, Any]:
+    result = invoke("fit-mixture", TABLE_6, *args, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+# Help
+
+
+def test_the_commands_of_the_design_are_there() -> None:
+    assert set(COMMANDS) >= {
+        "demo", "train-saes", "count-features", "recommend-layers", "tune", "eval", "compare",
+        "fit-mixture", "runs", "app",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert f"Example: resa-lens {name}" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"app", "runs", "compare", "fit-mixture"}))
+def test_commands_that_do_work_share_their_options(name: str) -> None:
+    options = {o for p in COMMANDS[name].params for o in p.opts}
+    common = {"--workspace", "--seed", "--device", "--dtype", "--json", "--yes", "--force"}
+    assert common <= options
+
+
+def test_examples_use_options_that_exist() -> None:
+    for name, command in COMMANDS.items():
+        example = next(
+            line for line in (command.help or "").splitlines() if line.strip().startswith("Example")
+        )
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+        used = {word for word in example.split() if word.startswith("--")}
+        assert used <= options, name
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"resa-lens {__version__}\n"
+
+
+def test_help_takes_less_than_a_second(cli: Callable[..., Any]) -> None:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert cli("--help").returncode == 0
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1.0, times
+
+
+def test_help_imports_nothing_heavy(cli: Callable[..., Any]) -> None:
+    code = (
+        "import sys\nfrom resa_lens.cli import app\nfrom typer.testing import CliRunner\n"
+        "CliRunner().invoke(app, ['tune', '--help'])\n"
+        "print([m for m in ('torch', 'transformers', 'sklearn', 'plotly', 'numpy', 'scipy')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# The paper's figures
+
+
+def test_the_papers_counts_come_out() -> None:
+    made = fit("--column", "feature_count", "--recipe", "paper", "--draws", "20")
+    assert [round(c["mean"], 2) for c in made["components"]] == [14.48, 4.86, 22.70]
+    assert [round(c["weight"], 3) for c in made["components"]] == [0.407, 0.371, 0.222]
+    assert round(made["entropy"], 4) == 3.1938
+    assert made["recommended"] == [14, 5, 23]
+    assert round(made["log_likelihood"], 4) == -3.3187
+
+
+def test_the_papers_scores_come_out() -> None:
+    made = fit(
+        "--column", "average", "--baseline", "41.18", "--recipe", "paper", "--draws", "20"
+    )  # fmt: skip
+    assert [round(c["mean"], 2) for c in made["components"]] == [15.15, 5.59, 23.03]
+    assert [round(c["weight"], 3) for c in made["components"]] == [0.390, 0.368, 0.242]
+    assert round(made["entropy"], 4) == 3.2021
+
+
+@pytest.mark.parametrize(
+    "options", [("--column", "feature_count"), ("--column", "average", "--baseline", "41.18")]
+)
+def test_asked_properly_both_are_flat(options: tuple[str, ...]) -> None:
+    made = fit(*options, "--draws", "100")
+    assert made["recipe"] == "robust"
+    assert made["verdict"] == "not distinguishable from flat"
+    assert made["reason"]
+    assert set(made) >= {
+        "components", "entropy", "log_likelihood", "nulls", "verdict", "reason", "recommended",
+    }  # fmt: skip
+
+
+def test_the_table_for_people_holds_the_verdict() -> None:
+    result = invoke("fit-mixture", TABLE_6, "--column", "feature_count", "--draws", "50")
+    assert result.exit_code == 0
+    assert "verdict: not distinguishable from flat" in result.stdout
+
+
+# Output in a process of its own
+
+
+def test_stdout_is_one_object_whatever_libraries_print(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = cli("recommend-layers", "--layers", "3-4", "--tokens", "1024", "--latents", "64",
+               "--workspace", str(tmp_path / "w"), "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    made = json.loads(done.stdout)
+    assert made["model"] == "tiny-reasoner"
+    assert [row["layer"] for row in made["layers"]] == [3, 4]
+    assert made["recommended"][0] in (3, 4)
+    assert done.stderr.startswith(f"workspace: {tmp_path / 'w'}\n")
+    # The table for people, and that it is done.
+    shown = invoke("recommend-layers", "--layers", "3-4", "--tokens", "1024", "--latents", "64",
+                   "--workspace", str(tmp_path / "w"))  # fmt: skip
+    assert shown.exit_code == 0
+    assert "verdict: " in shown.stdout
+    assert "(0-based; 4th of 12)" in shown.stdout
+    assert "done before" in shown.stderr
+
+
+def test_runs_lists_the_artifacts(demo: Any) -> None:
+    result = invoke("runs", "--workspace", str(demo.workspace), "--json")
+    rows = json.loads(result.stdout)["runs"]
+    assert {row["kind"] for row in rows} == {"saes", "counts", "recommendation", "adapter", "eval"}
+    assert all((demo.workspace / row["path"]).is_dir() for row in rows)
+    assert [row["created"] for row in rows] == sorted((r["created"] for r in rows), reverse=True)
+
+
+def test_runs_of_an_absent_workspace_make_none(tmp_path: Path) -> None:
+    result = invoke("runs", "--workspace", str(tmp_path / "absent"))
+    assert result.exit_code == 0
+    assert "resa-lens demo" in result.stdout
+    assert not (tmp_path / "absent").exists()
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["nonsense"], "nonsense"),
+        (["tune", "--rank", "0"], "--rank"),
+        (["train-saes", "--tokens", "many"], "--tokens"),
+        (["eval", "--unknown"], "--unknown"),
+        (["fit-mixture", TABLE_6], "--column"),
+    ],
+)
+def test_usage_errors_are_short_and_exit_2(args: list[str], named: str) -> None:
+    result = invoke(*args)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) <= 3
+    assert named in result.stderr
+    assert result.stdout == ""
+
+
+def test_interrupted_is_130_and_leaves_no_artifact(tmp_path: Path) -> None:
+    workspace = tmp_path / "w"
+    command = [
+        sys.executable, "-c", "from resa_lens.cli import main; main()", "train-saes", "--layers",
+        "1-8", "--tokens", "4000000", "--workspace", str(workspace), "--json",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            # The forecast comes after the second step: the training is under way.
+            if line.startswith("expected:"):
+                break
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, "".join(said) + rest
+    assert "interrupted; run the same command again" in rest
+    assert "Traceback" not in rest
+    assert out == ""
+    assert not workspace.exists()
