@@ -102,10 +102,11 @@ class Model:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep other projects' import messages off stdout, which belongs to --json."""
+    """Keep other projects' import messages and bars off the terminal; errors still come."""
     import io
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
         yield
 
 

@@ -18,7 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_cli(*args: str, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: int = 300):
+def run_cli(
+    *args: str, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: int = 300
+):
     """Run the command line in a process of its own; stdout, stderr and exit code come back."""
     command = [sys.executable, "-c", "from resa_lens.cli import main; main()", *args]
     return subprocess.run(

@@ -299,13 +299,15 @@ def browser():
 
     with sync_playwright() as play:
         opened = play.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
-        yield opened
+        yield opened.new_context()  # one for all pages: the scripts are loaded once
         opened.close()
 
 
 def new_page(opened, width: int, height: int, scheme: str = "light"):
     """A page and the list of what went wrong on it."""
-    page = opened.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = opened.new_page()
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=scheme)
     wrong: list[str] = []
     page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -336,6 +338,8 @@ def test_app_in_a_browser(demo, tmp_path):
             assert dark == scheme
             if name == "desktop":
                 page.get_by_role("radio", name="either").click()
+                page.get_by_text("this rule only stands beside it").wait_for()
+                page.locator("[data-test-script-state='notRunning']").wait_for()
                 below = page.get_by_test_id("stExpander").filter(has_text="Table of scores")
                 below.get_by_text("Table of scores").click()
                 with page.expect_download() as download:

@@ -40,11 +40,17 @@ def show(listing: Listing) -> None:
         problem(str(error), data.DEMO)
         return
     made, rule = _recommendation(listing, run, counts)
-    _counts(counts, made, one_based)
-    _mixture(counts, made, rule, one_based)
-    _quality(listing, run, one_based)
-    _paper(counts, rule, one_based)
-    _scores(listing, run)
+    # Each in a place of its own: what a click adds to one section closes no table of another.
+    with st.container():
+        _counts(counts, made, one_based)
+    with st.container():
+        _mixture(counts, made, rule, one_based)
+    with st.container():
+        _quality(listing, run, one_based)
+    with st.container():
+        _paper(counts, rule, one_based)
+    with st.container():
+        _scores(listing, run)
 
 
 def _nothing(listing: Listing) -> None:

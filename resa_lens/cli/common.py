@@ -35,7 +35,9 @@ ThreadsOption = Annotated[
     int | None, typer.Option(help="CPU threads; one for narrow models by default.", min=1)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Start anew, even if it is done.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Make this command's result anew, even if it is done.")
+]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
 LayersOption = Annotated[
     str | None,

@@ -73,7 +73,8 @@ def demo(
     corpus = CorpusConfig(seed=ctx.seed)
     sae = SaeConfig(tokens=amount.sae_tokens, latents=amount.latents, seed=ctx.seed)
     ctx.reporter.note("1/3 SAEs, counts and recommendation")
-    found = discover(ctx, model, sae=sae, corpus=corpus)
+    found = discover(ctx, model, sae=sae, corpus=corpus, anew=ctx.force)
+    made = found.recommendation
     fits = {rule: fit_mixture(found.counts.table(rule), seed=ctx.seed) for rule in RULES}
     ctx.reporter.note("2/3 tuning through the SAE, scores before and after")
     lora = TuneConfig(seed=ctx.seed)
@@ -84,7 +85,9 @@ def demo(
         TuneJob(
             model=model_name,
             objective=preset("paper"),
-            layer=str(found.recommendation.recommended[0]),
+            layer=str(made.recommended[0]),
+            selector=made.selector,
+            reason=made.reason,
             lora=lora,
             sae=sae,
             trigger=corpus,
@@ -94,7 +97,6 @@ def demo(
             evaluation=EvalConfig(limit=amount.questions),
         ),
     )
-    tuned = replace(tuned, selector=found.recommendation.selector)
     ctx.reporter.note("3/3 the page")
     page = ctx.workspace.path("report.html")
     write_report(page, found, fits, tuned)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resa_lens.corpora import CorpusConfig
+from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import (
     RULES,
@@ -21,8 +21,9 @@ from resa_lens.hookpoints import trainable_layers
 from resa_lens.layers.selectors import SELECTORS, Recommendation, recommend
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.saes import SaeRun, saes_for
+from resa_lens.pipeline.saes import SaeRun, probe_batches, saes_for, split_records
 from resa_lens.prompts import resolve_system_prompt
+from resa_lens.saes.quality import loss_change
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Manifest, config_dict, digest, read_json, write_json
 
@@ -166,6 +167,7 @@ def discover(
     recipe: str = "robust",
     saes: str | None = None,
     allow_mismatch: bool = False,
+    anew: bool = False,
 ) -> Discovery:
     """Recommend layers for a model; SAEs that are missing are trained."""
     count = count or CountConfig()
@@ -184,11 +186,16 @@ def discover(
         )
     if recipe not in RECIPES:
         raise BadInputError(f"recipe {recipe!r} is unknown; use {' or '.join(RECIPES)}")
-    run = saes_for(ctx, model, layers, sae, corpus, saes, allow_mismatch=allow_mismatch)
+    run = saes_for(ctx, model, layers, sae, corpus, saes, allow_mismatch=allow_mismatch, anew=anew)
     if saes and not given:
         layers = [p.layer for p in run.points]
     counts_folder, counts = count_run(ctx, model, run, count, layers)
-    quality = {layer: q["fvu"] for layer, q in run.quality.items() if layer in layers}
+    quality = None
+    if selector == "quality":
+        held = split_records(load_records(corpus.source))[1]
+        probe = probe_batches(model, held, corpus)
+        changes = loss_change(model, run.coders(model, layers), probe)
+        quality = {point.layer: change for point, change in changes.items()}
     folder, made = recommend_run(
         ctx,
         model,
@@ -198,7 +205,7 @@ def discover(
         selector=selector,
         recipe=recipe,
         site=sae.site,
-        quality=quality or None,
+        quality=quality,
     )
     return Discovery(run, counts, counts_folder, made, folder)
 

@@ -248,12 +248,10 @@ def find_saes(
 
     What the caller left at its default matches any run; what was asked for must be so.
     """
-    if ctx.force:
-        return None
     site, plain = config.site, SaeConfig()
     asked = {
         key: value
-        for key in ("latents", "k", "optimizer", "learning_rate", "tokens", "batch")
+        for key in ("latents", "k", "optimizer", "learning_rate", "tokens", "batch", "seed")
         if (value := getattr(config, key)) != getattr(plain, key)
     }
     for folder, manifest in ctx.workspace.find(f"saes/{model.slug}", "saes"):
@@ -279,8 +277,13 @@ def saes_for(
     *,
     allow_mismatch: bool = False,
     only: Sequence[int] | None = None,
+    anew: bool = False,
 ) -> SaeRun:
-    """Return SAEs at the layers: as given, as found, or trained now (`only`: see `open_saes`)."""
+    """Return SAEs at the layers: as given, as found, or trained now.
+
+    `only` is that of `open_saes`; `anew` trains them even where they are found.  --force is about
+    a command's own result, so the commands that merely need SAEs do not train them again.
+    """
     if given:
         return open_saes(
             ctx,
@@ -291,11 +294,11 @@ def saes_for(
             corpus=corpus,
             only=only,
         )
-    if found := find_saes(ctx, model, config, corpus, layers):
+    if not anew and (found := find_saes(ctx, model, config, corpus, layers)):
         ctx.reporter.note(f"SAEs: using {found.folder}")
         return found
     ctx.reporter.note(
-        f"SAEs: none for {model.slug} at site {config.site} with the layers "
+        f"SAEs: {'anew' if anew else 'none'} for {model.slug}, site {config.site}, layers "
         f"{', '.join(map(str, layers))}; training them"
     )
     return train_run(ctx, model, layers, config, corpus)

@@ -34,6 +34,9 @@ class TuneJob:
     model: str
     layer: str = "auto"
     """"auto", 0-based number, or 1-based ordinal."""
+    selector: str = "given"
+    """What chose a layer that is not "auto"."""
+    reason: str = "as given"
     source_model: str | None = None
     """The model whose SAE is inserted; the target itself by default."""
     objective: Objective = field(default_factory=Objective)
@@ -103,7 +106,7 @@ class Tuned:
 def _auto_layer(ctx: Context, source: Model, job: TuneJob) -> tuple[int, str, str]:
     """Return layer, selector and what to say, of the newest recommendation or of a new one."""
     site = job.objective.site
-    found = None if ctx.force else newest_recommendation(ctx, source, site)
+    found = newest_recommendation(ctx, source, site)
     if found:
         results = found[1].results
         layer, selector = int(results["recommended"][0]), str(results["selector"])
@@ -144,8 +147,8 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     if job.layer == "auto":
         layer, selector, note = _auto_layer(ctx, source, job)
     else:
-        layer, selector = parse_layer(job.layer, target.n_layers), "given"
-        note = "as given"
+        layer = parse_layer(job.layer, target.n_layers)
+        selector, note = job.selector, job.reason
     ctx.reporter.note(f"{describe_layer(layer, target.n_layers)}, selector {selector}: {note}")
     sae_config = replace(job.sae, site=site)
     run = saes_for(

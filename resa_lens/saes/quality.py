@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from jaxtyping import Int
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import SITES, Hookpoint
 from resa_lens.models import Model
-from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.coder import SparseCoder, reconstruct
 from resa_lens.saes.train import measure_fvu
 
 FVU_LIMIT = 1.0
@@ -60,3 +63,36 @@ def check_fit(
             raise BadInputError(f"{text}.\nPass the right --site, or --allow-site-mismatch.")
         warnings.append(f"{text} (allowed by --allow-site-mismatch)")
     return {point: found[point] for point in coders}, warnings
+
+
+@torch.no_grad()
+def loss_change(
+    model: Model,
+    coders: dict[Hookpoint, SparseCoder],
+    batches: Sequence[Int[Tensor, "batch position"]],
+) -> dict[Hookpoint, float]:
+    """Return, for each SAE, the change of the next-token loss when its reconstruction is inserted.
+
+    In nats a token, over all the batches; the lowest is the SAE that the model notices least.
+    """
+    plain = sum(_loss(model.bridge(ids.to(model.device)), ids) for ids in batches)
+    changes = {}
+    for point, coder in coders.items():
+        hook = (point.transformer_lens, partial(_insert, coder))
+        with model.bridge.hooks(fwd_hooks=[hook]):
+            inserted = sum(_loss(model.bridge(ids.to(model.device)), ids) for ids in batches)
+        changes[point] = (inserted - plain) / max(1, len(batches))
+    return changes
+
+
+def _insert(
+    coder: SparseCoder, acts: Float[Tensor, "batch position d_model"], hook: object = None
+) -> Float[Tensor, "batch position d_model"]:
+    return reconstruct(coder, acts)
+
+
+def _loss(
+    logits: Float[Tensor, "batch position vocab"], ids: Int[Tensor, "batch position"]
+) -> float:
+    targets = ids[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets).item()

@@ -107,9 +107,10 @@ def build_tokenizer() -> Qwen2Tokenizer:
     stream = documents(seed=1)
     learner.train_from_iterator((next(stream) for _ in range(20_000)), trainer)
     learned = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=merges,
         eos_token=EOS,
         unk_token=EOS,
         pad_token=PAD,
@@ -278,11 +279,12 @@ def dev_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, questions: 
     texts = [prompts.question_prompt(item.question) for item in items]
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     model.eval()
-    out: Any = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+    generator: Any = model
+    out = generator.generate(**inputs, max_new_tokens=160, do_sample=False)
     model.train()
     right = 0
     for item, ids in zip(items, out, strict=True):
-        answer = tokenizer.decode(ids).partition(f"{prompts.ANSWER_OPEN} Answer: ")[2]
+        answer = str(tokenizer.decode(ids)).partition(f"{prompts.ANSWER_OPEN} Answer: ")[2]
         right += answer.partition(f" {prompts.ANSWER_CLOSE}")[0] == item.answer
     return right / len(items)
 

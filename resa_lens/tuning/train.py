@@ -193,7 +193,9 @@ def save_adapter(peft: Any, folder: Path, base: Path) -> None:
     With the infix, PEFT loads nothing onto a plain model and says nothing.
     """
     peft.peft_config["default"].base_model_name_or_path = str(base)
-    peft.save_pretrained(str(folder), safe_serialization=True)
+    # Whether the vocabulary grew is asked of the base's folder, which a .gguf file has not; LoRA
+    # on projections never holds embeddings.
+    peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     file = folder / "adapter_model.safetensors"
     check_safetensors(file)
     renamed = {
