@@ -63,6 +63,7 @@ class _Fitted:
     """Why there is no fit or none to trust, as a clause."""
 
 
+@nulls.ONE_THREAD
 def fit_mixture(
     values: Mapping[int, float],
     *,

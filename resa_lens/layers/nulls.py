@@ -23,11 +23,15 @@ import numpy as np
 from scipy import optimize, special
 from scipy import stats as distributions
 from scipy.special import ndtr
+from threadpoolctl import threadpool_limits
 
 from resa_lens import stats
 from resa_lens.layers import Component, Profile
 from resa_lens.stats import Floats, Seed
 
+ONE_THREAD = threadpool_limits.wrap(limits=1)
+"""The products here are small: on two busy cores a second BLAS thread made a fit 40 times slower
+(0.24 against 11 s, 2026-11-22), because the threads wait for each other by spinning."""
 WIDTHS = (0.7, 1.4, 2.8, 5.6)  # layers: from neighbours alike to a slope over all
 MAX_K = 5
 MIN_LAYERS = 6
@@ -90,6 +94,7 @@ def _result(scores: Floats, name: str) -> NullResult:
     return NullResult(name, float(scores[0]), p_value, scores.size - 1)
 
 
+@ONE_THREAD
 def uniform_null(counts: Floats, layers: Floats, draws: int, seed: Seed) -> NullResult:
     """Counts [L] against as many features thrown uniformly onto the layers [L]."""
     null = stats.multinomial_draws(round(counts.sum()), np.ones(counts.size), draws, seed)
@@ -97,6 +102,7 @@ def uniform_null(counts: Floats, layers: Floats, draws: int, seed: Seed) -> Null
     return _result(scores, "gain in BIC over the uniform, features thrown uniformly on layers")
 
 
+@ONE_THREAD
 def permutation_null(
     values: Floats, layers: Floats, draws: int, seed: Seed, kind: str = "counts"
 ) -> NullResult:
@@ -151,6 +157,7 @@ def alignment(means_a: Sequence[float], means_b: Sequence[float]) -> float:
     return float(np.abs(np.sort(means_a) - np.sort(means_b)).max())
 
 
+@ONE_THREAD
 def alignment_null(
     means_a: Sequence[float],
     means_b: Sequence[float],
