@@ -314,7 +314,9 @@ def _judge(
     """
     layers, counts = len(profile.layers), profile.kind == "counts"
     size = (
-        f"{found.n} features over {layers} layers" if counts else f"The scores of {layers} layers"
+        f"{found.n} feature{'s' * (found.n != 1)} over {layers} layers"
+        if counts
+        else f"The scores of {layers} layers"
     )
     if found.trouble:
         return FLAT, f"No fit: {found.trouble}.", _NEXT[FLAT]

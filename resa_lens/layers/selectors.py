@@ -15,6 +15,7 @@ import numpy as np
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import FLAT, MixtureFit, nearest_layer
 from resa_lens.layers.mixture import fit_mixture
 from resa_lens.stats import Floats, Interval
@@ -90,15 +91,6 @@ class Choice:
     fit: MixtureFit | None = None
 
 
-def layer_name(layer: int, n_layers: int) -> str:
-    """Both numberings: "layer 12 (0-based; 13th of 28)"."""
-    number = layer + 1
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    if number % 100 in (11, 12, 13):
-        ending = "th"
-    return f"layer {layer} (0-based; {number}{ending} of {n_layers})"
-
-
 def middle_layer(n_layers: int, candidates: Sequence[int] | None = None) -> int:
     """The paper's default, layer 12 of 28 (0-based), at the same relative depth.
 
@@ -130,14 +122,14 @@ def _most_features(tables: Tables) -> Choice:
         return Choice((), "No layer has a feature.", fit.next_step, FLAT, fit)
     # Equal counts: the layer nearer the middle, then the lower one, so that ties are no accident.
     ranked = sorted(held, key=lambda layer: (-held[layer], abs(layer - middle), layer))
-    best = layer_name(ranked[0], tables.n_layers)
+    best = describe_layer(ranked[0], tables.n_layers)
     reason = f"{best} has the most features, {held[ranked[0]]:g}. {fit.reason}"
     return Choice(tuple(ranked[:TOP]), reason, fit.next_step, fit.verdict, fit)
 
 
 def _middle(tables: Tables) -> Choice:
     layer = middle_layer(tables.n_layers, tuple(tables.features))
-    name = layer_name(layer, tables.n_layers)
+    name = describe_layer(layer, tables.n_layers)
     reason = f"{name} is the paper's default depth; no measurement was used."
     step = "Compare with the mixture or the causal selector."
     return Choice((layer,), reason, step)
@@ -150,7 +142,7 @@ def _ranked(
     if not table:
         raise BadInputError(f'selector "{name}" has no table: give {name} = {{layer: value}}')
     ranked = sorted(table, key=lambda layer: (-sign * table[layer], layer))
-    reason = f"{layer_name(ranked[0], n_layers)} has the {what}, {table[ranked[0]]:.4g}."
+    reason = f"{describe_layer(ranked[0], n_layers)} has the {what}, {table[ranked[0]]:.4g}."
     step = "Repeat with other seeds: one value per layer carries no interval."
     return Choice(tuple(ranked[:TOP]), reason, step)
 
@@ -219,7 +211,7 @@ def recommend(
         middle = middle_layer(n_layers, tuple(table))
         chosen, name = (middle,), "middle"
         because = reason.rstrip(".")
-        reason = f"{layer_name(middle, n_layers)}, the middle, because: {because}."
+        reason = f"{describe_layer(middle, n_layers)}, the middle, because: {because}."
     return Recommendation(
         selector=name,
         requested=selector,

@@ -8,7 +8,7 @@ import pytest
 
 from resa_lens.errors import BadInputError
 from resa_lens.layers.mixture import read_table
-from resa_lens.layers.selectors import SELECTORS, layer_name, middle_layer, recommend, regret
+from resa_lens.layers.selectors import SELECTORS, middle_layer, recommend, regret
 
 TABLE = Path(__file__).parents[2] / "data" / "paper" / "table6_hookpoints.csv"
 LUMP = {layer: int(40 * np.exp(-((layer - 9) ** 2) / 8)) for layer in range(1, 27)}
@@ -20,13 +20,6 @@ def test_middle_layer():
     assert middle_layer(28, [20, 22]) == 20
     with pytest.raises(BadInputError):
         middle_layer(0)
-
-
-def test_layer_name_shows_both_numberings():
-    assert layer_name(12, 28) == "layer 12 (0-based; 13th of 28)"
-    assert [layer_name(i, 40).split()[3] for i in (0, 1, 2, 10, 11, 20, 21, 22)] == [
-        "1st", "2nd", "3rd", "11th", "12th", "21st", "22nd", "23rd",
-    ]  # fmt: skip
 
 
 def test_mixture_follows_a_supported_fit():
