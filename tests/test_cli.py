@@ -203,6 +203,9 @@ def test_interrupted_is_130_and_leaves_no_artifact(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell that starts the tests in the background has them ignore SIGINT, and children
+        # inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stderr is not None
         said = []
@@ -212,7 +215,10 @@ def test_interrupted_is_130_and_leaves_no_artifact(tmp_path: Path) -> None:
             if line.startswith("expected:"):
                 break
         process.send_signal(signal.SIGINT)
-        out, rest = process.communicate(timeout=60)
+        try:
+            out, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, "".join(said) + rest
     assert "interrupted; run the same command again" in rest
     assert "Traceback" not in rest

@@ -293,7 +293,7 @@ def test_preset_reference_trains_the_missing_sae_and_says_so(work: Path, invoke:
     )  # fmt: skip
     made = as_json(result)
     assert "layer 7 (0-based; 8th of 12)" in result.stderr
-    assert "at site resid_post with the layers 7; training them" in result.stderr
+    assert "site resid_post, layers 7; training them" in result.stderr
     assert (made["layer"], made["site"], made["preset"]) == (7, "resid_post", "reference")
     manifest = Workspace(work).manifest(Path(made["adapter"]))
     assert manifest is not None
