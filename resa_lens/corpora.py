@@ -109,14 +109,17 @@ def load_records(
 def _read_hub(repo: str, asked: str) -> list[dict[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
+    # Offline, its notes on every new try would bury the error.
+    hub_logging.set_verbosity_error()
     try:
         loaded = datasets.load_dataset(repo, split="train")
     except (OSError, ValueError, RuntimeError, DatasetNotFoundError) as error:
-        names = ", ".join(["tiny", *HUB_SETS])
+        known = "" if asked in HUB_SETS else f", no short name ({', '.join(['tiny', *HUB_SETS])})"
         raise BadInputError(
-            f"data {asked!r} is no file and not one of {names}, or hub data set {repo!r} is not "
-            f"cached and cannot be fetched ({type(error).__name__}).\nWhere there is a network run "
+            f"data {asked!r} is no file{known}, and the hub's data set {repo} is not in the cache "
+            f"and cannot be fetched ({type(error).__name__}).\nWhere there is a network run "
             f"`hf download {repo} --repo-type dataset --local-dir FOLDER`, "
             "copy it here and pass one of its .parquet or .jsonl files."
         ) from error

@@ -4,6 +4,9 @@
 
 `paper` follows the text, `reference` the authors' code (spec, section 7); each difference is an
 option of its own.
+
+With LoRA dropout (Table 7: 0.05) the two passes draw different masks, so once the adapters are not
+zero a part of the KL is dropout noise; `--dropout 0` takes it away.
 """
 
 from __future__ import annotations
