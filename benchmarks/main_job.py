@@ -38,8 +38,7 @@ def main(budget: str = "full", runs: int = 5) -> None:
         for file in Path(folder).rglob("manifest.json"):
             manifest = json.loads(file.read_text())
             kind = manifest["kind"]
-            spent = manifest["results"].get("seconds", manifest["seconds"])
-            parts[kind] = parts.get(kind, 0.0) + spent
+            parts[kind] = parts.get(kind, 0.0) + manifest["seconds"]
         recommend = [timed("recommend-layers", *place, "--force", "--json")[0] for _ in range(runs)]
         usage = [timed("--help")[0] for _ in range(runs)]
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores")

@@ -127,7 +127,8 @@ def table(title: str, *columns: str) -> Table:
 
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        # A folded path can still be copied; a cut one cannot.
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return made
 
 

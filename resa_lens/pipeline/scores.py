@@ -59,6 +59,7 @@ def eval_run(
         config=identity,
         results={**result.to_dict(), "model": model.name, "slug": model.slug},
     )
+    manifest.seconds = round(result.seconds, 3)
     with ctx.workspace.artifact(folder, manifest) as target:
         write_json(target / "results.json", result.to_dict())
         evals_run.write_samples(result, target / "samples.parquet")
