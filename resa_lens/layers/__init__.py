@@ -18,6 +18,8 @@ from scipy import special
 from resa_lens.errors import BadInputError
 from resa_lens.stats import Floats, Interval
 
+MAX_LAYERS, MAX_VALUE = 10_000, 1e12
+"""What a table may hold: beyond it a number was mistyped."""
 SUPPORTED, WEAK, FLAT = "supported", "weak", "not distinguishable from flat"
 
 
@@ -156,8 +158,14 @@ def checked_profile(
     for layer, value in values.items():
         if int(layer) != layer or layer < 0:
             raise BadInputError(f"layer {layer}: layers are whole numbers from 0 (0-based)")
+        if layer >= MAX_LAYERS:
+            raise BadInputError(
+                f"layer {layer}: no model has so many; give layers below {MAX_LAYERS}"
+            )
         if not math.isfinite(value):
             raise BadInputError(f"layer {layer} (0-based) has the value {value}: give a number")
+        if abs(value) > MAX_VALUE:
+            raise BadInputError(f"layer {layer} (0-based) has the value {value}: give at most 1e12")
     for name, number in (("baseline", baseline), ("noise", noise)):
         if number is not None and not math.isfinite(number):
             raise BadInputError(f"{name} {number}: give a finite number")

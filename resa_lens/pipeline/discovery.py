@@ -189,6 +189,11 @@ def discover(
     run = saes_for(ctx, model, layers, sae, corpus, saes, allow_mismatch=allow_mismatch, anew=anew)
     if saes and not given:
         layers = [p.layer for p in run.points]
+    if poor := [str(k) for k, q in sorted(run.quality.items()) if k in layers and q["fvu"] > 1]:
+        ctx.reporter.note(
+            f"warning: the SAEs at layers {', '.join(poor)} explain less than the mean (FVU above "
+            "1); counts on them say little: train on more (--tokens)"
+        )
     counts_folder, counts = count_run(ctx, model, run, count, layers)
     quality = None
     if selector == "quality":

@@ -39,6 +39,15 @@ class SaeRun:
     """The site of the folders' names where it is not the place's (--allow-site-mismatch)."""
     warnings: tuple[str, ...] = ()
 
+    def trained_on(self, model: Model) -> bool:
+        """Whether the manifest says that these SAEs were trained on the model, at this site."""
+        made = self.manifest
+        return (
+            made is not None
+            and made.hashes.get("weights") == model.weights_hash
+            and made.results.get("site") == self.points[0].site
+        )
+
     def coders(
         self, model: Model, layers: Sequence[int] | None = None, *, decoder: bool = True
     ) -> dict[Hookpoint, SparseCoder]:
@@ -99,6 +108,7 @@ def train_run(
         "corpus": config_dict(corpus),
         "layers": list(layers),
         "data": data_hash,
+        "dtype": model.dtype,
     }
     run = f"scratch-{config.site}-{config.latents}x{config.k}-{digest(identity)}"
     folder = ctx.workspace.path("saes", model.slug, run)
@@ -231,7 +241,9 @@ def open_saes(
         stored,
     )
     coders = run.coders(model, only)
-    fvu, warnings = check_fit(model, coders, probe, allow_mismatch=allow_mismatch)
+    fvu, warnings = check_fit(
+        model, coders, probe, allow_mismatch=allow_mismatch, known=run.trained_on(model)
+    )
     for warning in warnings:
         ctx.reporter.note(f"warning: {warning}")
     return replace(
@@ -246,17 +258,20 @@ def find_saes(
 ) -> SaeRun | None:
     """Return the newest run of the model and site that has all the layers.
 
-    What the caller left at its default matches any run; what was asked for must be so.
+    What the caller left at its default matches any run; what was asked for must be so, and so must
+    k, whose default is a figure like another, and the dtype of the model.
     """
     site, plain = config.site, SaeConfig()
     asked = {
         key: value
         for key in ("latents", "k", "optimizer", "learning_rate", "tokens", "batch", "seed")
-        if (value := getattr(config, key)) != getattr(plain, key)
+        if (value := getattr(config, key)) != getattr(plain, key) or key == "k"
     }
     for folder, manifest in ctx.workspace.find(f"saes/{model.slug}", "saes"):
         made, data = manifest.config["sae"], manifest.config["corpus"]["source"]
         if manifest.results.get("site") != site or any(made[k] != v for k, v in asked.items()):
+            continue
+        if manifest.dtype != model.dtype:
             continue
         if corpus.source not in (CorpusConfig().source, data):
             continue

@@ -38,6 +38,7 @@ def eval_run(
         "eval": config_dict(config),
         "source": source,
         "model": model.slug,
+        "dtype": model.dtype,
         "questions": digest([[i.id, i.question, i.answer] for i in items]),
     }
     folder = ctx.workspace.path("evals", f"{model.slug}-{digest(identity)}")
@@ -102,13 +103,15 @@ def compare_results(base: EvalResult, tuned: EvalResult, seed: int = 0) -> Paire
         BadInputError: they share no question, or not all of them.
     """
 
-    def by_id(result: EvalResult) -> dict[str, float]:
-        grouped: dict[str, list[float]] = {}
+    def by_question(result: EvalResult) -> dict[tuple[str, str, str], float]:
+        # The id alone may be a file's name and a row number.
+        grouped: dict[tuple[str, str, str], list[float]] = {}
         for row in result.samples:
-            grouped.setdefault(row["id"], []).append(float(row["correct"]))
+            key = (row["id"], row["question"], row["gold"])
+            grouped.setdefault(key, []).append(float(row["correct"]))
         return {key: sum(values) / len(values) for key, values in grouped.items()}
 
-    a, b = by_id(base), by_id(tuned)
+    a, b = by_question(base), by_question(tuned)
     if set(a) != set(b):
         raise BadInputError(
             f"the runs answer different questions: {len(set(a) & set(b))} in common of {len(a)} "

@@ -164,7 +164,13 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     point = Hookpoint(layer, site)
     coder = run.coders(source, [layer])[point]
     probe = probe_batches(target, split_records(records)[1], job.elicitation)
-    _, warnings = check_fit(target, {point: coder}, probe, allow_mismatch=job.allow_mismatch)
+    _, warnings = check_fit(
+        target,
+        {point: coder},
+        probe,
+        allow_mismatch=job.allow_mismatch,
+        known=run.trained_on(target),
+    )
     for warning in warnings:
         ctx.reporter.note(f"warning: {warning}")
     corpus = fit_corpus(job.elicitation, target)
@@ -178,6 +184,7 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
         "steps": steps,
         "sae": ctx.workspace.relative(run.folder),
         "source": source.slug,
+        "dtype": target.dtype,
     }
     name = f"{target.slug}-{job.objective.preset}-{site}-L{layer:02d}-{digest(identity)}"
     folder = ctx.workspace.path("adapters", name)

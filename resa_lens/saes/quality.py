@@ -26,14 +26,23 @@ def check_fit(
     probe: Sequence[Int[Tensor, "batch position"]],
     *,
     allow_mismatch: bool = False,
+    known: bool = False,
 ) -> tuple[dict[Hookpoint, float], list[str]]:
     """Measure each SAE's FVU on a probe text and refuse one that does not fit.
 
     It does not fit where it leaves more variance than there is, or less at another site of the
     same layer: on templated text the wrong site's FVU can stay below 1.
 
+    Args:
+        model: where the SAEs are put.
+        coders: by the place where they are put.
+        probe: sequences of token ids.
+        allow_mismatch: warn where one does not fit.
+        known: the manifest says that they were trained at these places of this model; a bad FVU
+            then means that they have learnt too little, which is said and not refused.
+
     Returns:
-        FVU a hookpoint, and a warning for each misfit that was allowed.
+        FVU a hookpoint, and a warning for each one that is bad and was not refused.
 
     Raises:
         BadInputError: an SAE that does not fit, unless `allow_mismatch`.
@@ -48,8 +57,14 @@ def check_fit(
     for point in coders:
         fvu = found[point]
         # An asked-for rival was measured with its own SAE.
-        better = [o for o in rivals[point] if o not in coders and found[o] < fvu]
-        if fvu <= FVU_LIMIT and not better:
+        better = [o for o in rivals[point] if o not in coders and found[o] < min(fvu, FVU_LIMIT)]
+        if fvu <= FVU_LIMIT and (known or not better):
+            continue
+        if known:
+            warnings.append(
+                f"the SAE for {point.describe(model.n_layers)}, site {point.site}, explains less "
+                f"than the mean (FVU {fvu:.2f} on a probe text): train it on more (--tokens)"
+            )
             continue
         best = min(better, key=lambda other: found[other], default=None)
         where = "another model, layer or site" if best is None else f"site {best.site}"
