@@ -333,3 +333,10 @@ def test_read_table_missing_or_binary(tmp_path):
     path.write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(BadInputError, match=r"binary\.csv"):
         read_table(path, "a")
+
+
+@pytest.mark.parametrize("recipe", ["paper", "robust"])
+@pytest.mark.parametrize("table", [dict.fromkeys(range(8), 1e308), {1: 2, 2: 3, 10_000_000: 1}])
+def test_mistyped_figures_are_refused(table, recipe):
+    with pytest.raises(BadInputError, match="give"):
+        fit_mixture(table, recipe=recipe)

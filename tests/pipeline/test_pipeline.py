@@ -16,7 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from resa_lens.cli import app
+from resa_lens.errors import BadInputError
+from resa_lens.evals.run import EvalResult
 from resa_lens.layers.selectors import Recommendation
+from resa_lens.pipeline.scores import compare_results
 from resa_lens.workspace import Workspace
 
 Invoke = Callable[..., Result]
@@ -369,3 +372,22 @@ def test_killed_while_writing_then_run_again(tmp_path: Path) -> None:
     assert len(json.loads(result.stdout)["saes"]) == 3
     assert not list((tmp_path / "w").rglob(".tmp-*"))
     assert len(Workspace(tmp_path / "w").find("")) == 1
+
+
+def test_runs_on_other_questions_of_the_same_name_are_not_paired(tmp_path: Path) -> None:
+    """The id of an own file's question is the file's name and a row number."""
+
+    def result(question: str) -> EvalResult:
+        row = {"id": "own-0", "question": question, "gold": "5", "correct": True}
+        return EvalResult(1.0, 1, (0.0, 1.0), {}, {}, [row], 0.0, 1)
+
+    with pytest.raises(BadInputError, match="different questions"):
+        compare_results(result("What is 2+3?"), result("What is 9-4?"))
+    assert compare_results(result("What is 2+3?"), result("What is 2+3?")).n == 1
+
+
+def test_another_dtype_is_another_result(work: Path, invoke: Invoke) -> None:
+    args = ("eval", "--limit", "4", "--max-new-tokens", "2", "--json")
+    first = as_json(invoke(*args))
+    second = as_json(invoke(*args, "--dtype", "bfloat16"))
+    assert first["folder"] != second["folder"]

@@ -89,3 +89,16 @@ def test_the_loss_changes_by_what_the_reconstruction_loses(
     assert loss_change(tiny, coders, probe)[point] == pytest.approx(0, abs=1e-6)
     monkeypatch.setattr(quality, "reconstruct", lambda coder, acts: torch.zeros_like(acts))
     assert loss_change(tiny, coders, probe)[point] > 0.05
+
+
+def test_what_is_known_to_belong_here_is_not_called_misplaced(tiny: Model) -> None:
+    """An SAE that has learnt nothing explains less than the mean, at its own place too."""
+    point = Hookpoint(4)
+    coder = new_coder(tiny.d_model, 64, 8, seed=0)
+    with torch.no_grad():
+        coder.b_dec += 100
+    with pytest.raises(BadInputError, match="trained on another model"):
+        check_fit(tiny, {point: coder}, batches(1, 0))
+    fvu, warnings = check_fit(tiny, {point: coder}, batches(1, 0), known=True)
+    assert fvu[point] > 1
+    assert "--tokens" in warnings[0]
