@@ -75,7 +75,7 @@ def train_saes(
     def job() -> tuple[dict[str, Any], Any]:
         from resa_lens.corpora import CorpusConfig
         from resa_lens.hookpoints import describe_layer, parse_layers
-        from resa_lens.pipeline.saes import train_run
+        from resa_lens.pipeline.sae_training import train_run
         from resa_lens.saes.train import SaeConfig
 
         ctx = common.context(workspace, seed, device, dtype, force, threads)
@@ -151,7 +151,7 @@ def count_features(
         from resa_lens.features.exclusive import RULES, CountConfig, tag_prompt
         from resa_lens.hookpoints import describe_layer, parse_layers
         from resa_lens.pipeline.discovery import count_run
-        from resa_lens.pipeline.saes import saes_for
+        from resa_lens.pipeline.sae_training import saes_for
         from resa_lens.saes.train import SaeConfig
 
         if rule not in RULES:

@@ -21,7 +21,8 @@ from resa_lens.hookpoints import trainable_layers
 from resa_lens.layers.selectors import SELECTORS, Recommendation, recommend
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.saes import SaeRun, probe_batches, saes_for, split_records
+from resa_lens.pipeline.sae_training import saes_for
+from resa_lens.pipeline.saes import SaeRun, probe_batches, split_records
 from resa_lens.prompts import resolve_system_prompt
 from resa_lens.saes.quality import loss_change
 from resa_lens.saes.train import SaeConfig

@@ -1,4 +1,4 @@
-"""SAEs for a model: trained, found in the workspace, or given by the user."""
+"""SAEs for a model: found in the workspace, or given by the user and checked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint, describe_layer, parse_hookpoint
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
-from resa_lens.saes.coder import SparseCoder, load_coder
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.formats import load_coder
 from resa_lens.saes.quality import check_fit
-from resa_lens.saes.train import SaeConfig, train_saes
-from resa_lens.workspace import Manifest, config_dict, digest
+from resa_lens.saes.train import SaeConfig
+from resa_lens.workspace import Manifest
 
 PROBE_TOKENS = 2048
 
@@ -93,87 +94,10 @@ def fit_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
     return replace(corpus, sequence=min(corpus.sequence, longest or corpus.sequence))
 
 
-def train_run(
-    ctx: Context, model: Model, layers: Sequence[int], config: SaeConfig, corpus: CorpusConfig
-) -> SaeRun:
-    """Train SAEs at the layers, or return the finished run of the same configuration."""
-    config = config.for_width(model.d_model)
-    corpus = fit_corpus(corpus, model)
-    records = corpora.load_records(
-        corpus.source, question_column=corpus.question_column, answer_column=corpus.answer_column
-    )
-    data_hash = corpora.hash_records(records)
-    identity = {
-        "sae": config_dict(config),
-        "corpus": config_dict(corpus),
-        "layers": list(layers),
-        "data": data_hash,
-        "dtype": model.dtype,
-    }
-    run = f"scratch-{config.site}-{config.latents}x{config.k}-{digest(identity)}"
-    folder = ctx.workspace.path("saes", model.slug, run)
-    points = [Hookpoint(layer, config.site) for layer in layers]
-    if manifest := ctx.done(folder):
-        ctx.reporter.note(f"SAEs: done before, in {folder}")
-        return _sae_run(folder, points, manifest, fresh=False)
-    assert config.tokens is not None
-    assert config.batch is not None
-    assert config.latents is not None
-    training, held = split_records(records)
-    steps = max(1, config.tokens // (config.batch * corpus.sequence))
-    weights = len(layers) * 2 * config.latents * model.d_model * 4
-
-    def forecast(seconds: float) -> None:
-        ctx.reporter.note(
-            f"expected: {seconds * steps:.0f} s, about {weights * 4 / 2**20 + 300:.0f} MB of "
-            f"memory besides the model, {weights / 2**20:.0f} MB on disk"
-        )
-
-    label = f"training {len(layers)} SAEs ({config.latents} latents, k {config.k}, {config.site})"
-    with ctx.reporter.bar(label, steps) as advance:
-        trained = train_saes(
-            model,
-            layers,
-            corpora.batches(
-                model.tokenizer, training, corpus, tokens=config.tokens, batch=config.batch
-            ),
-            list(
-                corpora.batches(
-                    model.tokenizer,
-                    held,
-                    replace(corpus, seed=corpus.seed + 1),
-                    tokens=8 * corpus.sequence,
-                    batch=4,
-                )
-            ),
-            config,
-            advance=advance,
-            on_probe=forecast,
-        )
-    manifest = ctx.manifest(
-        "saes",
-        model,
-        config=identity,
-        hashes={"data": data_hash},
-        results={
-            "layers": [vars(q) for q in trained.quality],
-            "tokens": trained.tokens,
-            "dead_window": trained.dead_window,
-            "model": model.name,
-            "site": config.site,
-            "n_layers": model.n_layers,
-        },
-    )
-    manifest.seconds = round(trained.seconds, 3)
-    with ctx.workspace.artifact(folder, manifest) as target:
-        for point, coder in trained.coders.items():
-            coder.save_to_disk(target / point.sparsify)
-    return _sae_run(folder, points, manifest, fresh=True)
-
-
-def _sae_run(
+def sae_run(
     folder: Path, points: Sequence[Hookpoint], manifest: Manifest, *, fresh: bool
 ) -> SaeRun:
+    """Describe a run of the workspace by its manifest."""
     results = manifest.results
     return SaeRun(
         folder=folder,
@@ -278,42 +202,5 @@ def find_saes(
         held = [q["layer"] for q in manifest.results["layers"]]
         if set(layers) <= set(held):
             points = [Hookpoint(layer, site) for layer in held]
-            return _sae_run(folder, points, manifest, fresh=False)
+            return sae_run(folder, points, manifest, fresh=False)
     return None
-
-
-def saes_for(
-    ctx: Context,
-    model: Model,
-    layers: Sequence[int],
-    config: SaeConfig,
-    corpus: CorpusConfig,
-    given: str | None = None,
-    *,
-    allow_mismatch: bool = False,
-    only: Sequence[int] | None = None,
-    anew: bool = False,
-) -> SaeRun:
-    """Return SAEs at the layers: as given, as found, or trained now.
-
-    `only` is that of `open_saes`; `anew` trains them even where they are found.  --force is about
-    a command's own result, so the commands that merely need SAEs do not train them again.
-    """
-    if given:
-        return open_saes(
-            ctx,
-            model,
-            Path(given).expanduser(),
-            config.site,
-            allow_mismatch=allow_mismatch,
-            corpus=corpus,
-            only=only,
-        )
-    if not anew and (found := find_saes(ctx, model, config, corpus, layers)):
-        ctx.reporter.note(f"SAEs: using {found.folder}")
-        return found
-    ctx.reporter.note(
-        f"SAEs: {'anew' if anew else 'none'} for {model.slug}, site {config.site}, layers "
-        f"{', '.join(map(str, layers))}; training them"
-    )
-    return train_run(ctx, model, layers, config, corpus)

@@ -16,7 +16,8 @@ from resa_lens.hookpoints import Hookpoint, describe_layer, parse_layer
 from resa_lens.models import Model, load_model
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.discovery import discover, newest_recommendation
-from resa_lens.pipeline.saes import fit_corpus, probe_batches, saes_for, split_records
+from resa_lens.pipeline.sae_training import saes_for
+from resa_lens.pipeline.saes import fit_corpus, probe_batches, split_records
 from resa_lens.pipeline.scores import compare_results, eval_run, load_eval_items
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.quality import check_fit

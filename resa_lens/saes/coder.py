@@ -1,4 +1,4 @@
-"""The sparse coder: sparsify's `SparseCoder` and checkpoint layout, checked when loaded.
+"""The sparse coder: sparsify's `SparseCoder` and checkpoint layout, on this project's kernels.
 
 What it gives for a batch of activations is ragged: a list of (row, latent, value), because not
 every activation function has the same number of active latents in each row.
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
-from resa_lens.models import check_safetensors, quiet
+from resa_lens.models import quiet
+from resa_lens.saes.kernels import pair_dots, row_starts, weighted_rows
+from resa_lens.saes.select import Active, Encoder, above, batch_topk, half_precision, topk
 
 if not torch.cuda.is_available():
     # With Triton installed, sparsify's decoder would crash on CPU tensors; read at import.
@@ -26,7 +28,16 @@ if not torch.cuda.is_available():
 with quiet():
     from sparsify import SparseCoder, SparseCoderConfig
 
-__all__ = ["SparseActs", "SparseCoder", "encode", "load_coder", "new_coder", "reconstruct"]
+__all__ = [
+    "ACTIVATIONS",
+    "Coder",
+    "SparseActs",
+    "SparseCoder",
+    "decode",
+    "encode",
+    "new_coder",
+    "reconstruct",
+]
 
 
 class SparseActs(NamedTuple):
@@ -38,25 +49,167 @@ class SparseActs(NamedTuple):
     n_rows: int
     d_sae: int
 
+    @property
+    def starts(self) -> Int[Tensor, " n_rows+1"]:
+        """Where each row begins, and the end."""
+        return row_starts(self.rows, self.n_rows)
 
-def _topk(coder: SparseCoder, x: Float[Tensor, "row d_in"]) -> SparseActs:
-    """Z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) (paper eq. 3, with sparsify's ReLU)."""
-    found = coder.encode(x)
-    active = found.top_acts > 0
-    rows = active.nonzero()[:, 0]
-    return SparseActs(
-        rows, found.top_indices[active], found.top_acts[active], x.shape[0], coder.num_latents
+
+class Coder(SparseCoder):
+    """sparsify's coder with the activations of `ACTIVATIONS`; the same parameters and files.
+
+    sparsify reads its checkpoints where the activation is "topk"; "batchtopk", which sparsify has
+    not, adds the key `threshold` to cfg.json.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        cfg: SparseCoderConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        decoder: bool = True,
+        threshold: float = 0.0,
+    ) -> None:
+        super().__init__(d_in, cfg, device, dtype, decoder=decoder)
+        self.threshold = threshold
+        """Of BatchTopK: a latent is active above it, once training is over."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return int(self.num_latents)
+
+    def config(self) -> dict[str, Any]:
+        """Return what cfg.json holds."""
+        held = {**self.cfg.to_dict(), "d_in": self.d_in}
+        return {**held, "threshold": self.threshold} if self.cfg.activation != "topk" else held
+
+    def save_to_disk(self, path: Path | str) -> None:
+        """Write cfg.json and sae.safetensors (encoder.weight, encoder.bias, W_dec, b_dec)."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(state, folder / "sae.safetensors")
+        (folder / "cfg.json").write_text(json.dumps(self.config()))
+
+
+def assemble(
+    tensors: dict[str, Tensor],
+    *,
+    k: int,
+    activation: str = "topk",
+    threshold: float = 0.0,
+    device: str = "cpu",
+) -> Coder:
+    """Make a frozen coder of its tensors, in sparsify's names and orientation.
+
+    Args:
+        tensors: encoder.weight [d_sae, d_in], encoder.bias [d_sae], b_dec [d_in], and W_dec
+            [d_sae, d_in] unless only the encoder is wanted.
+        k: active latents a row.
+        activation: a name in `ACTIVATIONS`.
+        threshold: of BatchTopK.
+        device: where it is put.
+    """
+    latents, d_in = tensors["encoder.weight"].shape
+    cfg = SparseCoderConfig(
+        activation=activation,  # pyright: ignore[reportArgumentType]
+        num_latents=latents,
+        k=k,
     )
+    # On the meta device nothing is allocated or drawn: the tensors are put in as they are.
+    made = Coder(d_in, cfg, "meta", decoder="W_dec" in tensors, threshold=threshold)
+    held = {name: nn.Parameter(value.to(device), False) for name, value in tensors.items()}
+    made.load_state_dict(held, assign=True)
+    return made.requires_grad_(False)
 
 
-ACTIVATIONS: dict[str, Callable[[SparseCoder, Tensor], SparseActs]] = {"topk": _topk}
-"""Activation functions by the name in cfg.json; BatchTopK and others register here."""
+def new_coder(
+    d_in: int, latents: int, k: int, *, seed: int, device: str = "cpu", activation: str = "topk"
+) -> Coder:
+    """Return an untrained coder, its decoder of unit norm, deterministic by seed.
+
+    Raises:
+        BadInputError: the sizes make no sense, or the activation is unknown.
+    """
+    if latents < 1 or not 1 <= k <= latents:
+        raise BadInputError(f"k {k} with {latents} latents: k must be 1 to the number of latents")
+    if activation not in ACTIVATIONS:
+        raise BadInputError(f"activation {activation!r} is unknown; use {', '.join(ACTIVATIONS)}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cfg = SparseCoderConfig(
+            activation=activation,  # pyright: ignore[reportArgumentType]
+            num_latents=latents,
+            k=k,
+        )
+        coder = Coder(d_in, cfg)
+    return coder.to(device)
+
+
+class Activation(NamedTuple):
+    """An activation function: how it selects while training, and afterwards."""
+
+    train: Callable[[Encoder, Tensor, int], Active]
+    infer: Callable[[Encoder, Tensor, SparseCoder], Active]
+
+
+def _infer_topk(encoder: Encoder, x: Tensor, coder: SparseCoder) -> Active:
+    return topk(encoder, x, coder.cfg.k)
+
+
+def _infer_threshold(encoder: Encoder, x: Tensor, coder: SparseCoder) -> Active:
+    return above(encoder, x, float(getattr(coder, "threshold", 0.0)))
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "topk": Activation(topk, _infer_topk),
+    "batchtopk": Activation(batch_topk, _infer_threshold),
+}
+"""Activation functions by the name in cfg.json."""
 
 
 @torch.no_grad()
-def encode(coder: SparseCoder, x: Float[Tensor, "row d_in"]) -> SparseActs:
-    """Return the active latents of each row, without gradients."""
-    return ACTIVATIONS[coder.cfg.activation](coder, x.to(coder.dtype))
+def encode(coder: SparseCoder, x: Float[Tensor, "row d_in"], *, exact: bool = True) -> SparseActs:
+    """Return the active latents of each row, without gradients.
+
+    Args:
+        coder: the SAE.
+        x: activations.
+        exact: take the product in the weights' precision.  Without it candidates are found in
+            bfloat16 where that is faster, and their values computed exactly (see select.py).
+    """
+    weight, bias = coder.encoder.weight, coder.encoder.bias
+    half = None if exact else half_precision(weight, bias)
+    centred = x.to(weight.dtype) - coder.b_dec
+    found = ACTIVATIONS[coder.cfg.activation].infer(Encoder(weight, bias, half), centred, coder)
+    return SparseActs(*found, x.shape[0], coder.num_latents)
+
+
+@torch.no_grad()
+def decode(coder: SparseCoder, acts: SparseActs) -> Float[Tensor, "row d_in"]:
+    """Return x~ = W_dec z + b_dec, without gradients."""
+    assert coder.W_dec is not None, "the coder was loaded without its decoder"
+    return weighted_rows(coder.W_dec, acts.starts, acts.latents, acts.values) + coder.b_dec
+
+
+class _Reconstruct(torch.autograd.Function):
+    """A frozen SAE as a function of x; the gradient goes through the active latents only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coder: SparseCoder) -> Tensor:
+        acts = encode(coder, x)
+        ctx.coder, ctx.acts = coder, acts
+        return decode(coder, acts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        coder, acts = ctx.coder, ctx.acts
+        starts = acts.starts
+        slope = pair_dots(grads[0].contiguous(), coder.W_dec, starts, acts.latents)
+        return weighted_rows(coder.encoder.weight, starts, acts.latents, slope), None
 
 
 def reconstruct(
@@ -64,76 +217,5 @@ def reconstruct(
 ) -> Float[Tensor, "*shape d_in"]:
     """Return x~ = W_dec z + b_dec in the dtype of x; gradients flow to x unless disabled."""
     flat = x.reshape(-1, x.shape[-1]).to(coder.dtype)
-    found = coder.encode(flat)
-    return coder.decode(found.top_acts, found.top_indices).reshape(x.shape).to(x.dtype)
-
-
-def new_coder(d_in: int, latents: int, k: int, *, seed: int, device: str = "cpu") -> SparseCoder:
-    """Return an untrained coder, its decoder of unit norm, deterministic by seed.
-
-    Raises:
-        BadInputError: the sizes make no sense.
-    """
-    if latents < 1 or not 1 <= k <= latents:
-        raise BadInputError(f"k {k} with {latents} latents: k must be 1 to the number of latents")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        coder = SparseCoder(d_in, SparseCoderConfig(num_latents=latents, k=k))
-    return coder.to(device)
-
-
-def load_coder(
-    folder: Path, *, device: str = "cpu", d_in: int | None = None, decoder: bool = True
-) -> SparseCoder:
-    """Load one sparsify checkpoint, frozen.
-
-    Args:
-        folder: holds cfg.json and sae.safetensors.
-        device: where to put it.
-        d_in: the width it must have, or None.
-        decoder: False loads the encoder alone, which counting needs.
-
-    Raises:
-        BadInputError: missing, damaged, incomplete, not finite, or of another width.
-    """
-    config, weights = folder / "cfg.json", folder / "sae.safetensors"
-    for file in (config, weights):
-        if not file.exists():
-            raise BadInputError(f"SAE {folder} lacks {file.name}")
-    try:
-        values: dict[str, Any] = json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{config} is damaged: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("d_in"), int):
-        raise BadInputError(f"{config} has no d_in; it is not a sparsify checkpoint")
-    if d_in is not None and values["d_in"] != d_in:
-        raise BadInputError(
-            f"SAE {folder} has width {values['d_in']}, the model's is {d_in}; "
-            "use an SAE that was trained on this model"
-        )
-    activation = values.get("activation", "topk")
-    if activation not in ACTIVATIONS:
-        raise BadInputError(
-            f"SAE {folder} has activation {activation!r}; readable: {', '.join(ACTIVATIONS)}"
-        )
-    if values.get("transcode") or values.get("skip_connection"):
-        raise BadInputError(f"SAE {folder} is a transcoder; an autoencoder is needed")
-    check_safetensors(weights)
-    with safe_open(weights, framework="pt") as stream:
-        present = set(stream.keys())
-    if missing := {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} - present:
-        raise BadInputError(f"SAE {folder} lacks the tensor {sorted(missing)[0]}")
-    try:
-        coder = SparseCoder.load_from_disk(folder, device=device, decoder=decoder)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        # torch's first line is only a heading; the last one names the tensor and the sizes.
-        detail = str(error).strip().splitlines()[-1].strip()[:200]
-        raise BadInputError(f"SAE {folder}: {detail}") from error
-    if not isinstance(coder.cfg.k, int) or not 1 <= coder.cfg.k <= coder.num_latents:
-        raise BadInputError(
-            f"SAE {folder} has k {coder.cfg.k!r}; k must be 1 to its {coder.num_latents} latents"
-        )
-    for name, value in coder.named_parameters():
-        if not torch.isfinite(value).all():
-            raise BadInputError(f"SAE {folder}: {name} holds values that are not finite")
-    return coder.requires_grad_(False)
+    made: Any = _Reconstruct.apply(flat, coder)
+    return made.reshape(x.shape).to(x.dtype)

@@ -1,0 +1,201 @@
+"""Which latents are active: the encoder's product and the top-k, without sorting the rest.
+
+    z = TopK(ReLU(W_enc (x - b_dec) + b_enc))          (paper, eq. 3, with sparsify's ReLU)
+
+Two ways.  `exact` takes the product in the weights' own precision.  The other finds candidates by a
+bfloat16 product, a margin more than k, and computes their values anew in full precision: on a CPU
+with bfloat16 instructions the product costs a quarter, and what it may get wrong is a latent that
+lies a margin of ranks away from the k-th.
+
+On a CPU the k-th largest of each row comes from NumPy's partition, which is vectorised
+(AVX-512 quickselect); `torch.topk` there is a heap, four to ten times slower.  bfloat16 numbers
+that are positive sort as their bit patterns do, so the partition runs on 16-bit integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from resa_lens.saes.kernels import native_bf16, pair_dots, row_starts
+
+PRODUCT_BYTES = 32 * 2**20
+"""Size of one piece of the encoder's product: pieces that stay in the cache are selected faster,
+and memory does not grow with the batch."""
+
+
+class Active(NamedTuple):
+    """Active latents of some rows, row by row, values above zero."""
+
+    rows: Int[Tensor, " active"]
+    latents: Int[Tensor, " active"]
+    values: Float[Tensor, " active"]
+
+
+class Encoder(NamedTuple):
+    """What the selection needs of a coder; `half` is the weights and bias in bfloat16 or None."""
+
+    weight: Float[Tensor, "latent d_in"]
+    bias: Float[Tensor, " latent"]
+    half: tuple[Tensor, Tensor] | None = None
+
+
+def half_precision(
+    weight: Float[Tensor, "latent d_in"],
+    bias: Float[Tensor, " latent"],
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return weights and bias in bfloat16, into `out` if given; None where it would not be faster.
+
+    It is not on a CPU without bfloat16 instructions.
+    """
+    if weight.device.type == "cpu" and not native_bf16():
+        return None
+    return (weight.bfloat16() if out is None else out.copy_(weight)), bias.bfloat16()
+
+
+def margin(k: int) -> int:
+    """Return how many candidates more than k the bfloat16 product has to name."""
+    return max(16, k // 2)
+
+
+def topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
+    """Return the k largest latents of each row, those of them that are above zero.
+
+    Args:
+        encoder: weights and bias.
+        x: activations less b_dec.
+        k: of each row.
+    """
+    wanted = k if encoder.half is None else k + margin(k)
+    parts = []
+    for first, piece, pre in _products(encoder, x):
+        rows, latents, values = _largest(pre, min(wanted, pre.shape[1]))
+        if encoder.half is not None:
+            values = _exact(encoder, piece, rows, latents)
+        if rows.numel() > k * piece.shape[0] or encoder.half is not None:
+            rows, latents, values = _keep(rows, latents, values, piece.shape[0], k)
+        parts.append(Active(rows + first, latents, values))
+    return _join(parts, x)
+
+
+def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
+    """Return the k x rows largest latents of the whole batch (BatchTopK, arXiv 2412.06410)."""
+    total = k * x.shape[0]
+    wanted = total if encoder.half is None else total + max(64, total // 4)
+    held: Active | None = None
+    for first, piece, pre in _products(encoder, x):
+        flat = pre.reshape(1, -1)
+        _, places, values = _largest(flat, min(wanted, flat.shape[1]))
+        rows = places.div(pre.shape[1], rounding_mode="floor")
+        latents = places - rows * pre.shape[1]
+        if encoder.half is not None:
+            values = _exact(encoder, piece, rows, latents)
+        found = Active(rows + first, latents, values)
+        held = found if held is None else _join([held, found], x)
+        if held.values.numel() > wanted:
+            held = _take(held, held.values.topk(wanted, sorted=False).indices.sort().values)
+    if held is None:
+        return _join([], x)
+    if held.values.numel() > total:
+        held = _take(held, held.values.topk(total, sorted=False).indices.sort().values)
+    return _take(held, (held.values > 0).nonzero()[:, 0])
+
+
+def above(encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float) -> Active:
+    """Return the latents above a threshold (BatchTopK at inference)."""
+    parts = []
+    for first, piece, pre in _products(encoder, x):
+        # Half a percent is two steps of bfloat16.
+        low = threshold if encoder.half is None else threshold - 0.005 * abs(threshold) - 1e-6
+        hits = (pre > max(low, 0.0)).nonzero()
+        rows, latents = hits[:, 0], hits[:, 1]
+        if encoder.half is None:
+            values = pre[rows, latents]
+        else:
+            values = _exact(encoder, piece, rows, latents)
+        kept = values > max(threshold, 0.0)
+        parts.append(Active(rows[kept] + first, latents[kept], values[kept]))
+    return _join(parts, x)
+
+
+def _products(
+    encoder: Encoder, x: Float[Tensor, "row d_in"]
+) -> Iterator[tuple[int, Float[Tensor, "piece d_in"], Float[Tensor, "piece latent"]]]:
+    """Yield (first row, rows, pre-activations) in pieces; the last is overwritten by the next."""
+    weight, bias = encoder.half or (encoder.weight, encoder.bias)
+    rows = max(1, PRODUCT_BYTES // (weight.shape[0] * weight.element_size()))
+    rows = min(rows, x.shape[0])
+    if x.device.type != "cpu":
+        rows = max(rows, min(x.shape[0], 4096))
+    out = torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=x.device)
+    for first in range(0, x.shape[0], max(1, rows)):
+        piece = x[first : first + rows]
+        pre = out[: piece.shape[0]]
+        torch.addmm(bias, piece.to(weight.dtype), weight.mT, out=pre)
+        yield first, piece, pre
+
+
+def _largest(pre: Float[Tensor, "row latent"], count: int) -> Active:
+    """Return at least the `count` largest of each row that are above zero; ties come along."""
+    if pre.device.type != "cpu":
+        values, latents = pre.topk(count, dim=1, sorted=False)
+        rows, place = (values > 0).nonzero(as_tuple=True)
+        return Active(rows, latents[rows, place], values[rows, place])
+    if pre.dtype is torch.bfloat16:
+        numbers, smallest = pre.view(torch.int16).numpy(), np.int16(1)
+    else:
+        numbers, smallest = pre.numpy(), np.nextafter(np.float32(0), np.float32(1))
+    at = numbers.shape[1] - count
+    limit = np.partition(numbers, at, axis=1)[:, at]
+    np.maximum(limit, smallest, out=limit)
+    flat = np.flatnonzero(numbers >= limit[:, None])
+    places = torch.from_numpy(flat)
+    rows = places.div(numbers.shape[1], rounding_mode="floor")
+    return Active(rows, places - rows * numbers.shape[1], pre.view(-1)[places].float())
+
+
+def _exact(
+    encoder: Encoder, x: Tensor, rows: Int[Tensor, " pair"], latents: Int[Tensor, " pair"]
+) -> Float[Tensor, " pair"]:
+    starts = row_starts(rows, x.shape[0])
+    return (
+        pair_dots(x.to(encoder.weight.dtype), encoder.weight, starts, latents)
+        + encoder.bias[latents]
+    )
+
+
+def _keep(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, k: int) -> Active:
+    """Keep the k largest of each row, above zero, in the order of their latents."""
+    counts = torch.bincount(rows, minlength=n_rows)
+    width = int(counts.max()) if counts.numel() else 0
+    if width > k:
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(rows.numel(), device=rows.device) - starts[rows]
+        table = values.new_zeros(n_rows, width)
+        table[rows, place] = values
+        chosen = table.topk(k, dim=1, sorted=False).indices
+        keep = torch.zeros(n_rows, width, dtype=torch.bool, device=rows.device)
+        keep.scatter_(1, chosen, True)
+        mask = keep[rows, place] & (values > 0)
+    else:
+        mask = values > 0
+    return Active(rows[mask], latents[mask], values[mask])
+
+
+def _take(found: Active, index: Tensor) -> Active:
+    return Active(*(part[index] for part in found))
+
+
+def _join(parts: list[Active], x: Tensor) -> Active:
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        none = torch.zeros(0, dtype=torch.long, device=x.device)
+        return Active(none, none, torch.zeros(0, device=x.device))
+    return Active(*(torch.cat(column) for column in zip(*parts, strict=True)))
