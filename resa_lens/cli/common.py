@@ -76,14 +76,19 @@ def context(
 ) -> Context:
     """Open the workspace and say first where it is."""
     from resa_lens.pipeline.context import Context
-    from resa_lens.progress import ConsoleReporter
+    from resa_lens.progress import SILENT, ConsoleReporter
     from resa_lens.workspace import Workspace
 
-    reporter = ConsoleReporter()
+    # Of the processes that torchrun starts only the first speaks.
+    reporter = SILENT if _silent_rank() else ConsoleReporter()
     place = Workspace(workspace)
     place.check_writable()
     reporter.note(f"workspace: {place.root}")
     return Context(place, reporter, seed, device, dtype, force, threads)
+
+
+def _silent_rank() -> bool:
+    return os.environ.get("RANK", "0") != "0"
 
 
 def run(job: Callable[[], tuple[dict[str, Any], Callable[[], None]]], as_json: bool) -> None:
@@ -114,6 +119,8 @@ def run(job: Callable[[], tuple[dict[str, Any], Callable[[], None]]], as_json: b
             sys.stdout.flush()
             os.dup2(kept, 1)
             os.close(kept)
+    if _silent_rank():
+        return
     if as_json:
         typer.echo(json.dumps(result, default=str))
     else:

@@ -49,14 +49,45 @@ def train_saes(
     model: ModelOption = "tiny-reasoner",
     layers: LayersOption = None,
     site: SiteOption = "mlp_out",
+    mode: Annotated[
+        str,
+        typer.Option(help="scratch, finetune (from --saes) or pretrained (as given)."),
+    ] = "scratch",
+    saes: SaesOption = None,
     tokens: TokensOption = None,
     latents: LatentsOption = None,
+    expansion: Annotated[
+        int | None, typer.Option(help="Latents as a multiple of the width.", min=1)
+    ] = None,
     k: TopkOption = 32,
+    activation: Annotated[str, typer.Option(help="topk or batchtopk.")] = "topk",
     optimizer: Annotated[str, typer.Option(help="signum or adam.")] = "signum",
     learning_rate: Annotated[
-        float | None, typer.Option(help="Constant; 2.5e-4 from width 1024 on.", min=0.0)
+        float | None, typer.Option(help="2.5e-4 from width 1024 on.", min=0.0)
     ] = None,
+    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "constant",
+    warmup: Annotated[int, typer.Option(help="Steps of warm-up.", min=0)] = 0,
+    auxk_alpha: Annotated[
+        float, typer.Option(help="Weight of the AuxK loss for dead latents; 0 is off.", min=0.0)
+    ] = 0.0,
+    multi_topk: Annotated[bool, typer.Option("--multi-topk", help="Add the top-4k loss.")] = False,
+    dead_threshold: Annotated[
+        int, typer.Option(help="Tokens without firing; at most half of the run.", min=1)
+    ] = 1_000_000,
     batch: Annotated[int | None, typer.Option(help="Sequences a step.", min=1)] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 256,
+    seeds: Annotated[
+        int, typer.Option(help="Train so many seeds and compare their features.", min=1)
+    ] = 1,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it will need: memory, disk, time.")
+    ] = False,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GB that may be taken; by default what is free.", min=0.0)
+    ] = None,
+    spread_layers: Annotated[
+        bool, typer.Option("--spread-layers", help="Under torchrun: divide layers, not rows.")
+    ] = False,
     data: DataOption = "tiny",
     workspace: WorkspaceOption = None,
     seed: SeedOption = 0,
@@ -67,26 +98,48 @@ def train_saes(
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an SAE at every layer in one pass over the data.
+    """Train an SAE at every layer in one pass over the data; killed, it goes on where it was.
 
     Example: resa-lens train-saes --model tiny-reasoner --layers 1-10 --tokens 200000
     """
 
     def job() -> tuple[dict[str, Any], Any]:
-        from resa_lens.corpora import CorpusConfig
-        from resa_lens.hookpoints import describe_layer, parse_layers
-        from resa_lens.pipeline.sae_training import train_run
-        from resa_lens.saes.train import SaeConfig
+        from dataclasses import asdict, replace
 
-        ctx = common.context(workspace, seed, device, dtype, force, threads)
+        from resa_lens.corpora import CorpusConfig
+        from resa_lens.errors import BadInputError
+        from resa_lens.hookpoints import describe_layer, parse_layers
+        from resa_lens.pipeline.sae_training import plan_run, train_run
+        from resa_lens.saes.train import SaeConfig
+        from resa_lens.saes.world import join_world, local_device
+
+        if latents is not None and expansion is not None:
+            raise BadInputError(f"--latents {latents} and --expansion {expansion}: give one")
+        ctx = common.context(workspace, seed, local_device(device), dtype, force, threads)
         host = ctx.model(model)
-        run = train_run(
-            ctx,
-            host,
-            parse_layers(layers, host.n_layers),
-            SaeConfig(site, latents, k, optimizer, learning_rate, tokens, batch, seed=seed),
-            CorpusConfig(source=data, seed=seed),
-        )
+        world = join_world(host.device)
+        config = SaeConfig(
+            site, latents if expansion is None else expansion * host.d_model, k, optimizer,
+            learning_rate, tokens, batch, dead_threshold, seed, activation, auxk_alpha,
+            multi_topk, schedule, warmup, mode,
+        )  # fmt: skip
+        chosen = parse_layers(layers, host.n_layers)
+        corpus = CorpusConfig(source=data, seed=seed, sequence=sequence)
+        limit = None if memory_limit is None else memory_limit * 1024
+        if plan:
+            made = plan_run(
+                ctx, host, chosen, config, corpus, source=saes, memory_limit_mb=limit, world=world
+            )
+            values = {**asdict(made), "layers": chosen, "model": host.name, "site": site}
+            return values, lambda: common.show_all(made.describe())
+        runs = [
+            train_run(
+                ctx, host, chosen, replace(config, seed=seed + i), replace(corpus, seed=seed + i),
+                source=saes, memory_limit_mb=limit, world=world, spread_layers=spread_layers,
+            )
+            for i in range(seeds)
+        ]  # fmt: skip
+        run = runs[0]
         rows = [
             {
                 "layer": p.layer,
@@ -108,8 +161,9 @@ def train_saes(
             common.show_all(made, f"{run.tokens} tokens, {run.seconds:.0f} s; in {run.folder}")
 
         values = {
-            "saes": rows, "tokens": run.tokens, "seconds": run.seconds, "resumed_at_tokens": 0,
-            "fresh": run.fresh, "folder": str(run.folder),
+            "saes": rows, "tokens": run.tokens, "seconds": run.seconds,
+            "resumed_at_tokens": run.resumed_at_tokens, "fresh": run.fresh,
+            "folder": str(run.folder),
         }  # fmt: skip
         return values, show
 

@@ -39,6 +39,8 @@ class SaeRun:
     stored_site: str | None = None
     """The site of the folders' names where it is not the place's (--allow-site-mismatch)."""
     warnings: tuple[str, ...] = ()
+    resumed_at_tokens: int = 0
+    """Where this call went on with a killed run; 0 if it began anew."""
 
     def trained_on(self, model: Model) -> bool:
         """Whether the manifest says that these SAEs were trained on the model, at this site."""
@@ -106,6 +108,7 @@ def sae_run(
         tokens=results["tokens"],
         seconds=manifest.seconds,
         fresh=fresh,
+        resumed_at_tokens=results.get("resumed_at_tokens", 0),
         manifest=manifest,
     )
 

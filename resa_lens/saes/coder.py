@@ -6,6 +6,7 @@ every activation function has the same number of active latents in each row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -147,6 +148,15 @@ def new_coder(
         )
         coder = Coder(d_in, cfg)
     return coder.to(device)
+
+
+def hash_tensors(coder: SparseCoder) -> str:
+    """Return the SHA-256 of a coder's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(coder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(memoryview(value.detach().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
 
 
 class Activation(NamedTuple):

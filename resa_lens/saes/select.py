@@ -45,16 +45,25 @@ class Encoder(NamedTuple):
     half: tuple[Tensor, Tensor] | None = None
 
 
+def prefers_half(device: str) -> bool:
+    """Whether candidates are found in bfloat16: not on a CPU without its instructions."""
+    return not device.startswith("cpu") or native_bf16()
+
+
+def half_room(latents: int, d_in: int, device: str) -> Tensor | None:
+    """Return room for an encoder in bfloat16, or None where it is not used."""
+    if not prefers_half(device):
+        return None
+    return torch.empty(latents, d_in, dtype=torch.bfloat16, device=device)
+
+
 def half_precision(
     weight: Float[Tensor, "latent d_in"],
     bias: Float[Tensor, " latent"],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return weights and bias in bfloat16, into `out` if given; None where it would not be faster.
-
-    It is not on a CPU without bfloat16 instructions.
-    """
-    if weight.device.type == "cpu" and not native_bf16():
+    """Return weights and bias in bfloat16, into `out` if given; None where that is not used."""
+    if not prefers_half(weight.device.type):
         return None
     return (weight.bfloat16() if out is None else out.copy_(weight)), bias.bfloat16()
 
@@ -79,7 +88,7 @@ def topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
         if encoder.half is not None:
             values = _exact(encoder, piece, rows, latents)
         if rows.numel() > k * piece.shape[0] or encoder.half is not None:
-            rows, latents, values = _keep(rows, latents, values, piece.shape[0], k)
+            rows, latents, values = largest_of_each_row(rows, latents, values, piece.shape[0], k)
         parts.append(Active(rows + first, latents, values))
     return _join(parts, x)
 
@@ -170,7 +179,13 @@ def _exact(
     )
 
 
-def _keep(rows: Tensor, latents: Tensor, values: Tensor, n_rows: int, k: int) -> Active:
+def largest_of_each_row(
+    rows: Int[Tensor, " pair"],
+    latents: Int[Tensor, " pair"],
+    values: Float[Tensor, " pair"],
+    n_rows: int,
+    k: int,
+) -> Active:
     """Keep the k largest of each row, above zero, in the order of their latents."""
     counts = torch.bincount(rows, minlength=n_rows)
     width = int(counts.max()) if counts.numel() else 0

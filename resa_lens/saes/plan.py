@@ -1,0 +1,231 @@
+"""What a training run will need, before it starts: memory, disk and time, from a short probe.
+
+Memory is that of the weights and their optimizer, which is arithmetic, plus what one forward pass
+and one step take on top, which is measured.  Where all layers do not fit together they are trained
+in groups, each in a pass of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from resa_lens.activations import stream_activations
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint
+from resa_lens.models import Model
+from resa_lens.saes.optim import STATE_COPIES
+from resa_lens.saes.select import half_room
+from resa_lens.saes.train import SaeConfig, new_trainers
+from resa_lens.workspace import peak_memory_mb
+
+MB = 2**20
+RESERVE = 0.1
+"""Share of the memory that is left free."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Needs of a run; memory in MB is the process's peak (on a GPU, of its memory)."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Layers that are trained together, one pass over the data each."""
+    peak_memory_mb: float
+    available_mb: float
+    disk_mb: float
+    """Of the finished SAEs."""
+    work_disk_mb: float
+    """Of two checkpoints, while it runs."""
+    seconds: float
+    steps: int
+    """Of one pass."""
+    forward_seconds: float
+    """The model on one batch, up to the last layer asked for."""
+    step_seconds: float
+    """One SAE on one batch."""
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        passes = f" in {len(self.groups)} passes over the data" if len(self.groups) > 1 else ""
+        return (
+            f"expected: {self.seconds:.0f} s{passes}, {self.peak_memory_mb:.0f} MB of memory at "
+            f"the peak ({self.available_mb:.0f} MB available), {self.disk_mb:.0f} MB on disk and "
+            f"{self.work_disk_mb:.0f} MB for checkpoints while it runs"
+        )
+
+
+class Meter:
+    """The memory in use: the process's, or that of its GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.device = device
+
+    def now(self) -> float:
+        """Return MB in use."""
+        if self.cuda:
+            return torch.cuda.memory_allocated(self.device) / MB
+        statm = Path("/proc/self/statm")
+        if not statm.exists():
+            return peak_memory_mb()
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MB
+
+    def available(self) -> float:
+        """Return MB that this process may still take."""
+        if self.cuda:
+            return torch.cuda.mem_get_info(self.device)[0] / MB
+        free = _meminfo()
+        limit, used = _cgroup()
+        return free if limit is None else min(free, limit - used)
+
+    @contextmanager
+    def peak(self) -> Iterator[list[float]]:
+        """Collect the highest reading while the block runs, as the list's only element."""
+        found = [self.now()]
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            yield found
+            found[0] = torch.cuda.max_memory_allocated(self.device) / MB
+            return
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.001):
+                found[0] = max(found[0], self.now())
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield found
+        finally:
+            stop.set()
+            watcher.join()
+            found[0] = max(found[0], self.now())
+
+
+def _meminfo() -> float:
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages / MB
+    for line in file.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _cgroup() -> tuple[float | None, float]:
+    """Return the container's limit and use in MB, (None, 0) where there is none."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        if Path(limit).exists() and Path(used).exists():
+            text = Path(limit).read_text().strip()
+            if text.isdigit() and int(text) < 2**60:
+                return int(text) / MB, int(Path(used).read_text()) / MB
+    return None, 0.0
+
+
+def state_mb(config: SaeConfig, d_model: int) -> float:
+    """Return the MB of one layer's weights and optimizer."""
+    assert config.latents is not None
+    return STATE_COPIES[config.optimizer] * 2 * config.latents * d_model * 4 / MB
+
+
+def plan_training(
+    model: Model,
+    layers: Sequence[int],
+    config: SaeConfig,
+    batch: Int[Tensor, "batch position"],
+    steps: int,
+    *,
+    memory_limit_mb: float | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Probe the model and one SAE on one batch, and plan the run.
+
+    Args:
+        model: the source model.
+        layers: 0-based.
+        config: with every default filled in.
+        batch: one batch as it will be trained on.
+        steps: batches of one pass.
+        memory_limit_mb: what the process may take at its peak; by default what is available.
+        processes: ranks among which the rows are divided.
+
+    Raises:
+        BadInputError: not even one layer fits.
+    """
+    meter = Meter(model.device)
+    points = [Hookpoint(layer, config.site) for layer in layers]
+    part = batch[: max(1, batch.shape[0] // processes)]
+    _ = model.bridge
+    base = meter.now()
+    with meter.peak() as forward:
+        # The first pass allocates and warms up; the second is timed.
+        next(stream_activations(model, [part], points))
+        began = time.perf_counter()
+        held = next(stream_activations(model, [part], points))
+        forward_seconds = time.perf_counter() - began
+    x = held.acts[points[len(points) // 2]].flatten(0, 1).float().clone()
+    acts = part.numel() * model.d_model * next(iter(held.acts.values())).element_size() / MB
+    del held
+    trainers = new_trainers(points[:1], model.d_model, config, steps, device=model.device)
+    trainer = trainers[points[0]]
+    half = None
+    before = meter.now()
+    times = []
+    with meter.peak() as stepping:
+        half = half_room(config.latents or 0, model.d_model, model.device)
+        for _ in range(4):
+            began = time.perf_counter()
+            trainer.step(x, half)
+            times.append(time.perf_counter() - began)
+    step_seconds = sorted(times[1:])[1]
+    del trainer, trainers, half, x
+    layer_mb = state_mb(config, model.d_model)
+    step_mb = max(0.0, stepping[0] - before)
+    forward_mb = max(0.0, forward[0] - base - len(layers) * acts)
+
+    def peak(count: int) -> float:
+        return base + count * (layer_mb + acts) + max(forward_mb, step_mb)
+
+    current = meter.now()
+    available = current + meter.available() * (1 - RESERVE)
+    limit = available if memory_limit_mb is None else memory_limit_mb
+    fitting = [n for n in range(1, len(layers) + 1) if peak(n) <= limit]
+    if not fitting:
+        raise BadInputError(
+            f"one SAE of {config.latents} latents needs {peak(1):.0f} MB at the peak, "
+            f"{limit:.0f} MB are available; use fewer --latents or a smaller --batch"
+        )
+    # Groups of nearly equal size: the number of passes is what costs.
+    passes = -(-len(layers) // max(fitting))
+    size = -(-len(layers) // passes)
+    groups = tuple(tuple(layers[i : i + size]) for i in range(0, len(layers), size))
+    most = max(len(group) for group in groups)
+    disk = len(layers) * 2 * (config.latents or 0) * model.d_model * 4 / MB
+    return Plan(
+        groups=groups,
+        peak_memory_mb=round(max(peak(most), 0.0 if meter.cuda else peak_memory_mb()), 1),
+        available_mb=round(available, 1),
+        disk_mb=round(disk, 1),
+        work_disk_mb=round(2 * most * layer_mb + (disk if len(groups) > 1 else 0), 1),
+        seconds=round(steps * (len(groups) * forward_seconds + len(layers) * step_seconds), 1),
+        steps=steps,
+        forward_seconds=forward_seconds,
+        step_seconds=step_seconds,
+    )
