@@ -101,6 +101,8 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
     for first, piece, pre in _products(encoder, x):
         flat = pre.reshape(1, -1)
         _, places, values = _largest(flat, min(wanted, flat.shape[1]))
+        places, order = places.sort()
+        values = values[order]
         rows = places.div(pre.shape[1], rounding_mode="floor")
         latents = places - rows * pre.shape[1]
         if encoder.half is not None:
@@ -119,10 +121,14 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
 def above(encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float) -> Active:
     """Return the latents above a threshold (BatchTopK at inference)."""
     parts = []
+    # What rounding both factors to bfloat16 can change, by Cauchy and Schwarz: with it the
+    # candidates hold every latent above the threshold.
+    longest = encoder.weight.norm(dim=1).max() if encoder.half is not None else None
     for first, piece, pre in _products(encoder, x):
-        # Half a percent is two steps of bfloat16.
-        low = threshold if encoder.half is None else threshold - 0.005 * abs(threshold) - 1e-6
-        hits = (pre > max(low, 0.0)).nonzero()
+        low = torch.full((piece.shape[0], 1), threshold, device=x.device)
+        if longest is not None:
+            low -= 2**-7 * (piece.norm(dim=1, keepdim=True) * longest + abs(threshold))
+        hits = (pre.float() > low.clamp_min(0)).nonzero()
         rows, latents = hits[:, 0], hits[:, 1]
         if encoder.half is None:
             values = pre[rows, latents]
@@ -150,12 +156,16 @@ def _products(
         yield first, piece, pre
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _largest(pre: Float[Tensor, "row latent"], count: int) -> Active:
     """Return at least the `count` largest of each row that are above zero; ties come along."""
-    if pre.device.type != "cpu":
+    if not _on_cpu(pre):
         values, latents = pre.topk(count, dim=1, sorted=False)
         rows, place = (values > 0).nonzero(as_tuple=True)
-        return Active(rows, latents[rows, place], values[rows, place])
+        return Active(rows, latents[rows, place], values[rows, place].float())
     if pre.dtype is torch.bfloat16:
         numbers, smallest = pre.view(torch.int16).numpy(), np.int16(1)
     else:

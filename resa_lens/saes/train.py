@@ -21,7 +21,7 @@ from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.hookpoints import DEFAULT_SITE, Hookpoint, site_named
 from resa_lens.models import Model
-from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, encode, new_coder
+from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, decode, encode, new_coder
 from resa_lens.saes.optim import OPTIMIZERS, SCHEDULES, new_optimizer, rate_at
 from resa_lens.saes.select import Encoder, batch_topk, half_precision, half_room
 from resa_lens.saes.step import Loss, forward_step, gradients
@@ -440,8 +440,8 @@ def measure_fvu(
     for batch in stream_activations(model, batches, list(coders)):
         for point, coder in coders.items():
             x = batch.acts[point].flatten(0, 1).float()
-            found = coder.encode(x)
-            error = (x - coder.decode(found.top_acts, found.top_indices)).pow(2).sum().item()
+            found = encode(coder, x)
+            error = (x - decode(coder, found)).pow(2).sum().item()
             held = sums.setdefault(
                 point, {"n": 0.0, "x": torch.zeros(x.shape[1]), "xx": 0.0, "e": 0.0, "l0": 0.0}
             )
@@ -449,7 +449,7 @@ def measure_fvu(
             held["x"] += x.sum(0).double().cpu()
             held["xx"] += x.double().pow(2).sum().item()
             held["e"] += error
-            held["l0"] += (found.top_acts > 0).sum().item()
+            held["l0"] += found.values.numel()
     result = dict.fromkeys(coders, (math.nan, math.nan))
     for point, held in sums.items():
         mean = held["x"] / held["n"]

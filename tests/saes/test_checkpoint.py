@@ -1,0 +1,197 @@
+"""A run that was stopped anywhere goes on to the same bits; two processes do not share one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint
+from resa_lens.models import Model
+from resa_lens.saes import checkpoint
+from resa_lens.saes.checkpoint import Checkpoints, newest, read_state, restore_threads, run_lock
+from resa_lens.saes.train import SaeConfig, TrainedSaes, train_saes
+
+STEPS = 12
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 500, (2, 32), generator=generator) for _ in range(STEPS)]
+
+
+class StopError(Exception):
+    """Stands for a kill, at a chosen step."""
+
+
+class Stopping(Checkpoints):
+    """Writes after every `every` steps and stops after one of them."""
+
+    every, at = 1, STEPS
+
+    def keep(self, step: int, steps: int, trainers) -> None:
+        if step % self.every == 0:
+            self.write(step, trainers)
+        if step == self.at:
+            raise StopError
+
+
+VARIANTS = {
+    "signum": SaeConfig(latents=64, k=4),
+    "adam": SaeConfig(latents=64, k=4, optimizer="adam", schedule="linear", warmup=3),
+    "batchtopk": SaeConfig(latents=64, k=4, activation="batchtopk"),
+    "auxk": SaeConfig(latents=64, k=4, auxk_alpha=0.1, dead_threshold=70, multi_topk=True),
+}
+
+
+def train(model: Model, config: SaeConfig, store: Checkpoints | None = None) -> TrainedSaes:
+    return train_saes(
+        model, [2, 5], batches(), [], config.for_width(model.d_model), steps=STEPS, store=store
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("every", "at"), [(1, 7), (4, 7), (5, 11)])
+def test_goes_on_to_the_same_bits(
+    tiny: Model, tmp_path: Path, name: str, every: int, at: int
+) -> None:
+    whole = train(tiny, VARIANTS[name])
+    stopping = Stopping(tmp_path)
+    stopping.every, stopping.at = every, at
+    with pytest.raises(StopError):
+        train(tiny, VARIANTS[name], stopping)
+    resumed = train(tiny, VARIANTS[name], Checkpoints(tmp_path))
+    assert resumed.resumed_at_tokens == at // every * every * 64
+    assert (whole.resumed_at_tokens, resumed.tokens) == (0, whole.tokens)
+    assert resumed.losses == whole.losses
+    assert resumed.quality[0].dead_share == whole.quality[0].dead_share
+    for point, coder in whole.coders.items():
+        other = resumed.coders[point]
+        assert getattr(other, "threshold", 0) == getattr(coder, "threshold", 0)
+        for key, value in coder.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), (point, key)
+
+
+def test_at_most_a_tenth_is_lost(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow a checkpoint is, one is written every twelfth of the run."""
+    written = []
+    monkeypatch.setattr(checkpoint, "COST", 0.0)
+    monkeypatch.setattr(Checkpoints, "write", lambda self, step, trainers: _note(self, step))
+
+    def _note(store: Checkpoints, step: int) -> None:
+        written.append(step)
+        store.last_step = step
+
+    train(tiny, VARIANTS["signum"], Checkpoints(tmp_path))
+    assert written == list(range(1, STEPS))
+    store, many = Checkpoints(tmp_path), []
+    for step in range(1, 1001):
+        before = len(written)
+        store.keep(step, 1000, {})
+        many += written[before:]
+    assert max(b - a for a, b in zip([0, *many], [*many, 1000], strict=True)) < 100
+
+
+def test_only_the_newest_is_kept_and_a_half_written_one_is_not_read(
+    tiny: Model, tmp_path: Path
+) -> None:
+    stopping = Stopping(tmp_path)
+    stopping.at = 3
+    with pytest.raises(StopError):
+        train(tiny, VARIANTS["signum"], stopping)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / ".filling-10").mkdir()
+    held = newest(tmp_path)
+    assert held is not None
+    assert held.name == "checkpoint-3"
+
+
+def test_a_damaged_checkpoint_is_named(tiny: Model, tmp_path: Path) -> None:
+    stopping = Stopping(tmp_path)
+    stopping.at = 3
+    with pytest.raises(StopError):
+        train(tiny, VARIANTS["signum"], stopping)
+    file = tmp_path / "checkpoint-3" / f"{Hookpoint(5).sparsify}.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(BadInputError, match=r"layers\.5\.mlp.*--force"):
+        train(tiny, VARIANTS["signum"], Checkpoints(tmp_path))
+
+
+def state(folder: Path, **changes: object) -> None:
+    file = folder / "checkpoint-4" / "state.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = {
+        "step": 4,
+        "layers": {},
+        "threads": torch.get_num_threads(),
+        "processes": 1,
+        "kernel_path": checkpoint.kernel_path("cpu"),
+        "torch": torch.__version__,
+    }
+    file.write_text(json.dumps({**held, **changes}))
+
+
+def test_threads_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert restore_threads(tmp_path, "cpu", None) is None
+        state(tmp_path, threads=2)
+        assert restore_threads(tmp_path, "cpu", None) == 2
+        assert torch.get_num_threads() == 2
+        with pytest.raises(BadInputError, match=r"2 threads, --threads is 1"):
+            restore_threads(tmp_path, "cpu", 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("key", "value"), [("kernel_path", "cpu AVX2, fp32"), ("torch", "2.9.0")])
+def test_other_kernels_or_torch_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    state(tmp_path, **{key: value})
+    with pytest.raises(BadInputError, match=f"(?s){value}.*--force"):
+        restore_threads(tmp_path, "cpu", None)
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    state(tmp_path, processes=2)
+    with pytest.raises(BadInputError, match="2 processes"):
+        Checkpoints(tmp_path).load({})
+    found = read_state(tmp_path)
+    assert found is not None
+    assert found["step"] == 4
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from resa_lens.saes.checkpoint import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_refuses_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(BadInputError, match=f"process {process.pid} is training"),
+            run_lock(tmp_path),
+        ):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with run_lock(tmp_path):
+        pass
