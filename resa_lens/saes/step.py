@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resa_lens.saes.coder import ACTIVATIONS, Coder
 from resa_lens.saes.kernels import by_latent, pair_dots, row_starts, weighted_rows
-from resa_lens.saes.select import Active, Encoder, largest_of_each_row, topk
+from resa_lens.saes.select import Active, Encoder, batch_topk, largest_of_each_row, topk
 from resa_lens.saes.world import ALONE, World
 
 MULTI_TOPK = 4
@@ -95,16 +95,15 @@ def forward_step(
     encoder = Encoder(weight, bias, half)
     centred = x - coder.b_dec
     variance = total_variance(x, world).clamp_min(torch.finfo(x.dtype).tiny)
-    select, k = ACTIVATIONS[coder.cfg.activation].train, coder.cfg.k
-    n_rows = x.shape[0]
+    k, n_rows = coder.cfg.k, x.shape[0]
     wide = None
     if loss.multi_topk:
         wide = topk(encoder, centred, min(MULTI_TOPK * k, coder.num_latents))
         active = largest_of_each_row(*wide, n_rows, k)
         if coder.cfg.activation != "topk":
-            active = select(encoder, centred, k)
+            active = _select(coder, encoder, centred, world)
     else:
-        active = select(encoder, centred, k)
+        active = _select(coder, encoder, centred, world)
     rebuilt = weighted_rows(W_dec, row_starts(active.rows, n_rows), active.latents, active.values)
     error = x - rebuilt - coder.b_dec
     terms = [_term(active, error.mul(-2 / variance), W_dec)]
@@ -131,6 +130,20 @@ def forward_step(
     fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device)
     fired[active.latents] = True
     return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms))
+
+
+def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Active:
+    k, activation = coder.cfg.k, coder.cfg.activation
+    if activation != "batchtopk" or world.size == 1:
+        return ACTIVATIONS[activation].train(encoder, centred, k)
+    # The largest of all ranks' rows may lie with one rank.
+    found = batch_topk(encoder, centred, k * world.size)
+    values = torch.cat([part.to(centred.device) for part in world.gather(found.values.cpu())])
+    count = min(k * centred.shape[0] * world.size, values.numel())
+    if not count:
+        return found
+    kept = found.values >= values.topk(count).values.min()
+    return Active(*(part[kept] for part in found))
 
 
 def _term(
