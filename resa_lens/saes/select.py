@@ -94,7 +94,11 @@ def topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
 
 
 def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
-    """Return the k x rows largest latents of the whole batch (BatchTopK, arXiv 2412.06410)."""
+    """Return the k x rows largest latents of the whole batch (BatchTopK, arXiv 2412.06410).
+
+    Ties at the last place come along: which of two equal rows is served must not depend on their
+    order, or two processes would differ from one.
+    """
     total = k * x.shape[0]
     wanted = total if encoder.half is None else total + max(64, total // 4)
     held: Active | None = None
@@ -109,13 +113,24 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
             values = _exact(encoder, piece, rows, latents)
         found = Active(rows + first, latents, values)
         held = found if held is None else _join([held, found], x)
-        if held.values.numel() > wanted:
-            held = _take(held, held.values.topk(wanted, sorted=False).indices.sort().values)
+        held = _at_least(held, kth_largest(held.values, wanted))
     if held is None:
         return _join([], x)
-    if held.values.numel() > total:
-        held = _take(held, held.values.topk(total, sorted=False).indices.sort().values)
+    held = _at_least(held, kth_largest(held.values, total))
     return _take(held, (held.values > 0).nonzero()[:, 0])
+
+
+def kth_largest(values: Float[Tensor, " pair"], k: int) -> float:
+    """Return the k-th largest value, minus infinity where there are not so many."""
+    if values.numel() <= k:
+        return -float("inf")
+    return values.topk(k, sorted=False).values.min().item()
+
+
+def _at_least(found: Active, limit: float) -> Active:
+    return (
+        found if limit == -float("inf") else _take(found, (found.values >= limit).nonzero()[:, 0])
+    )
 
 
 def above(encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float) -> Active:

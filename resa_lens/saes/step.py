@@ -23,7 +23,14 @@ from torch import Tensor
 
 from resa_lens.saes.coder import ACTIVATIONS, Coder
 from resa_lens.saes.kernels import by_latent, pair_dots, row_starts, weighted_rows
-from resa_lens.saes.select import Active, Encoder, batch_topk, largest_of_each_row, topk
+from resa_lens.saes.select import (
+    Active,
+    Encoder,
+    batch_topk,
+    kth_largest,
+    largest_of_each_row,
+    topk,
+)
 from resa_lens.saes.world import ALONE, World
 
 MULTI_TOPK = 4
@@ -139,10 +146,7 @@ def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Ac
     # The largest of all ranks' rows may lie with one rank.
     found = batch_topk(encoder, centred, k * world.size)
     values = torch.cat([part.to(centred.device) for part in world.gather(found.values.cpu())])
-    count = min(k * centred.shape[0] * world.size, values.numel())
-    if not count:
-        return found
-    kept = found.values >= values.topk(count).values.min()
+    kept = found.values >= kth_largest(values, k * centred.shape[0] * world.size)
     return Active(*(part[kept] for part in found))
 
 
