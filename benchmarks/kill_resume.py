@@ -2,9 +2,9 @@
 
     python benchmarks/kill_resume.py --runs 20
 
-Each run is started as a user would, killed by SIGKILL after a random time, started again, and killed
-again until it ends by itself; then every weight is compared with the uninterrupted run's.  Prints a
-row a run and exits with 1 on the first difference.
+Each run is started as a user would, killed by SIGKILL after a random time, started again, and so on
+up to three times; then it may end, and every weight is compared with the uninterrupted run's.
+Prints a row a run and exits with 1 on the first difference.
 """
 
 from __future__ import annotations
@@ -53,26 +53,29 @@ def main(
         trained = json.loads(done.stdout)["seconds"]
         print(f"uninterrupted: {whole:.1f} s as a process, {trained:.1f} s of training")
         for number in range(runs):
-            command = [*CLI, *options, "--workspace", f"{root}/{number}"]
-            kills, lost = [], []
-            while True:
+            place = Path(root) / str(number)
+            command = [*CLI, *options, "--workspace", str(place)]
+            kills: list[float] = []
+            out = None
+            while out is None:
                 process = subprocess.Popen(
                     command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
                 )
-                patience = rng.uniform(whole - trained - 1, whole) if len(kills) < 3 else None
+                # From its first file on the run is under way.
+                while process.poll() is None and not list(place.rglob("groups.json")):
+                    time.sleep(0.01)
+                patience = rng.uniform(0.05, 0.9 * trained) if len(kills) < 3 else None
                 try:
                     out, _ = process.communicate(timeout=patience)
-                    break
                 except subprocess.TimeoutExpired:
                     os.kill(process.pid, signal.SIGKILL)
                     process.communicate()
                     kills.append(patience or 0.0)
             result = json.loads(out)
             same = weights(result["folder"]) == expected
-            lost.append(result["resumed_at_tokens"])
-            when = ", ".join(f"{k:.1f}" for k in kills) or "ended before"
+            when = ", ".join(f"{k:.1f}" for k in kills) or "it had ended"
             print(
-                f"{number + 1:3}: killed after {when} s; resumed at {result['resumed_at_tokens']} "
+                f"{number + 1:3}: killed {when} s into training; resumed at {result['resumed_at_tokens']} "
                 f"of {result['tokens']} tokens; {'bit-identical' if same else 'DIFFERENT'}",
                 flush=True,
             )

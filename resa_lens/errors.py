@@ -17,3 +17,7 @@ class BadInputError(ResaLensError, ValueError):
 
 class RunFailedError(ResaLensError, RuntimeError):
     """The work began and could not go on: a non-finite loss, a full disk (exit code 1)."""
+
+
+class DivergedError(RunFailedError):
+    """A loss or a weight is not finite: going on from a checkpoint would end in the same."""

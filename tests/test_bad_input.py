@@ -313,7 +313,7 @@ def test_tuning_loss_that_is_not_finite(refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("command", "target"),
     [
-        (("train-saes", "--layers", "5", *QUICK), "sparsify.SparseCoder.save_to_disk"),
+        (("train-saes", "--layers", "5", *QUICK), "resa_lens.saes.coder.Coder.save_to_disk"),
         (("count-features", "--layers", "6"), "resa_lens.pipeline.discovery.write_json"),
         (("tune", *TUNE), "resa_lens.pipeline.tuning.save_adapter"),
         (("eval", "--limit", "2", "--max-new-tokens", "4"), "resa_lens.evals.run.write_samples"),
@@ -342,7 +342,7 @@ def test_disk_full_in_a_new_workspace_leaves_none(
     def fail(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "no")
 
-    monkeypatch.setattr("sparsify.SparseCoder.save_to_disk", fail)
+    monkeypatch.setattr("resa_lens.saes.coder.Coder.save_to_disk", fail)
     place = tmp_path / "new"
     refused("train-saes", "--layers", "5", *QUICK, code=1, names="the disk is full", place=place)
     assert not place.exists()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from resa_lens import __version__
-from resa_lens.cli import layers, models, workspace
+from resa_lens.cli import layers, models, saes, workspace
 
 app = typer.Typer(
     name="resa-lens",
@@ -43,6 +43,7 @@ app.command("count-features")(layers.count_features)
 app.command("fit-mixture")(layers.fit_mixture)
 app.command("eval")(models.evaluate)
 app.command("compare")(models.compare)
+app.command("convert")(saes.convert)
 app.command("runs")(workspace.runs)
 app.command("app")(workspace.explorer)
 

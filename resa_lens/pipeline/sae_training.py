@@ -17,7 +17,7 @@ from typing import Any
 
 from resa_lens import corpora
 from resa_lens.corpora import CorpusConfig, Record
-from resa_lens.errors import BadInputError
+from resa_lens.errors import BadInputError, DivergedError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
@@ -74,7 +74,15 @@ def train_run(
         if ctx.force and world.rank == 0:
             _clear(work)
         world.barrier()
-        run = _train_groups(ctx, job, work, memory_limit_mb, world, spread_layers)
+        try:
+            run = _train_groups(ctx, job, work, memory_limit_mb, world, spread_layers)
+        except Exception as error:
+            held = list(work.glob(f"group-*/{FIGURES}")) + list(work.glob("group-*/checkpoint-*"))
+            if world.rank == 0 and (not held or isinstance(error, DivergedError)):
+                _discard(ctx, work)
+            elif held:
+                ctx.reporter.note(f"what was trained is kept in {work}; the same command goes on")
+            raise
     if world.rank == 0:
         shutil.rmtree(work, ignore_errors=True)
     return run
@@ -344,6 +352,18 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _discard(ctx: Context, work: Path) -> None:
+    """Remove a run that left nothing to go on from, and the folders made for it."""
+    shutil.rmtree(work, ignore_errors=True)
+    for parent in work.parents:
+        if not parent.is_relative_to(ctx.workspace.root):
+            return
+        try:
+            parent.rmdir()
+        except OSError:
+            return
 
 
 def _clear(work: Path) -> None:

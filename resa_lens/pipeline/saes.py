@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from resa_lens import corpora
 from resa_lens.corpora import CorpusConfig, Record
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint, describe_layer, parse_hookpoint
+from resa_lens.hookpoints import Hookpoint, describe_layer
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.saes.formats import load_coder
+from resa_lens.saes.formats import find_coders, load_coder
+from resa_lens.saes.hub import find_sae_folder
 from resa_lens.saes.quality import check_fit
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Manifest
@@ -39,6 +40,8 @@ class SaeRun:
     stored_site: str | None = None
     """The site of the folders' names where it is not the place's (--allow-site-mismatch)."""
     warnings: tuple[str, ...] = ()
+    places: Mapping[Hookpoint, Path] = field(default_factory=dict)
+    """Folders that are not named by sparsify's rule."""
     resumed_at_tokens: int = 0
     """Where this call went on with a killed run; 0 if it began anew."""
 
@@ -51,6 +54,11 @@ class SaeRun:
             and made.results.get("site") == self.points[0].site
         )
 
+    def place(self, point: Hookpoint) -> Path:
+        """Return the folder of one SAE."""
+        stored = Hookpoint(point.layer, self.stored_site or point.site)
+        return self.places.get(stored, self.folder / stored.sparsify)
+
     def coders(
         self, model: Model, layers: Sequence[int] | None = None, *, decoder: bool = True
     ) -> dict[Hookpoint, SparseCoder]:
@@ -62,7 +70,7 @@ class SaeRun:
             )
         return {
             p: load_coder(
-                self.folder / Hookpoint(p.layer, self.stored_site or p.site).sparsify,
+                self.place(p),
                 device=model.device,
                 d_in=model.d_model,
                 decoder=decoder,
@@ -123,14 +131,14 @@ def open_saes(
     corpus: CorpusConfig | None = None,
     only: Sequence[int] | None = None,
 ) -> SaeRun:
-    """Open SAEs that the user points to, in sparsify's layout, and check that they fit.
+    """Open SAEs that the user points to, in any readable format, and check that they fit.
 
     With a mismatch allowed, SAEs of another site are put at `site` all the same.
 
     Args:
         ctx: the workspace and who to tell.
         model: the model they are put into.
-        folder: holds one folder a hookpoint.
+        folder: holds one folder a hookpoint; or a hub id.
         site: where they are put.
         allow_mismatch: warn where they do not fit.
         corpus: of the probe text.
@@ -139,21 +147,16 @@ def open_saes(
     Raises:
         BadInputError: none of the site is there, or one does not fit the model.
     """
-    if not folder.is_dir():
-        raise BadInputError(
-            f"--saes {folder} is not a folder; it should hold layers.N.mlp/ folders"
-        )
-    found: list[Path] = sorted(p.parent for p in folder.glob("*/cfg.json"))
-    if not found:
-        raise BadInputError(
-            f"--saes {folder} holds no SAE (layers.N.mlp/cfg.json, sae.safetensors)"
-        )
-    points = {parse_hookpoint(p.name): p for p in found}
-    sites = sorted({p.site for p in points})
+    wanted = None if only is None else [Hookpoint(layer, site) for layer in only]
+    folder = find_sae_folder(str(folder), wanted)
+    named = {p: f for f, p in find_coders(folder).items() if p is not None}
+    if not named:
+        raise BadInputError(f"--saes {folder}: no SAE says its layer; name its folder layers.N.mlp")
+    sites = sorted({p.site for p in named})
     if site not in sites and not allow_mismatch:
         raise BadInputError(f"--saes {folder} has SAEs for site {', '.join(sites)}, not for {site}")
     stored = site if site in sites else sites[0]
-    chosen = [Hookpoint(p.layer, site) for p in points if p.site == stored]
+    chosen = [Hookpoint(p.layer, site) for p in named if p.site == stored]
     records = corpora.load_records((corpus or CorpusConfig()).source)
     probe = probe_batches(model, split_records(records)[1], corpus or CorpusConfig())
     manifest = ctx.workspace.manifest(folder)
@@ -166,6 +169,7 @@ def open_saes(
         False,
         manifest,
         stored,
+        places=named,
     )
     coders = run.coders(model, only)
     fvu, warnings = check_fit(

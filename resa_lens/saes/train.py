@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.activations import stream_activations
-from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.errors import BadInputError, DivergedError
 from resa_lens.hookpoints import DEFAULT_SITE, Hookpoint, site_named
 from resa_lens.models import Model
 from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, decode, encode, new_coder
@@ -328,7 +328,7 @@ def train_saes(
         spread_layers: give each rank some of the layers, in place of some of the rows.
 
     Raises:
-        RunFailedError: a loss that is not finite; the layer and step are named.
+        DivergedError: a loss that is not finite; the layer and step are named.
     """
     points = [Hookpoint(layer, config.site) for layer in layers]
     began = time.monotonic()
@@ -354,7 +354,7 @@ def train_saes(
                 continue
             trainer = trainers[point]
             if not math.isfinite(trainer.step(x, half)):
-                raise RunFailedError(
+                raise DivergedError(
                     f"SAE at layer {point.layer}: the loss is {trainer.fvus[-1]} at step {done}; "
                     f"lower the learning rate (now {config.learning_rate:.3g})"
                 )
@@ -369,7 +369,7 @@ def train_saes(
     # The last step's update was seen by no loss.
     for point, (fvu, _) in measured.items():
         if held_out and not math.isfinite(fvu):
-            raise RunFailedError(
+            raise DivergedError(
                 f"SAE at layer {point.layer}: the FVU is {fvu} after the last step; "
                 f"lower the learning rate (now {config.learning_rate:.3g})"
             )

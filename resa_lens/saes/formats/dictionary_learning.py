@@ -1,0 +1,136 @@
+"""dictionary_learning: config.json and ae.pt, classes AutoEncoderTopK and BatchTopKSAE.
+
+ae.pt is a pickle.  It is read only when that is asked for, and then as weights alone.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint, parse_hookpoint
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.formats.common import (
+    Options,
+    Parts,
+    check_names,
+    check_values,
+    check_width,
+    read_config,
+)
+
+FILES = ("config.json", "ae.pt")
+CLASSES = {"AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk"}
+TRAINERS = {"topk": "TopKTrainer", "batchtopk": "BatchTopKTrainer"}
+SITES = {"mlp": "mlp_out", "resid": "resid_post"}
+"""Its names of the sub-module that was trained on."""
+
+
+def read(folder: Path, options: Options) -> Parts:
+    """Read an AutoEncoderTopK or a BatchTopKSAE."""
+    values = read_config(folder / FILES[0]).get("trainer")
+    kind = values.get("dict_class") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or kind not in CLASSES:
+        raise BadInputError(
+            f"SAE {folder} has dictionary_learning's class {kind!r}; readable: {', '.join(CLASSES)}"
+        )
+    file = folder / FILES[1]
+    if not options.allow_pickle:
+        raise BadInputError(
+            f"{file} is a pickle, which can run code when it is read; refused.\n"
+            "If you trust it pass --allow-pickle: it is then read as weights only."
+        )
+    held = _unpickle(file)
+    wanted = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
+    # Checkpoints from before the threshold lack it.
+    optional = {"threshold"} if CLASSES[kind] == "topk" else set()
+    check_names(folder, set(held), wanted - (optional - set(held)))
+    matrix = held["encoder.weight"]
+    if matrix.ndim != 2:
+        raise BadInputError(f"SAE {folder}: encoder.weight is {tuple(matrix.shape)}, no matrix")
+    d_sae, d_in = matrix.shape
+    check_width(folder, d_in, options.d_in)
+    shapes = {
+        "encoder.weight": (d_sae, d_in),
+        "encoder.bias": (d_sae,),
+        "decoder.weight": (d_in, d_sae),
+        "b_dec": (d_in,),
+    }
+    named = {name: held[name] for name in shapes}
+    checked = check_values(folder, named, shapes, cast=options.cast)
+    tensors = {name: checked[name] for name in ("encoder.weight", "encoder.bias", "b_dec")}
+    if options.decoder:
+        tensors["W_dec"] = checked["decoder.weight"].mT.contiguous()
+    stated, stored = values.get("k"), int(held["k"])
+    if stated is not None and stated != stored:
+        raise BadInputError(f"SAE {folder}: {FILES[0]} says k {stated}, {FILES[1]} says k {stored}")
+    level = float(held["threshold"]) if "threshold" in held else 0.0
+    if level != level:
+        raise BadInputError(f"SAE {folder}: threshold holds values that are not finite")
+    if CLASSES[kind] == "topk":
+        return Parts(tensors, stored)
+    # Below zero it is not set yet; ReLU leaves what is above zero.
+    return Parts(tensors, stored, "batchtopk", max(level, 0.0))
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    try:
+        held: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
+        raise BadInputError(f"{file} cannot be read as weights only: {first}") from error
+    if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
+        raise BadInputError(f"{file} holds no state of tensors")
+    return held
+
+
+def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
+    """Write the class that fits the activation."""
+    if coder.W_dec is None:
+        raise BadInputError("the coder was loaded without its decoder; it cannot be written")
+    activation = coder.cfg.activation
+    state = {name: value.cpu() for name, value in coder.state_dict().items()}
+    level = float(getattr(coder, "threshold", 0.0)) if activation == "batchtopk" else -1.0
+    torch.save(
+        {
+            "k": torch.tensor(coder.cfg.k, dtype=torch.int),
+            "threshold": torch.tensor(level, dtype=torch.float32),
+            "decoder.weight": state["W_dec"].mT.contiguous(),
+            "encoder.weight": state["encoder.weight"].contiguous(),
+            "encoder.bias": state["encoder.bias"].contiguous(),
+            "b_dec": state["b_dec"].contiguous(),
+        },
+        folder / FILES[1],
+    )
+    trainer: dict[str, Any] = {
+        "trainer_class": TRAINERS[activation],
+        "dict_class": next(name for name, held in CLASSES.items() if held == activation),
+        "activation_dim": coder.d_in,
+        "dict_size": coder.num_latents,
+        "k": coder.cfg.k,
+    }
+    if point is not None:
+        trainer["layer"] = point.layer
+        names = {site: name for name, site in SITES.items()}
+        trainer["submodule_name"] = f"{names.get(point.site, point.site)}_layer_{point.layer}"
+    (folder / FILES[0]).write_text(json.dumps({"trainer": trainer, "buffer": {}}, indent=2))
+
+
+def hookpoint(folder: Path) -> Hookpoint | None:
+    """Return the hookpoint of the config's submodule_name, or of the folder's name."""
+    values = read_config(folder / FILES[0]).get("trainer")
+    name = values.get("submodule_name") if isinstance(values, dict) else None
+    if isinstance(name, str):
+        site, _, layer = name.partition("_layer_")
+        if layer.isdigit() and site in SITES:
+            return Hookpoint(int(layer), SITES[site])
+    try:
+        return parse_hookpoint(folder.name)
+    except BadInputError:
+        return None

@@ -1,0 +1,147 @@
+"""SAELens 6: cfg.json and sae_weights.safetensors, architectures topk and jumprelu.
+
+A BatchTopK SAE at inference is a JumpReLU with one threshold for all latents, which is how SAELens
+itself saves its own.  Options that change the function are folded into the weights where that is
+exact, and refused where it is not.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint, parse_hookpoint
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.formats.common import Options, Parts, check_width, read_config, read_tensors
+
+FILES = ("cfg.json", "sae_weights.safetensors")
+ENCODER = {"W_enc", "b_enc", "b_dec", "threshold"}
+NEUTRAL = {"normalize_activations": "none", "reshape_activations": "none"}
+
+
+def read(folder: Path, options: Options) -> Parts:
+    """Read a TopK SAE, or a JumpReLU with one threshold as BatchTopK."""
+    values = read_config(folder / FILES[0])
+    kind = values.get("architecture")
+    if kind not in ("topk", "jumprelu"):
+        raise BadInputError(
+            f"SAE {folder} has SAELens' architecture {kind!r}; readable: topk, jumprelu"
+        )
+    for name, neutral in NEUTRAL.items():
+        if values.get(name, neutral) not in (neutral, None):
+            raise BadInputError(
+                f"SAE {folder} has {name} {values[name]!r}, which cannot be folded into its "
+                f"weights; only {neutral!r} is readable"
+            )
+    d_in, d_sae = values.get("d_in"), values.get("d_sae")
+    if not isinstance(d_in, int) or not isinstance(d_sae, int) or d_sae < 1:
+        raise BadInputError(f"{folder / FILES[0]} needs d_in and d_sae, it has {d_in} and {d_sae}")
+    check_width(folder, d_in, options.d_in)
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+    }
+    if kind == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    rescaled = bool(values.get("rescale_acts_by_decoder_norm")) and kind == "topk"
+    if rescaled:
+        # The selection depends on the decoder's norms, so the encoder needs them too.
+        options = options._replace(decoder=True)
+    held = read_tensors(folder / FILES[1], shapes, options, encoder=ENCODER)
+    tensors = {
+        "encoder.weight": held["W_enc"].mT.contiguous(),
+        "encoder.bias": held["b_enc"],
+        "b_dec": held["b_dec"],
+    }
+    if "W_dec" in held:
+        tensors["W_dec"] = held["W_dec"]
+    if not values.get("apply_b_dec_to_input", True):
+        # W x + b = W (x - b_dec) + (b + W b_dec)
+        tensors["encoder.bias"] = tensors["encoder.bias"] + held["b_dec"] @ held["W_enc"]
+    if rescaled:
+        _fold_norms(tensors)
+    k = values.get("k", _meta(values).get("k", options.k))
+    if kind == "topk":
+        return Parts(tensors, k)
+    threshold = held["threshold"]
+    if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
+        raise BadInputError(
+            f"SAE {folder} has a threshold for each latent ({threshold.min():.4g} to "
+            f"{threshold.max():.4g}); readable is one for all (BatchTopK)"
+        )
+    if k is None:
+        raise BadInputError(
+            f"SAE {folder} does not say its k, the active latents a token; pass it with --k"
+        )
+    return Parts(tensors, k, "batchtopk", float(threshold[0]))
+
+
+def _fold_norms(tensors: dict[str, Tensor]) -> None:
+    """Move the decoder's norms to the encoder: the same selection, the same reconstruction."""
+    norm = tensors["W_dec"].norm(dim=1)
+    tensors["encoder.weight"] = tensors["encoder.weight"] * norm[:, None]
+    tensors["encoder.bias"] = tensors["encoder.bias"] * norm
+    tensors["W_dec"] = tensors["W_dec"] / norm[:, None].clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def _meta(values: dict[str, Any]) -> dict[str, Any]:
+    held = values.get("metadata")
+    return held if isinstance(held, dict) else {}
+
+
+def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
+    """Write a TopK coder as topk, a BatchTopK coder as jumprelu with one threshold."""
+    if coder.W_dec is None:
+        raise BadInputError("the coder was loaded without its decoder; it cannot be written")
+    topk = coder.cfg.activation == "topk"
+    state = coder.state_dict()
+    tensors = {
+        "W_enc": state["encoder.weight"].mT.contiguous(),
+        "b_enc": state["encoder.bias"].contiguous(),
+        "W_dec": state["W_dec"].contiguous(),
+        "b_dec": state["b_dec"].contiguous(),
+    }
+    note: dict[str, Any] = {"k": coder.cfg.k, "converted_by": f"resa-lens {_version()}"}
+    if point is not None:
+        note["hook_name"] = point.saelens
+    values: dict[str, Any] = {
+        "architecture": "topk" if topk else "jumprelu",
+        "d_in": coder.d_in,
+        "d_sae": coder.num_latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        **NEUTRAL,
+        "metadata": note,
+    }
+    if topk:
+        values |= {"k": coder.cfg.k, "rescale_acts_by_decoder_norm": False}
+    else:
+        level = float(getattr(coder, "threshold", 0.0))
+        tensors["threshold"] = torch.full((coder.num_latents,), level)
+    save_file({name: value.cpu() for name, value in tensors.items()}, folder / FILES[1])
+    (folder / FILES[0]).write_text(json.dumps(values, indent=2))
+
+
+def _version() -> str:
+    return metadata.version("resa-lens")
+
+
+def hookpoint(folder: Path) -> Hookpoint | None:
+    """Return the hookpoint of the metadata, or of the folder's name."""
+    values = read_config(folder / FILES[0])
+    for name in (_meta(values).get("hook_name"), values.get("hook_name"), folder.name):
+        try:
+            return parse_hookpoint(str(name))
+        except BadInputError:
+            continue
+    return None

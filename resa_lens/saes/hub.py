@@ -1,0 +1,61 @@
+"""SAEs by name: a local folder, or a hub repository of which only what is asked for is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint
+
+
+def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Path:
+    """Return the folder of SAEs that the user named.
+
+    Of a hub repository in sparsify's layout (EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k: a
+    folder a hookpoint, 806 MB each) only the hookpoints asked for are fetched.
+
+    Args:
+        name: a folder, or owner/repository.
+        points: what is needed of it; None for all.
+
+    Raises:
+        BadInputError: no such folder, or the repository is not at hand and cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if not path.is_dir():
+            raise BadInputError(f"SAEs {name} are a file; pass the folder that holds them")
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        raise BadInputError(
+            f"SAEs {name!r} not found: no such folder; it should hold layers.N.mlp/ folders, or be "
+            "a hub id (owner/name)"
+        )
+    patterns = None
+    if points is not None:
+        patterns = [
+            f"{p.sparsify}/{file}" for p in points for file in ("cfg.json", "*.safetensors")
+        ]
+    try:
+        found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if points is None or all((found / p.sparsify / "cfg.json").exists() for p in points):
+            return found
+    except HFValidationError as error:
+        raise BadInputError(f"SAEs {name!r} are not a valid hub id: {error}") from error
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        wanted = "" if points is None else f" --include '{points[0].sparsify}/*'"
+        raise BadInputError(
+            f"SAEs {name!r} are not in the local hub cache and could not be fetched "
+            f"({type(error).__name__}).\nWhere there is a network run "
+            f"`hf download {name}{wanted}`, "
+            "copy the folder here and pass its path."
+        ) from error
