@@ -41,21 +41,22 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
         patterns = [
             f"{p.sparsify}/{file}" for p in points for file in ("cfg.json", "*.safetensors")
         ]
-    try:
-        found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    reason = "offline"
+    # What is at hand first: a cache must serve without a network.
+    for local in (True, False):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
+        except HFValidationError as error:
+            raise BadInputError(f"SAEs {name!r} are not a valid hub id: {error}") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = type(error).__name__
+            continue
+        # Offline, a snapshot may come back that lacks what was asked for.
         if points is None or all((found / p.sparsify / "cfg.json").exists() for p in points):
             return found
-    except HFValidationError as error:
-        raise BadInputError(f"SAEs {name!r} are not a valid hub id: {error}") from error
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        wanted = "" if points is None else f" --include '{points[0].sparsify}/*'"
-        raise BadInputError(
-            f"SAEs {name!r} are not in the local hub cache and could not be fetched "
-            f"({type(error).__name__}).\nWhere there is a network run "
-            f"`hf download {name}{wanted}`, "
-            "copy the folder here and pass its path."
-        ) from error
+    wanted = "" if points is None else f" --include '{points[0].sparsify}/*'"
+    raise BadInputError(
+        f"SAEs {name!r} are not in the local hub cache and could not be fetched ({reason}).\n"
+        f"Where there is a network run `hf download {name}{wanted}`, copy the folder here and pass "
+        "its path."
+    )
