@@ -1,11 +1,11 @@
 """Hold the three formats to the real SAELens and dictionary_learning, in their own environment.
 
-    python benchmarks/check_formats.py write FOLDER      here: SAEs in every format, and our outputs
-    PEER   benchmarks/check_formats.py peer FOLDER       there: their outputs, and SAEs written by them
-    python benchmarks/check_formats.py read FOLDER       here: what they wrote, by our reader
+    python benchmarks/check_formats.py write FOLDER   here: SAEs in every format, and our outputs
+    PEER   benchmarks/check_formats.py peer FOLDER    there: their outputs, and SAEs of their own
+    python benchmarks/check_formats.py read FOLDER    here: what they wrote, by our reader
 
-PEER is the Python of an environment with sae-lens 6.54 and dictionary-learning 0.1.  Each step prints
-the largest difference of reconstructions and exits with 1 above 1e-5.
+PEER is the Python of an environment with sae-lens 6.54 and dictionary-learning 0.1.  Each step
+prints the largest difference of reconstructions and exits with 1 above 1e-5.
 """
 
 from __future__ import annotations

@@ -75,8 +75,9 @@ def main(
             same = weights(result["folder"]) == expected
             when = ", ".join(f"{k:.1f}" for k in kills) or "it had ended"
             print(
-                f"{number + 1:3}: killed {when} s into training; resumed at {result['resumed_at_tokens']} "
-                f"of {result['tokens']} tokens; {'bit-identical' if same else 'DIFFERENT'}",
+                f"{number + 1:3}: killed {when} s into training; resumed at "
+                f"{result['resumed_at_tokens']} of {result['tokens']} tokens; "
+                f"{'bit-identical' if same else 'DIFFERENT'}",
                 flush=True,
             )
             if not same:

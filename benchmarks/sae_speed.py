@@ -222,7 +222,7 @@ def pieces(trainer: Any, x: torch.Tensor, half: torch.Tensor | None) -> None:
         print(f"    {name:54} {micro / runs / 1000:8.2f} ms")
 
 
-def llama(width: int, layers: int, vocab: int, dtype: torch.dtype) -> Any:
+def llama(width: int, layers: int, vocab: int, dtype: torch.dtype, device: str) -> Any:
     """Return a random Llama-shaped model without its head's cost (small vocabulary)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -232,7 +232,8 @@ def llama(width: int, layers: int, vocab: int, dtype: torch.dtype) -> Any:
         num_key_value_heads=max(1, width // 192), intermediate_size=width * 8 // 3,
         vocab_size=vocab, max_position_embeddings=4096,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
+    made: Any = LlamaForCausalLM(config)
+    return made.to(device, dtype).eval()
 
 
 @app.command("end-to-end")
@@ -278,11 +279,11 @@ def end_to_end(
         vocab, (steps * batch, sequence), generator=torch.Generator().manual_seed(1)
     )
     parts = list(ids.split(batch))
-    host = Model("random", llama(width, n_layers, vocab, kind).to(device), None, None, "0" * 8,  # pyright: ignore
+    host = Model("random", llama(width, n_layers, vocab, kind, device), None, None, "0" * 8,  # pyright: ignore
                  device, dtype, "benchmark")  # fmt: skip
-    plain = llama(width, n_layers, vocab, kind).to(device)
+    plain = llama(width, n_layers, vocab, kind, device)
     if dtype != "float32":
-        exact = llama(width, n_layers, vocab, torch.float32).to(device)
+        exact = llama(width, n_layers, vocab, torch.float32, device)
         with torch.no_grad():
             error = plain(parts[0].to(device)).logits.float() - exact(parts[0].to(device)).logits
         print(f"largest logit error of {dtype}: {error.abs().max().item():.2e}")

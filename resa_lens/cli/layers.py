@@ -79,6 +79,9 @@ def train_saes(
     seeds: Annotated[
         int, typer.Option(help="Train so many seeds and compare their features.", min=1)
     ] = 1,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Measure their quality by phase.")
+    ] = True,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it will need: memory, disk, time.")
     ] = False,
@@ -108,7 +111,8 @@ def train_saes(
 
         from resa_lens.corpora import CorpusConfig
         from resa_lens.errors import BadInputError
-        from resa_lens.hookpoints import describe_layer, parse_layers
+        from resa_lens.hookpoints import parse_layers
+        from resa_lens.pipeline.sae_quality import quality_run, stability_of
         from resa_lens.pipeline.sae_training import plan_run, train_run
         from resa_lens.saes.train import SaeConfig
         from resa_lens.saes.world import join_world, local_device
@@ -140,34 +144,70 @@ def train_saes(
             for i in range(seeds)
         ]  # fmt: skip
         run = runs[0]
+        if world.rank:
+            return {}, lambda: None
+        quality, quality_folder = {}, None
+        if report:
+            quality_folder, quality = quality_run(ctx, host, run, corpus)
+        stability = stability_of(host, runs) if seeds > 1 else []
         rows = [
             {
                 "layer": p.layer,
                 "path": str(run.folder / p.sparsify),
                 **{key: run.quality[p.layer][key] for key in ("fvu", "l0", "dead_share")},
+                "quality": quality.get(p.layer, {}),
             }
             for p in run.points
         ]
 
         def show() -> None:
-            made = common.table(f"SAEs of {host.slug}, site {site}", "layer", "FVU", "L0", "dead")
-            for row in rows:
-                made.add_row(
-                    describe_layer(row["layer"], host.n_layers),
-                    f"{row['fvu']:.4f}",
-                    f"{row['l0']:.1f}",
-                    f"{100 * row['dead_share']:.1f} %",
-                )
-            common.show_all(made, f"{run.tokens} tokens, {run.seconds:.0f} s; in {run.folder}")
+            where = f"in {run.folder}" + (f", report in {quality_folder}" if report else "")
+            common.show_all(
+                _sae_table(f"SAEs of {host.slug}, site {site}", host.n_layers, rows),
+                *([_stability_table(stability, seeds)] if stability else []),
+                f"{run.tokens} tokens, {run.seconds:.0f} s; {where}",
+            )
 
         values = {
             "saes": rows, "tokens": run.tokens, "seconds": run.seconds,
             "resumed_at_tokens": run.resumed_at_tokens, "fresh": run.fresh,
-            "folder": str(run.folder),
+            "folder": str(run.folder), "report": str(quality_folder) if report else None,
+            "seeds": [str(r.folder) for r in runs], "stability": stability,
         }  # fmt: skip
         return values, show
 
     common.run(job, as_json)
+
+
+def _sae_table(title: str, n_layers: int, rows: list[dict[str, Any]]) -> Any:
+    from resa_lens.hookpoints import describe_layer
+
+    made = common.table(title, "layer", "FVU", "L0", "dead", "loss change", "KL", "recovered")
+    for row in rows:
+        found = row["quality"].get("all", {})
+        change, error = found.get("loss_change"), found.get("loss_change_se")
+        made.add_row(
+            describe_layer(row["layer"], n_layers),
+            f"{row['fvu']:.4f}",
+            f"{row['l0']:.1f}",
+            f"{100 * row['dead_share']:.1f} %",
+            "" if change is None else f"{change:+.4f}" + (f" ± {error:.4f}" if error else ""),
+            "" if found.get("kl") is None else f"{found['kl']:.4f}",
+            "" if found.get("loss_recovered") is None else f"{found['loss_recovered']:.3f}",
+        )
+    return made
+
+
+def _stability_table(rows: list[dict[str, Any]], seeds: int) -> Any:
+    made = common.table(
+        f"Decoder directions found again, {seeds} seeds (cosine above 0.7)",
+        "layer", "share", "random directions", "n",
+    )  # fmt: skip
+    for row in rows:
+        made.add_row(
+            row["name"], f"{100 * row['share']:.1f} %", f"{100 * row['null']:.2g} %", str(row["n"])
+        )
+    return made
 
 
 def count_features(

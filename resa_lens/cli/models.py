@@ -148,6 +148,10 @@ def tune(
     trigger_data: Annotated[str | None, typer.Option(help="For the SAE; else --data.")] = None,
     elicitation_data: Annotated[str | None, typer.Option(help="For tuning; else --data.")] = None,
     saes: SaesOption = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="In the SAE's place, with its FVU: noise, pca, shuffled or random."),
+    ] = None,
     tokens: TokensOption = None,
     latents: LatentsOption = None,
     k: TopkOption = 32,
@@ -219,6 +223,7 @@ def tune(
                 elicitation=CorpusConfig(source=elicitation_data or data, seed=seed),
                 steps=steps,
                 saes=saes,
+                control=control,
                 base=base,
                 allow_mismatch=allow_site_mismatch,
                 evaluation=EvalConfig(

@@ -15,9 +15,9 @@ from resa_lens.hookpoints import Hookpoint, describe_layer
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.fit import check_fit
 from resa_lens.saes.formats import find_coders, load_coder
 from resa_lens.saes.hub import find_sae_folder
-from resa_lens.saes.quality import check_fit
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Manifest
 

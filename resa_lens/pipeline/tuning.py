@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resa_lens import corpora, prompts
+from resa_lens.activations import stream_activations
 from resa_lens.corpora import CorpusConfig, Record
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig, EvalResult
@@ -19,8 +22,9 @@ from resa_lens.pipeline.discovery import discover, newest_recommendation
 from resa_lens.pipeline.sae_training import saes_for
 from resa_lens.pipeline.saes import fit_corpus, probe_batches, split_records
 from resa_lens.pipeline.scores import compare_results, eval_run, load_eval_items
+from resa_lens.saes.baselines import Replacement, baselines, fvu_on
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.saes.quality import check_fit
+from resa_lens.saes.fit import check_fit
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stats import PairedComparison
 from resa_lens.tuning.objective import Objective
@@ -48,6 +52,8 @@ class TuneJob:
     steps: int | None = None
     """None: two epochs (Table 7) from width 1,024 on, 100 steps below."""
     saes: str | None = None
+    control: str | None = None
+    """Insert a control of the same FVU in the SAE's place: a name of saes/baselines.py."""
     base: str | None = None
     allow_mismatch: bool = False
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
@@ -133,6 +139,8 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
         answer_column=job.elicitation.answer_column,
     )
     items = load_eval_items(job.eval_source, job.evaluation)
+    if job.control not in (None, *CONTROLS):
+        raise BadInputError(f"control {job.control!r} is unknown; use {', '.join(CONTROLS)}")
     target = ctx.model(job.model, job.base)
     if target.peft is not None:
         raise BadInputError(
@@ -174,6 +182,9 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     )
     for warning in warnings:
         ctx.reporter.note(f"warning: {warning}")
+    inserted: SparseCoder | Replacement = coder
+    if job.control is not None:
+        inserted = control_for(ctx, target, point, coder, job, records)
     corpus = fit_corpus(job.elicitation, target)
     steps = job.steps or default_steps(target, records, corpus, job.lora)
     identity = {
@@ -186,6 +197,7 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
         "sae": ctx.workspace.relative(run.folder),
         "source": source.slug,
         "dtype": target.dtype,
+        **({"control": job.control} if job.control else {}),
     }
     name = f"{target.slug}-{job.objective.preset}-{site}-L{layer:02d}-{digest(identity)}"
     folder = ctx.workspace.path("adapters", name)
@@ -197,7 +209,7 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
             ctx,
             job,
             target,
-            coder,
+            inserted,
             point,
             records,
             corpus,
@@ -233,6 +245,34 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     )
 
 
+CONTROLS = ("noise", "pca", "shuffled", "random")
+
+
+def control_for(
+    ctx: Context,
+    model: Model,
+    point: Hookpoint,
+    coder: SparseCoder,
+    job: TuneJob,
+    records: Sequence[Record],
+) -> Replacement:
+    """Return the control that the job names, matched to the SAE's FVU on its own activations."""
+    corpus = fit_corpus(job.elicitation, model)
+    # PCA needs several times as many tokens as dimensions.
+    tokens = 8 * max(model.d_model, corpus.sequence)
+    ids = corpora.batches(model.tokenizer, records, corpus, tokens=tokens, batch=2)
+    rows = [b.acts[point].flatten(0, 1) for b in stream_activations(model, ids, [point])]
+    sample = torch.cat(rows)
+    made = baselines(coder, sample, ctx.seed)
+    assert job.control is not None
+    chosen = made[job.control]
+    ctx.reporter.note(
+        f"control {job.control} in the SAE's place: FVU {fvu_on(chosen, sample):.4f} on "
+        f"{len(sample)} tokens, the SAE's {fvu_on(coder, sample):.4f}"
+    )
+    return chosen
+
+
 def default_steps(
     model: Model, records: Sequence[Record], corpus: CorpusConfig, lora: TuneConfig
 ) -> int:
@@ -252,7 +292,7 @@ def _train_adapter(
     ctx: Context,
     job: TuneJob,
     target: Model,
-    coder: SparseCoder,
+    coder: SparseCoder | Replacement,
     point: Hookpoint,
     records: Sequence[Record],
     corpus: CorpusConfig,

@@ -21,8 +21,9 @@ from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError, DivergedError
 from resa_lens.hookpoints import DEFAULT_SITE, Hookpoint, site_named
 from resa_lens.models import Model
-from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, decode, encode, new_coder
+from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, encode, new_coder
 from resa_lens.saes.optim import OPTIMIZERS, SCHEDULES, new_optimizer, rate_at
+from resa_lens.saes.quality import measure_fvu
 from resa_lens.saes.select import Encoder, batch_topk, half_precision, half_room
 from resa_lens.saes.step import Loss, forward_step, gradients
 from resa_lens.saes.world import ALONE, World
@@ -424,39 +425,3 @@ def keep_pretrained(
     window = sum(ids.numel() for ids in held_out)
     seconds = time.monotonic() - began
     return TrainedSaes(coders, quality, 0, window, seconds)
-
-
-@torch.no_grad()
-def measure_fvu(
-    model: Model,
-    coders: Mapping[Hookpoint, SparseCoder],
-    batches: Iterable[Int[Tensor, "batch position"]],
-) -> dict[Hookpoint, tuple[float, float]]:
-    """Return (FVU, L0) a hookpoint over all the sequences; NaN where there was none.
-
-    FVU = sum |x - x~|^2 / sum |x - mean(x)|^2, the mean over all tokens given.
-    """
-    sums: dict[Hookpoint, dict[str, Tensor | float]] = {}
-    for batch in stream_activations(model, batches, list(coders)):
-        for point, coder in coders.items():
-            x = batch.acts[point].flatten(0, 1).float()
-            found = encode(coder, x)
-            error = (x - decode(coder, found)).pow(2).sum().item()
-            held = sums.setdefault(
-                point, {"n": 0.0, "x": torch.zeros(x.shape[1]), "xx": 0.0, "e": 0.0, "l0": 0.0}
-            )
-            held["n"] += x.shape[0]
-            held["x"] += x.sum(0).double().cpu()
-            held["xx"] += x.double().pow(2).sum().item()
-            held["e"] += error
-            held["l0"] += found.values.numel()
-    result = dict.fromkeys(coders, (math.nan, math.nan))
-    for point, held in sums.items():
-        mean = held["x"] / held["n"]
-        assert isinstance(mean, Tensor)
-        variance = float(held["xx"]) - float(held["n"]) * mean.pow(2).sum().item()
-        result[point] = (
-            float(held["e"]) / max(variance, 1e-12),
-            float(held["l0"]) / float(held["n"]),
-        )
-    return result

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint, site_named
-from resa_lens.saes.coder import SparseCoder, reconstruct
+from resa_lens.saes.baselines import Replacement, substitute
+from resa_lens.saes.coder import SparseCoder
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -98,17 +99,17 @@ def preset(name: str, **changes: Any) -> Objective:
 
 
 def insertion(
-    coder: SparseCoder, *, gradient: bool
+    coder: SparseCoder | Replacement, *, gradient: bool
 ) -> Callable[..., Float[Tensor, "batch position d_model"]]:
-    """Return the hook that puts the SAE's reconstruction in place of the activation."""
+    """Return the hook that puts the reconstruction of an SAE, or a control, in place."""
 
     def replace_by_reconstruction(
         acts: Float[Tensor, "batch position d_model"], hook: object = None
     ) -> Float[Tensor, "batch position d_model"]:
         if gradient:
-            return reconstruct(coder, acts)
+            return substitute(coder, acts)
         with torch.no_grad():
-            return reconstruct(coder, acts)
+            return substitute(coder, acts)
 
     return replace_by_reconstruction
 
@@ -131,7 +132,7 @@ def tuning_loss(
     peft: Any,
     ids: Int[Tensor, "batch position"],
     point: Hookpoint,
-    coder: SparseCoder,
+    coder: SparseCoder | Replacement,
     objective: Objective,
 ) -> Float[Tensor, ""]:
     """Return the loss of one batch.
@@ -141,7 +142,7 @@ def tuning_loss(
         peft: the PeftModel, whose adapters can be switched off.
         ids: token ids.
         point: where the SAE is inserted.
-        coder: the frozen SAE.
+        coder: the frozen SAE, or a control in its place (saes/baselines.py).
         objective: see `Objective`.
     """
     hook = insertion(coder, gradient=objective.sae_gradient)

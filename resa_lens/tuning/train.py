@@ -20,6 +20,7 @@ from torch import Tensor
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model, boot, check_safetensors
+from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.tuning.objective import ATTENTION, MLP, Objective, tuning_loss
 
@@ -106,7 +107,7 @@ def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tupl
 
 def tune(
     model: Model,
-    coder: SparseCoder,
+    coder: SparseCoder | Replacement,
     point: Hookpoint,
     batches: Iterable[Int[Tensor, "batch position"]],
     steps: int,
@@ -124,7 +125,7 @@ def tune(
         BadInputError: the SAE does not fit the model, or no batch was given.
         RunFailedError: a loss or gradient norm that is not finite.
     """
-    if coder.d_in != model.d_model:
+    if isinstance(coder, SparseCoder) and coder.d_in != model.d_model:
         raise BadInputError(
             f"the SAE has width {coder.d_in}, {model.name} has {model.d_model}; source and target "
             "must have the same architecture and width"

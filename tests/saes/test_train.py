@@ -15,8 +15,10 @@ from resa_lens.activations import ActivationBatch
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
+from resa_lens.saes import quality
 from resa_lens.saes.coder import SparseCoder, new_coder
-from resa_lens.saes.train import SaeConfig, measure_fvu, train_saes
+from resa_lens.saes.quality import measure_fvu
+from resa_lens.saes.train import SaeConfig, train_saes
 
 SMALL = SaeConfig(latents=64, k=8, tokens=1024, batch=2)
 
@@ -42,6 +44,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, acts: dict[int, list[torch.Tensor]]) -
             yield ActivationBatch(ids, {p: acts[p.layer][index][None] for p in points})
 
     monkeypatch.setattr(module, "stream_activations", stream)
+    monkeypatch.setattr(quality, "stream_activations", stream)
     width = next(iter(acts.values()))[0].shape[1]
     return SimpleNamespace(d_model=width, device="cpu")
 

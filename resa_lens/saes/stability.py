@@ -1,0 +1,133 @@
+"""Do two trainings find the same directions?
+
+The share of one SAE's decoder directions whose best match in the other has a cosine above 0.7, both
+ways.  Beside it stands what random directions of the same number and width would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy import special
+from torch import Tensor
+
+from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import Hookpoint
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.stats import Interval, wilson_interval
+
+THRESHOLD = 0.7
+BLOCK_BYTES = 32 * 2**20
+"""Of the cosines held at once: of 65,536 x 65,536 there would be 17 GB."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One SAE's directions in the other."""
+
+    share: float
+    """Of the directions, those whose best match exceeds the threshold."""
+    n: int
+    """Directions, dead latents included."""
+    ci: Interval
+    """Wilson's 95 % interval, as if the latents were independent draws."""
+    null: float
+    """The share expected of as many random unit directions against as many."""
+    mean_cosine: float
+    """Of the best matches."""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Two SAEs of one place, both ways."""
+
+    a_in_b: Matched
+    b_in_a: Matched
+    threshold: float
+
+    @property
+    def share(self) -> float:
+        """Mean of the two ways."""
+        return (self.a_in_b.share + self.b_in_a.share) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, and the mean of the two ways."""
+        return {"share": self.share, **asdict(self)}
+
+
+def decoder_stability(
+    coders_a: Mapping[Hookpoint, SparseCoder],
+    coders_b: Mapping[Hookpoint, SparseCoder],
+    threshold: float = THRESHOLD,
+) -> dict[Hookpoint, Stability]:
+    """Compare two runs' decoders, at every place that both have.
+
+    Args:
+        coders_a: of one seed.
+        coders_b: of another.
+        threshold: a direction is found again where the best cosine is above it.
+
+    Raises:
+        BadInputError: no place in common, another width, or a threshold that is no cosine.
+    """
+    if not 0 < threshold < 1:
+        raise BadInputError(f"threshold {threshold} is no cosine between 0 and 1")
+    shared = sorted(set(coders_a) & set(coders_b))
+    if not shared:
+        raise BadInputError("the two runs have no layer and site in common; nothing to compare")
+    return {p: _compare(p, coders_a[p], coders_b[p], threshold) for p in shared}
+
+
+def best_cosines(
+    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """Return each row's largest cosine with a row of the other; a row of zeros has none (0)."""
+    a, b = (
+        side.detach().float() / side.detach().float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+        for side in (a, b)
+    )
+    b = b.to(a.device)
+    of_a, of_b = (torch.full((side.shape[0],), -torch.inf, device=a.device) for side in (a, b))
+    # Squares of 2,896: blocks of both sides stay small, and each product serves both ways.
+    edge = int((BLOCK_BYTES / 4) ** 0.5)
+    for i in range(0, a.shape[0], edge):
+        for j in range(0, b.shape[0], edge):
+            cosines = a[i : i + edge] @ b[j : j + edge].mT
+            torch.maximum(of_a[i : i + edge], cosines.amax(1), out=of_a[i : i + edge])
+            torch.maximum(of_b[j : j + edge], cosines.amax(0), out=of_b[j : j + edge])
+    return of_a, of_b
+
+
+def null_share(count: int, d: int, threshold: float) -> float:
+    """Return P(a random unit direction has a cosine above the threshold with one of `count`).
+
+    For two directions uniform on the sphere the squared cosine is Beta(1/2, (d - 1)/2).
+    """
+    if d < 2:
+        return 1 - 0.5**count
+    one = 0.5 * float(special.betainc((d - 1) / 2, 0.5, 1 - threshold**2))
+    return float(-special.expm1(count * special.log1p(-one)))
+
+
+def _compare(point: Hookpoint, a: SparseCoder, b: SparseCoder, threshold: float) -> Stability:
+    assert a.W_dec is not None, "the coder was loaded without its decoder"
+    assert b.W_dec is not None, "the coder was loaded without its decoder"
+    if a.d_in != b.d_in:
+        raise BadInputError(
+            f"the SAEs at {point.sparsify} have widths {a.d_in} and {b.d_in}: compare two "
+            "trainings on one model"
+        )
+    found = best_cosines(a.W_dec, b.W_dec)
+
+    def matched(best: Tensor, others: int) -> Matched:
+        hits, n = int((best > threshold).sum()), best.numel()
+        null = null_share(others, a.d_in, threshold)
+        return Matched(hits / n, n, wilson_interval(hits, n), null, best.mean().item())
+
+    return Stability(
+        matched(found[0], b.W_dec.shape[0]), matched(found[1], a.W_dec.shape[0]), threshold
+    )
