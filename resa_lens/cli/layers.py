@@ -220,6 +220,9 @@ def count_features(
     layers: LayersOption = None,
     site: SiteOption = "mlp_out",
     saes: SaesOption = None,
+    control: Annotated[
+        str | None, typer.Option(help="random: count on random directions in the SAEs' place.")
+    ] = None,
     tokens: TokensOption = None,
     latents: LatentsOption = None,
     k: TopkOption = 32,
@@ -261,7 +264,7 @@ def count_features(
             allow_mismatch=allow_site_mismatch,
         )  # fmt: skip
         folder, counts = count_run(
-            ctx, host, run, config, None if saes and layers is None else chosen
+            ctx, host, run, config, None if saes and layers is None else chosen, control=control
         )
 
         def show() -> None:

@@ -20,6 +20,8 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
     """
 
     def job() -> tuple[dict[str, Any], Any]:
+        from resa_lens.saes.checkpoint import read_state
+
         ctx = common.context(workspace, 0, "cpu", "auto", False, None)
         found = ctx.workspace.find("") if ctx.workspace.root.is_dir() else []
         rows = []
@@ -32,6 +34,21 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
                     "created": manifest.created,
                     "megabytes": round(size / 2**20, 2),
                     "seconds": manifest.seconds,
+                }
+            )
+
+        for work in sorted(ctx.workspace.root.glob("saes/*/.work-*")):
+            held = [read_state(group) for group in sorted(work.glob("group-*"))]
+            steps = max((state["step"] for state in held if state), default=0)
+            rows.append(
+                {
+                    "kind": f"saes, unfinished (step {steps})",
+                    "path": ctx.workspace.relative(work),
+                    "created": "",
+                    "megabytes": round(
+                        sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) / 2**20, 2
+                    ),
+                    "seconds": 0.0,
                 }
             )
 

@@ -24,6 +24,7 @@ from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.sae_training import saes_for
 from resa_lens.pipeline.saes import SaeRun, probe_batches, split_records
 from resa_lens.prompts import resolve_system_prompt
+from resa_lens.saes.baselines import random_coder
 from resa_lens.saes.quality import loss_change
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Manifest, config_dict, digest, read_json, write_json
@@ -32,22 +33,41 @@ RECIPES = ("robust", "paper")
 
 
 def count_run(
-    ctx: Context, model: Model, saes: SaeRun, config: CountConfig, layers: Sequence[int] | None
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    config: CountConfig,
+    layers: Sequence[int] | None,
+    *,
+    control: str | None = None,
 ) -> tuple[Path, FeatureCounts]:
-    """Count the exclusive features at the layers, or read the finished counts."""
+    """Count the exclusive features at the layers, or read the finished counts.
+
+    With control "random" every SAE gives way to random directions of its size and k: the count that
+    chance and the tokens' geometry alone would give.
+    """
+    if control not in (None, "random"):
+        raise BadInputError(
+            f"control {control!r} is unknown; use random (shuffled decoders count the same, noise "
+            "and PCA have no latents)"
+        )
     prompt = tag_prompt(model, config)
     identity = {
         # The text itself: a file named by @path may change.
         "count": {**config_dict(config), "prompt": resolve_system_prompt(config.prompt)},
         "saes": ctx.workspace.relative(saes.folder),
         "layers": sorted(p.layer for p in saes.points if layers is None or p.layer in layers),
+        **({"control": control} if control else {}),
     }
     site = saes.points[0].site
     folder = ctx.workspace.path("counts", model.slug, f"{site}-{digest(identity)}")
     if saes.manifest and not saes.warnings and ctx.done(folder, saes.folder):
         ctx.reporter.note(f"counts: done before, in {folder}")
         return folder, _read_counts(folder, prompt, config)
-    counts = count_features(model, saes.coders(model, layers, decoder=False), config)
+    coders = saes.coders(model, layers, decoder=False)
+    if control:
+        coders = {p: random_coder(coder, ctx.seed) for p, coder in coders.items()}
+    counts = count_features(model, coders, config)
     manifest = ctx.manifest(
         "counts",
         model,
@@ -59,6 +79,7 @@ def count_run(
             "model": model.name,
             "n_layers": model.n_layers,
             "warnings": list(saes.warnings),
+            "control": control,
         },
     )
     with ctx.workspace.artifact(folder, manifest) as target:

@@ -1,0 +1,51 @@
+"""The benchmark scripts run at small shapes; a few real kills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *options],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_killed_runs_end_in_the_same_bits() -> None:
+    out = run("kill_resume.py", "--runs", "3", "--seed", "7")
+    assert out.count("bit-identical") == 3
+    assert "DIFFERENT" not in out
+
+
+def test_speed_of_a_step_and_of_a_whole_training() -> None:
+    shape = ["--width", "64", "--latents", "256", "--k", "8", "--rounds", "2"]
+    step = run("sae_speed.py", "step", *shape, "--tokens", "128", "--fvu-steps", "5")
+    ours, sparsify = re.findall(r"step.* ([\d.]+) ms", step)[:2]
+    assert 0 < float(ours) < float(sparsify)
+    whole = run(
+        "sae_speed.py", "end-to-end", *shape,
+        "--n-layers", "3", "--steps", "2", "--batch", "2", "--sequence", "32", "--vocab", "128",
+    )  # fmt: skip
+    assert "all layers: sparsify / ours" in whole
+    assert "floor with a bf16 product" in whole
+
+
+def test_formats_are_written_for_the_peers(tmp_path: Path) -> None:
+    assert "written" in run("check_formats.py", "write", str(tmp_path))
+    assert len(list(tmp_path.rglob("sae_weights.safetensors"))) == 4
+    assert len(list(tmp_path.rglob("ae.pt"))) == 4
