@@ -35,13 +35,16 @@ def fit(*args: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+NO_MODEL = {"app", "runs", "compare", "fit-mixture", "convert"}
+
+
 # Help
 
 
 def test_the_commands_of_the_design_are_there() -> None:
     assert set(COMMANDS) >= {
         "demo", "train-saes", "count-features", "recommend-layers", "tune", "eval", "compare",
-        "fit-mixture", "runs", "app",
+        "fit-mixture", "convert", "runs", "app",
     }  # fmt: skip
 
 
@@ -52,7 +55,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     assert f"Example: resa-lens {name}" in " ".join(result.stdout.split())
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"app", "runs", "compare", "fit-mixture"}))
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - NO_MODEL))
 def test_commands_that_do_work_share_their_options(name: str) -> None:
     options = {o for p in COMMANDS[name].params for o in p.opts}
     common = {"--workspace", "--seed", "--device", "--dtype", "--json", "--yes", "--force"}
@@ -194,7 +197,7 @@ def test_usage_errors_are_short_and_exit_2(args: list[str], named: str) -> None:
     assert result.stdout == ""
 
 
-def test_interrupted_is_130_and_leaves_no_artifact(tmp_path: Path) -> None:
+def test_interrupted_is_130_and_leaves_only_what_goes_on(tmp_path: Path) -> None:
     workspace = tmp_path / "w"
     command = [
         sys.executable, "-c", "from resa_lens.cli import main; main()", "train-saes", "--layers",
@@ -223,4 +226,8 @@ def test_interrupted_is_130_and_leaves_no_artifact(tmp_path: Path) -> None:
     assert "interrupted; run the same command again" in rest
     assert "Traceback" not in rest
     assert out == ""
-    assert not workspace.exists()
+    assert not list(workspace.rglob("manifest.json"))
+    # Either nothing was done yet, or a whole checkpoint is there to go on from.
+    for work in workspace.rglob(".work-*"):
+        assert list(work.glob("group-*/checkpoint-*/state.json"))
+        assert "the same command goes on" in rest

@@ -76,7 +76,7 @@ def train_run(
         world.barrier()
         try:
             run = _train_groups(ctx, job, work, memory_limit_mb, world, spread_layers)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             held = list(work.glob(f"group-*/{FIGURES}")) + list(work.glob("group-*/checkpoint-*"))
             if world.rank == 0 and (not held or isinstance(error, DivergedError)):
                 _discard(ctx, work)

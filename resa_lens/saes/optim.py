@@ -26,6 +26,10 @@ class Optimizer(Protocol):
         """Update one tensor; the gradient is overwritten."""
         ...
 
+    def moved(self, name: str) -> None:
+        """Take note that a tensor was set from outside."""
+        ...
+
     def finish(self) -> None:
         """Leave in the tensors what is to be kept, once training is over."""
         ...
@@ -75,6 +79,10 @@ class Signum:
         y.add_(sign, alpha=-self.rate * (1 - self.momentum + self.momentum * c))
         z.add_(sign, alpha=-self.rate)
 
+    def moved(self, name: str) -> None:
+        """Begin the iterate where the tensor is now; otherwise the first step takes it back."""
+        self.z[name].copy_(self.y[name])
+
     def finish(self) -> None:
         """Put the average x in place of y."""
         for name, y in self.y.items():
@@ -117,6 +125,9 @@ class Adam:
         self.params[name].grad = gradient
         self.inner[name].step()
         self.params[name].grad = None
+
+    def moved(self, name: str) -> None:
+        """Do nothing: the moments are of gradients."""
 
     def finish(self) -> None:
         """Leave the weights as they are."""

@@ -65,8 +65,12 @@ class PhaseQuality:
     loss_change: float | None
     loss_change_se: float | None
     """Standard error over documents; None for one document."""
+    ablation_change: float | None
+    """Loss with zeros inserted, minus without: what there is to recover."""
+    ablation_change_se: float | None
     loss_recovered: float | None
-    """None where zeros do not raise the loss: there is nothing to recover."""
+    """None where zeros do not raise the loss by two standard errors: a ratio to noise says nothing
+    (one MLP of a model that reasons in small steps can be left out unnoticed)."""
     kl: float | None
     kl_se: float | None
 
@@ -297,12 +301,13 @@ class _Tally:
                 rows[number] = rows[number] + row if number in rows else row
         table = torch.stack(list(rows.values())) if rows else torch.zeros(0, 5).double()
         counts = table[:, 0]
-        clean, inserted, ablated, _ = (_mean(table[:, i], counts) for i in range(1, 5))
+        clean, _ = _mean_se(table[:, 1], counts)
         change, change_se = _mean_se(table[:, 2] - table[:, 1], counts)
+        ablation, ablation_se = _mean_se(table[:, 3] - table[:, 1], counts)
         kl, kl_se = _mean_se(table[:, 4], counts)
         recovered = None
-        if clean is not None and inserted is not None and ablated is not None and ablated > clean:
-            recovered = (ablated - inserted) / (ablated - clean)
+        if change is not None and ablation is not None and ablation > 2 * (ablation_se or 0.0):
+            recovered = (ablation - change) / ablation
         return PhaseQuality(
             tokens=n,
             documents=len(set().union(*(self.documents[p] for p in phases))),
@@ -315,15 +320,12 @@ class _Tally:
             loss=clean,
             loss_change=change,
             loss_change_se=change_se,
+            ablation_change=ablation,
+            ablation_change_se=ablation_se,
             loss_recovered=recovered,
             kl=kl,
             kl_se=kl_se,
         )
-
-
-def _mean(sums: Float[Tensor, " document"], counts: Float[Tensor, " document"]) -> float | None:
-    total = counts.sum().item()
-    return sums.sum().item() / total if total else None
 
 
 def _mean_se(
@@ -334,11 +336,14 @@ def _mean_se(
     The mean is a ratio of two sums over documents; its error is the linearised one (Cochran,
     Sampling Techniques, 1977, section 6.4).
     """
-    mean, n = _mean(sums, counts), sums.numel()
-    if mean is None or n < 2:
+    total, n = counts.sum().item(), sums.numel()
+    if not total:
+        return None, None
+    mean = sums.sum().item() / total
+    if n < 2:
         return mean, None
     spread = (sums - mean * counts).pow(2).sum().item() * n / (n - 1)
-    return mean, math.sqrt(spread) / counts.sum().item()
+    return mean, math.sqrt(spread) / total
 
 
 @torch.no_grad()

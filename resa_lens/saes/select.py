@@ -100,24 +100,49 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
     order, or two processes would differ from one.
     """
     total = k * x.shape[0]
-    wanted = total if encoder.half is None else total + max(64, total // 4)
     held: Active | None = None
+    # A lower bound of the last place, from what was seen so far.
+    limit = 0.0
     for first, piece, pre in _products(encoder, x):
-        flat = pre.reshape(1, -1)
-        _, places, values = _largest(flat, min(wanted, flat.shape[1]))
-        places, order = places.sort()
-        values = values[order]
-        rows = places.div(pre.shape[1], rounding_mode="floor")
-        latents = places - rows * pre.shape[1]
-        if encoder.half is not None:
-            values = _exact(encoder, piece, rows, latents)
+        off = _rounding(encoder, piece, pre)
+        sure = pre.float() if off is None else pre.float() - off
+        limit = max(limit, _kth_of(sure, total))
+        reach = sure if off is None else pre.float() + off
+        rows, latents = ((reach >= limit) & (reach > 0)).nonzero(as_tuple=True)
+        values = pre[rows, latents] if off is None else _exact(encoder, piece, rows, latents)
         found = Active(rows + first, latents, values)
         held = found if held is None else _join([held, found], x)
-        held = _at_least(held, kth_largest(held.values, wanted))
+        last = kth_largest(held.values, total)
+        held, limit = _at_least(held, last), max(limit, last)
     if held is None:
         return _join([], x)
-    held = _at_least(held, kth_largest(held.values, total))
     return _take(held, (held.values > 0).nonzero()[:, 0])
+
+
+def _kth_of(values: Float[Tensor, "row latent"], k: int) -> float:
+    """Return the k-th largest of a dense piece, minus infinity where there are not so many."""
+    count = values.numel()
+    if count <= k:
+        return -float("inf")
+    if not _on_cpu(values):
+        return kth_largest(values.flatten(), k)
+    return float(np.partition(values.reshape(-1).numpy(), count - k)[count - k])
+
+
+def _rounding(
+    encoder: Encoder, x: Float[Tensor, "row d_in"], pre: Float[Tensor, "row latent"]
+) -> Float[Tensor, "row latent"] | None:
+    """Return how far bfloat16 pre-activations may be from the exact ones; None if they are exact.
+
+    Both factors and the result are rounded, each by 2^-9 of itself; by Cauchy and Schwarz the sum
+    of products moves by at most 2^-8 |x| |w|.  With it candidates hold every latent that counts,
+    also where one token is far longer than the others.
+    """
+    if encoder.half is None:
+        return None
+    longest = encoder.weight.norm(dim=1).max()
+    lengths = x.norm(dim=1, keepdim=True) * longest + encoder.bias.abs().max()
+    return 1.01 * 2**-8 * (lengths + pre.float().abs())
 
 
 def kth_largest(values: Float[Tensor, " pair"], k: int) -> float:
@@ -136,15 +161,10 @@ def _at_least(found: Active, limit: float) -> Active:
 def above(encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float) -> Active:
     """Return the latents above a threshold (BatchTopK at inference)."""
     parts = []
-    # What rounding both factors to bfloat16 can change, by Cauchy and Schwarz: with it the
-    # candidates hold every latent above the threshold.
-    longest = encoder.weight.norm(dim=1).max() if encoder.half is not None else None
     for first, piece, pre in _products(encoder, x):
-        low = torch.full((piece.shape[0], 1), threshold, device=x.device)
-        if longest is not None:
-            low -= 2**-7 * (piece.norm(dim=1, keepdim=True) * longest + abs(threshold))
-        hits = (pre.float() > low.clamp_min(0)).nonzero()
-        rows, latents = hits[:, 0], hits[:, 1]
+        off = _rounding(encoder, piece, pre)
+        reach = pre.float() if off is None else pre.float() + off
+        rows, latents = ((reach > threshold) & (reach > 0)).nonzero(as_tuple=True)
         if encoder.half is None:
             values = pre[rows, latents]
         else:

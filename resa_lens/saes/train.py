@@ -196,6 +196,7 @@ class LayerTrainer:
         if not self.started:
             mean = world.sum_(x.sum(0)) / (x.shape[0] * world.size)
             self.params["b_dec"].copy_(mean)
+            self.optimizer.moved("b_dec")
             self.started = True
         coder.set_decoder_norm_to_unit_norm()
         dead = None
@@ -369,7 +370,7 @@ def train_saes(
     measured = measure_fvu(model, coders, held_out)
     # The last step's update was seen by no loss.
     for point, (fvu, _) in measured.items():
-        if held_out and not math.isfinite(fvu):
+        if held_out and not fvu <= torch.finfo(torch.float32).max:
             raise DivergedError(
                 f"SAE at layer {point.layer}: the FVU is {fvu} after the last step; "
                 f"lower the learning rate (now {config.learning_rate:.3g})"

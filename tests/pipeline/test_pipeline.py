@@ -140,7 +140,7 @@ def test_train_saes_says_done_and_force_starts_anew(work: Path, invoke: Invoke) 
     assert set(first) >= {"saes", "tokens", "seconds", "resumed_at_tokens"}
     assert [row["layer"] for row in first["saes"]] == [3, 4]
     for row in first["saes"]:
-        assert set(row) == {"layer", "path", "fvu", "l0", "dead_share"}
+        assert set(row) == {"layer", "path", "fvu", "l0", "dead_share", "quality"}
         assert (Path(row["path"]) / "sae.safetensors").is_file()
         assert 0 < row["l0"] <= 32
         assert 0 <= row["dead_share"] <= 1

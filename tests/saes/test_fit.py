@@ -41,11 +41,11 @@ def text(model: Model, tokens: int, seed: int, batch: int = 4) -> list[torch.Ten
 
 @pytest.fixture(scope="module")
 def coders(tiny: Model) -> Coders:
-    """SAEs at every layer and both sites, from a twelfth of the default's tokens."""
+    """SAEs at every layer and both sites, from a twentieth of the default's tokens."""
     made: Coders = {}
     for site in SITES:
         config = SaeConfig(site=site, latents=512, k=32).for_width(tiny.d_model)
-        found = train_saes(tiny, range(tiny.n_layers), text(tiny, 16_384, 0, batch=2), [], config)
+        found = train_saes(tiny, range(tiny.n_layers), text(tiny, 10_240, 0, batch=1), [], config)
         made |= found.coders
     return made
 
@@ -198,7 +198,7 @@ def test_a_layer_beyond_the_model(tiny: Model, probe: list[torch.Tensor]) -> Non
 
 
 def test_another_width_is_another_model(tiny: Model, probe: list[torch.Tensor]) -> None:
-    with pytest.raises(BadInputError, match="width 64, tiny-reasoner has 128.*another model"):
+    with pytest.raises(BadInputError, match=r"width 64, tiny-reasoner has 128.*another model"):
         check_fit(tiny, {Hookpoint(3): new_coder(64, 8, 1, seed=0)}, probe, allow_mismatch=True)
 
 

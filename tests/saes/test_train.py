@@ -202,6 +202,36 @@ def test_planted_dictionary_is_recovered(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ((planted(1, 0)[1] @ fresh.T).max(dim=1).values > 0.9).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_steps_are_sparsifys(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    """The same weights, step by step, as by sparsify's own parts: b_dec's start included."""
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify.sign_sgd import SignSGD
+
+    config = SaeConfig(latents=64, k=8, optimizer=optimizer, learning_rate=1e-3).for_width(32)
+    ours = next(iter(module.new_trainers([Hookpoint(0)], 32, config, 10).values()))
+    theirs = new_coder(32, 64, 8, seed=0)
+    if optimizer == "signum":
+        inner = ScheduleFreeWrapper(SignSGD(theirs.parameters(), lr=1e-3), momentum=0.95)
+        inner.train()
+    else:
+        inner = torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    for number in range(8):
+        x = planted(256, number)[0] + 0.7
+        ours.step(x)
+        if not number:
+            theirs.b_dec.data = x.mean(0)
+        theirs.set_decoder_norm_to_unit_norm()
+        theirs(x).fvu.backward()
+        theirs.remove_gradient_parallel_to_decoder_directions()
+        inner.step()
+        inner.zero_grad()
+        for name, value in theirs.named_parameters():
+            # An update is 1e-3; a gradient near zero may take another sign, rarely.
+            off = (ours.params[name] - value).abs() > 1e-5
+            assert off.float().mean() < 0.002, (number, name)
+
+
 def test_dead_share_counts_latents_that_never_fire(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [planted(64, s)[0] for s in range(4)]
     model = stub(monkeypatch, {0: data})

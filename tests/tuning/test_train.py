@@ -118,7 +118,7 @@ def test_without_a_perturbation_nothing_trains(
     small: Callable[[], Model], small_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No SAE: the same distribution on both sides; the sanity check of spec section 7."""
-    monkeypatch.setattr("resa_lens.tuning.objective.reconstruct", lambda coder, acts: acts)
+    monkeypatch.setattr("resa_lens.tuning.objective.substitute", lambda coder, acts: acts)
     for objective in (preset("paper"), preset("reference")):
         _, course = tuned(small(), objective)
         assert course.losses[0] == pytest.approx(0.0, abs=1e-6)
