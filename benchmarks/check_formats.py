@@ -10,6 +10,7 @@ prints the largest difference of reconstructions and exits with 1 above 1e-5.
 
 from __future__ import annotations
 
+from datetime import date
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ def report(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Print one comparison, relative to the largest value above 1."""
     scale = max(1.0, ours.abs().max().item())
     difference = (ours - theirs).abs().max().item() / scale
-    print(f"{what:64} {difference:.2e}  {'ok' if difference <= LIMIT else 'DIFFERENT'}")
-    return difference <= LIMIT
+    # An SAE of which no latent fires agrees with every other.
+    verdict = "ok" if difference <= LIMIT else "DIFFERENT"
+    verdict = verdict if theirs.std(0).max() > 0 else "NOTHING FIRES"
+    print(f"{what:64} {difference:.2e}  {verdict}")
+    return verdict == "ok"
 
 
 def finish(results: list[bool]) -> None:
@@ -45,6 +49,7 @@ def finish(results: list[bool]) -> None:
 @app.command()
 def write(folder: Path) -> None:
     """Write SAEs in every format and our reconstructions."""
+    from resa_lens.hookpoints import Hookpoint
     from resa_lens.saes.coder import new_coder, reconstruct
     from resa_lens.saes.formats import save_coder
 
@@ -59,9 +64,17 @@ def write(folder: Path) -> None:
             coder.requires_grad_(False)
             name = f"{activation}-{width}x{latents}"
             for form in ("saelens", "dictionary_learning"):
-                save_coder(coder, folder / form / name, form)
+                save_coder(coder, folder / form / name, form, Hookpoint(3, "resid_post"))
             torch.save(reconstruct(coder, rows(width)), folder / f"{name}.pt")
     print(f"written to {folder}")
+
+
+@torch.no_grad()
+def unsettle(sae: Any, latents: int) -> None:
+    """Give an SAE of SAELens biases, and decoder rows of unequal norm."""
+    sae.b_enc.normal_(0, 0.1)
+    sae.b_dec.normal_(0, 0.5)
+    sae.W_dec.mul_(1 + torch.rand(latents, 1))
 
 
 @app.command()
@@ -71,8 +84,8 @@ def peer(folder: Path) -> None:
     top: Any = import_module("dictionary_learning.trainers.top_k")
     batch: Any = import_module("dictionary_learning.trainers.batch_top_k")
     utils: Any = import_module("dictionary_learning.utils")
-    for package in ("sae-lens", "dictionary-learning", "torch"):
-        print(package, metadata.version(package))
+    packages = ("sae-lens", "dictionary-learning", "torch")
+    print(f"{date.today()}:", ", ".join(f"{p} {metadata.version(p)}" for p in packages))
     results = []
     for width, latents, k in SHAPES:
         for activation in ("topk", "batchtopk"):
@@ -81,23 +94,40 @@ def peer(folder: Path) -> None:
             with torch.no_grad():
                 sae = sae_lens.SAE.load_from_disk(folder / "saelens" / name)
                 results.append(report(f"SAELens reads ours, {name}", ours, sae(rows(width))))
+                # What it keeps of the metadata: a config it takes for an old one loses all of it.
+                kept = (sae.cfg.metadata.hook_name, sae.cfg.metadata.k)
+                results.append(kept == ("blocks.3.hook_resid_post", k))
+                print(f"{f'SAELens keeps hook_name and k, {name}':64} {kept}")
                 held, _ = utils.load_dictionary(str(folder / "dictionary_learning" / name), "cpu")
                 label = f"dictionary_learning reads ours, {name}"
                 results.append(report(label, ours, held(rows(width))))
         # The other way: made and saved by them.
         torch.manual_seed(3)
-        for rescale in (False, True):
-            config = sae_lens.TopKSAEConfig(
-                d_in=width, d_sae=latents, k=k, rescale_acts_by_decoder_norm=rescale
-            )
-            sae = sae_lens.TopKSAE(config)
+        shape = {"d_in": width, "d_sae": latents, "k": k}
+        for label, options in (
+            ("plain", {}),
+            ("rescaled", {"rescale_acts_by_decoder_norm": True}),
+            ("b_dec-not-applied", {"apply_b_dec_to_input": False}),
+        ):
+            sae = sae_lens.TopKSAE(sae_lens.TopKSAEConfig(**shape, **options))
+            unsettle(sae, latents)
+            place = folder / "back" / f"saelens-topk-{label}-{width}"
+            sae.save_model(place)
             with torch.no_grad():
-                sae.b_enc.normal_(0, 0.1)
-                sae.b_dec.normal_(0, 0.5)
-                sae.W_dec.mul_(1 + torch.rand(latents, 1))
-                place = folder / "back" / f"saelens-{rescale}-{width}"
-                sae.save_model(place)
                 torch.save(sae(rows(width)), place / "out.pt")
+        # Its BatchTopK is trained as such and saved as a JumpReLU.
+        made = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**shape))
+        unsettle(made, latents)
+        place = folder / "back" / f"saelens-batchtopk-{width}"
+        with torch.no_grad():
+            # First without a threshold, to find the one that leaves k active latents a row; half
+            # way between two values, for at one of them rounding decides.
+            made.save_inference_model(place)
+            acts = sae_lens.SAE.load_from_disk(place).encode(rows(width))
+            last, following = acts.flatten().topk(k * len(acts) + 1).values[-2:].tolist()
+            made.topk_threshold.fill_((last + following) / 2)
+            made.save_inference_model(place)
+            torch.save(sae_lens.SAE.load_from_disk(place)(rows(width)), place / "out.pt")
         for kind, made in (
             ("AutoEncoderTopK", top.AutoEncoderTopK(width, latents, k)),
             ("BatchTopKSAE", batch.BatchTopKSAE(width, latents, k)),

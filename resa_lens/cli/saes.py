@@ -16,7 +16,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The folder that is made.")],
     to: Annotated[str, typer.Option(help="sparsify, saelens or dictionary_learning.")],
     layers: Annotated[
-        str | None, typer.Option(help='Only these, 0-based: "12", "1-26" or "3,5".')
+        str | None, typer.Option(help='Only these: "12", "1-26", "3,13th" or "all".')
     ] = None,
     site: Annotated[str, typer.Option(help="Of a hub repository: mlp_out or resid_post.")] = (
         "mlp_out"
@@ -28,7 +28,9 @@ def convert(
     cast: Annotated[
         bool, typer.Option("--cast", help="Turn other floating types into float32.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the target.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a target that holds SAEs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert SAEs between sparsify, SAELens and dictionary_learning.
@@ -37,21 +39,24 @@ def convert(
     """
 
     def job() -> tuple[dict[str, Any], Any]:
+        from resa_lens.errors import BadInputError
         from resa_lens.hookpoints import Hookpoint, parse_layers
         from resa_lens.progress import ConsoleReporter
         from resa_lens.saes.convert import convert as run
         from resa_lens.saes.hub import find_sae_folder
 
+        if layers == "default":
+            raise BadInputError("layers 'default' are those of a model; use all, 12 or 1-26")
         # No model says how many layers there are.
         chosen = None if layers is None else parse_layers(layers, 10_000)
+        if layers is not None and (layers == "all" or "*" in layers):
+            chosen = None
         points = None if chosen is None else [Hookpoint(layer, site) for layer in chosen]
         folder = find_sae_folder(source, points)
-        reporter = ConsoleReporter()
-        with reporter.bar(f"converting to {to}", len(chosen or [0])) as advance:
-            made = run(
-                folder, target, to, layers=chosen, allow_pickle=allow_pickle, cast=cast, k=k,
-                force=force, advance=advance,
-            )  # fmt: skip
+        made = run(
+            folder, target, to, layers=chosen, allow_pickle=allow_pickle, cast=cast, k=k,
+            force=force, reporter=ConsoleReporter(),
+        )  # fmt: skip
         values = {
             "source": str(folder), "target": str(made.target),
             "max_difference": made.max_difference, "rows": made.rows, "from": list(made.sources),

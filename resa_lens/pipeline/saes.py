@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.fit import check_fit
-from resa_lens.saes.formats import find_coders, load_coder
+from resa_lens.saes.formats import by_hookpoint, find_coders, load_coder
 from resa_lens.saes.hub import find_sae_folder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Manifest
 
 PROBE_TOKENS = 2048
+FIT_BYTES = 2 * 2**30
+"""Of the SAEs that are checked at once for their fit; the next ones load beside them."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def open_saes(
     """
     wanted = None if only is None else [Hookpoint(layer, site) for layer in only]
     folder = find_sae_folder(str(folder), wanted)
-    named = {p: f for f, p in find_coders(folder).items() if p is not None}
+    named = by_hookpoint(find_coders(folder))
     if not named:
         raise BadInputError(f"--saes {folder}: no SAE says its layer; name its folder layers.N.mlp")
     sites = sorted({p.site for p in named})
@@ -171,10 +173,13 @@ def open_saes(
         stored,
         places=named,
     )
-    coders = run.coders(model, only)
-    fvu, warnings = check_fit(
-        model, coders, probe, allow_mismatch=allow_mismatch, known=run.trained_on(model)
-    )
+    fvu: dict[Hookpoint, float] = {}
+    warnings: list[str] = []
+    known = run.trained_on(model)
+    for coders in _in_groups(run, model, only):
+        fits, told = check_fit(model, coders, probe, allow_mismatch=allow_mismatch, known=known)
+        fvu |= fits
+        warnings += told
     for warning in warnings:
         ctx.reporter.note(f"warning: {warning}")
     return replace(
@@ -182,6 +187,22 @@ def open_saes(
         quality=run.quality or {p.layer: {"fvu": value} for p, value in fvu.items()},
         warnings=tuple(warnings),
     )
+
+
+def _in_groups(
+    run: SaeRun, model: Model, only: Sequence[int] | None
+) -> Iterator[dict[Hookpoint, SparseCoder]]:
+    """Load coders, as many at once as `FIT_BYTES` allows: those of a large model fill a machine."""
+    layers = sorted(set(only)) if only is not None else [p.layer for p in run.points]
+    held: dict[Hookpoint, SparseCoder] = {}
+    for layer in layers:
+        held |= run.coders(model, [layer])
+        size = sum(t.nbytes for coder in held.values() for t in coder.state_dict().values())
+        if size >= FIT_BYTES:
+            yield held
+            held = {}
+    if held:
+        yield held
 
 
 def find_saes(

@@ -21,7 +21,7 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
 
     Args:
         name: a folder, or owner/repository.
-        points: what is needed of it; None for all.
+        points: what is needed of it; None for what is at hand, or else the whole repository.
 
     Raises:
         BadInputError: no such folder, or the repository is not at hand and cannot be fetched.
@@ -41,7 +41,7 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
         patterns = [
             f"{p.sparsify}/{file}" for p in points for file in ("cfg.json", "*.safetensors")
         ]
-    reason = "offline"
+    reason, lacking = "offline", [p.sparsify for p in points or ()]
     # What is at hand first: a cache must serve without a network.
     for local in (True, False):
         try:
@@ -51,12 +51,18 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = type(error).__name__
             continue
-        # Offline, a snapshot may come back that lacks what was asked for.
-        if points is None or all((found / p.sparsify / "cfg.json").exists() for p in points):
+        # A snapshot may come back that lacks what was asked for, or half of it.
+        lacking = [p.sparsify for p in points or () if not _whole(found / p.sparsify)]
+        if not lacking:
             return found
-    wanted = "" if points is None else f" --include '{points[0].sparsify}/*'"
+        reason = f"{lacking[0]} is not there"
+    wanted = f" --include '{lacking[0]}/*'" if lacking else ""
     raise BadInputError(
         f"SAEs {name!r} are not in the local hub cache and could not be fetched ({reason}).\n"
         f"Where there is a network run `hf download {name}{wanted}`, copy the folder here and pass "
         "its path."
     )
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "cfg.json").exists() and any(folder.glob("*.safetensors"))

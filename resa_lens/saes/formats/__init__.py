@@ -11,16 +11,18 @@ Inside, sparsify's names and orientation are used.  One module a format, behind 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.hookpoints import Hookpoint, parse_hookpoint
 from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, assemble
 from resa_lens.saes.formats import dictionary_learning, saelens, sparsify
 from resa_lens.saes.formats.common import Options, Parts
 
-__all__ = ["FORMATS", "detect", "find_coders", "load_coder", "save_coder"]
+__all__ = ["FORMATS", "by_hookpoint", "detect", "find_coders", "load_coder", "save_coder"]
 
 
 class Format(Protocol):
@@ -104,17 +106,22 @@ def load_coder(
     """
     found = FORMATS[detect(folder)].read(folder, Options(decoder, allow_pickle, cast, k, d_in))
     latents = found.tensors["encoder.weight"].shape[0]
-    if found.activation not in ACTIVATIONS:
+    if not isinstance(found.activation, str) or found.activation not in ACTIVATIONS:
         raise BadInputError(
             f"SAE {folder} has activation {found.activation!r}; readable: {', '.join(ACTIVATIONS)}"
         )
-    if not isinstance(found.k, int) or not 1 <= found.k <= latents:
+    # JSON's true is an int to Python.
+    if type(found.k) is not int or not 1 <= found.k <= latents:
         raise BadInputError(f"SAE {folder} has k {found.k!r}; k must be 1 to its {latents} latents")
+    if type(found.threshold) not in (int, float) or not math.isfinite(found.threshold):
+        raise BadInputError(
+            f"SAE {folder} has threshold {found.threshold!r}; it must be a finite number"
+        )
     return assemble(
         found.tensors,
         k=found.k,
         activation=found.activation,
-        threshold=found.threshold,
+        threshold=float(found.threshold),
         device=device,
     )
 
@@ -134,26 +141,60 @@ def save_coder(coder: SparseCoder, folder: Path, form: str, point: Hookpoint | N
 def find_coders(folder: Path) -> dict[Path, Hookpoint | None]:
     """Return the SAE folders at or below a folder (one level), with their hookpoints.
 
+    One that lacks its weights is listed by its name, so that half of a download hinders nobody who
+    asks for another layer; `load_coder` refuses it.
+
     Raises:
-        BadInputError: there is none.
+        BadInputError: there is none, or a link leads out of the folder.
     """
+    if not folder.is_dir():
+        raise BadInputError(f"SAEs {folder} not found: no such folder")
     first = [module.FILES[0] for module in FORMATS.values()]
-    candidates = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    found = {}
-    for place in candidates:
+    below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found: dict[Path, Hookpoint | None] = {}
+    whole = False
+    for place in (folder, *below):
         # A link may lead anywhere.
-        if not place.resolve().is_relative_to(folder.resolve()) and not _in_hub_cache(folder):
+        if not place.resolve().is_relative_to(folder.resolve()):
             raise BadInputError(f"{place} leads out of {folder}; refused")
-        if any((place / name).exists() for name in first):
+        if not any((place / name).exists() for name in first):
+            continue
+        try:
             found[place] = FORMATS[detect(place)].hookpoint(place)
+            whole = True
+        except BadInputError:
+            found[place] = _named(place)
     if not found:
         raise BadInputError(
             f"{folder} holds no SAE (layers.N.mlp/cfg.json, sae.safetensors, or SAELens' or "
             "dictionary_learning's files)"
         )
+    if not whole:
+        detect(next(iter(found)))
     return found
 
 
-def _in_hub_cache(folder: Path) -> bool:
-    """Whether the folder is a snapshot of the hub cache, whose files are links to its blobs."""
-    return folder.parent.name == "snapshots"
+def _named(folder: Path) -> Hookpoint | None:
+    try:
+        return parse_hookpoint(folder.name)
+    except BadInputError:
+        return None
+
+
+def by_hookpoint(found: Mapping[Path, Hookpoint | None]) -> dict[Hookpoint, Path]:
+    """Turn what `find_coders` returns around, without the SAEs that do not name their hookpoint.
+
+    Raises:
+        BadInputError: two SAEs are of one hookpoint (a folder of dictionary_learning's trainers).
+    """
+    places: dict[Hookpoint, Path] = {}
+    for place, point in found.items():
+        if point is None:
+            continue
+        if point in places:
+            raise BadInputError(
+                f"{places[point]} and {place.name} are both SAEs of {point.sparsify}; pass the "
+                "folder of one"
+            )
+        places[point] = place
+    return places

@@ -42,6 +42,8 @@ def read_config(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInputError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise BadInputError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise BadInputError(f"{file} is damaged: it holds no JSON object")
     return values
@@ -98,6 +100,9 @@ def check_values(
     """Refuse other shapes, other types (unless cast) and values that are not finite."""
     checked = {}
     for name, value in held.items():
+        # A pickle may hold tensors that are sparse, or have no storage at all.
+        if value.layout is not torch.strided or value.is_meta:
+            raise BadInputError(f"SAE {folder}: {name} is no dense tensor; save it as one")
         if tuple(value.shape) != tuple(wanted[name]):
             raise BadInputError(
                 f"SAE {folder}: {name} is {tuple(value.shape)}, its config needs {wanted[name]}"
@@ -109,7 +114,7 @@ def check_values(
             if not cast:
                 raise BadInputError(
                     f"SAE {folder}: {name} is {kind}, float32 is needed.\n"
-                    "Turn it into float32 by: resa-lens convert SOURCE TARGET --cast"
+                    "Turn it into float32 by: resa-lens convert SOURCE TARGET --to FORMAT --cast"
                 )
             value = value.float()
         if not torch.isfinite(value).all():

@@ -28,15 +28,16 @@ from resa_lens.saes.formats.common import (
 FILES = ("config.json", "ae.pt")
 CLASSES = {"AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk"}
 TRAINERS = {"topk": "TopKTrainer", "batchtopk": "BatchTopKTrainer"}
-SITES = {"mlp": "mlp_out", "resid": "resid_post"}
-"""Its names of the sub-module that was trained on."""
+SITES = {"mlp_out": "mlp_out", "resid_post": "resid_post", "mlp": "mlp_out", "resid": "resid_post"}
+"""What may stand before `_layer_N` in submodule_name, which its users choose; the first two are
+written."""
 
 
 def read(folder: Path, options: Options) -> Parts:
     """Read an AutoEncoderTopK or a BatchTopKSAE."""
     values = read_config(folder / FILES[0]).get("trainer")
     kind = values.get("dict_class") if isinstance(values, dict) else None
-    if not isinstance(values, dict) or kind not in CLASSES:
+    if not isinstance(values, dict) or not isinstance(kind, str) or kind not in CLASSES:
         raise BadInputError(
             f"SAE {folder} has dictionary_learning's class {kind!r}; readable: {', '.join(CLASSES)}"
         )
@@ -44,7 +45,8 @@ def read(folder: Path, options: Options) -> Parts:
     if not options.allow_pickle:
         raise BadInputError(
             f"{file} is a pickle, which can run code when it is read; refused.\n"
-            "If you trust it pass --allow-pickle: it is then read as weights only."
+            "If you trust it, it is read as weights only by: "
+            "resa-lens convert SOURCE TARGET --to sparsify --allow-pickle"
         )
     held = _unpickle(file)
     wanted = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
@@ -56,27 +58,39 @@ def read(folder: Path, options: Options) -> Parts:
         raise BadInputError(f"SAE {folder}: encoder.weight is {tuple(matrix.shape)}, no matrix")
     d_sae, d_in = matrix.shape
     check_width(folder, d_in, options.d_in)
-    shapes = {
+    for name, size in (("activation_dim", d_in), ("dict_size", d_sae)):
+        if values.get(name, size) != size:
+            raise BadInputError(
+                f"SAE {folder}: {FILES[0]} says {name} {values[name]!r}, encoder.weight is "
+                f"{tuple(matrix.shape)}"
+            )
+    shapes: dict[str, tuple[int, ...]] = {
         "encoder.weight": (d_sae, d_in),
         "encoder.bias": (d_sae,),
         "decoder.weight": (d_in, d_sae),
         "b_dec": (d_in,),
+        "threshold": (),
     }
-    named = {name: held[name] for name in shapes}
+    named = {name: held[name] for name in shapes if name in held}
     checked = check_values(folder, named, shapes, cast=options.cast)
     tensors = {name: checked[name] for name in ("encoder.weight", "encoder.bias", "b_dec")}
     if options.decoder:
         tensors["W_dec"] = checked["decoder.weight"].mT.contiguous()
-    stated, stored = values.get("k"), int(held["k"])
+    stated, stored = values.get("k"), _count(folder, held["k"])
     if stated is not None and stated != stored:
         raise BadInputError(f"SAE {folder}: {FILES[0]} says k {stated}, {FILES[1]} says k {stored}")
-    level = float(held["threshold"]) if "threshold" in held else 0.0
-    if level != level:
-        raise BadInputError(f"SAE {folder}: threshold holds values that are not finite")
     if CLASSES[kind] == "topk":
         return Parts(tensors, stored)
     # Below zero it is not set yet; ReLU leaves what is above zero.
-    return Parts(tensors, stored, "batchtopk", max(level, 0.0))
+    return Parts(tensors, stored, "batchtopk", max(float(checked["threshold"]), 0.0))
+
+
+def _count(folder: Path, k: Tensor) -> int:
+    whole = not (k.is_floating_point() or k.is_complex() or k.dtype is torch.bool)
+    if k.shape != () or not whole or k.is_meta:
+        kind = str(k.dtype).removeprefix("torch.")
+        raise BadInputError(f"SAE {folder}: k is {kind} {tuple(k.shape)}; one integer is needed")
+    return int(k)
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
@@ -85,7 +99,9 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
         raise BadInputError(f"{file} cannot be read as weights only: {first}") from error
-    if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
+    if not isinstance(held, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    ):
         raise BadInputError(f"{file} holds no state of tensors")
     return held
 
@@ -117,8 +133,7 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
     }
     if point is not None:
         trainer["layer"] = point.layer
-        names = {site: name for name, site in SITES.items()}
-        trainer["submodule_name"] = f"{names.get(point.site, point.site)}_layer_{point.layer}"
+        trainer["submodule_name"] = f"{point.site}_layer_{point.layer}"
     (folder / FILES[0]).write_text(json.dumps({"trainer": trainer, "buffer": {}}, indent=2))
 
 
@@ -128,7 +143,7 @@ def hookpoint(folder: Path) -> Hookpoint | None:
     name = values.get("submodule_name") if isinstance(values, dict) else None
     if isinstance(name, str):
         site, _, layer = name.partition("_layer_")
-        if layer.isdigit() and site in SITES:
+        if layer.isdecimal() and site in SITES:
             return Hookpoint(int(layer), SITES[site])
     try:
         return parse_hookpoint(folder.name)

@@ -24,6 +24,9 @@ from resa_lens.saes.formats.common import Options, Parts, check_width, read_conf
 FILES = ("cfg.json", "sae_weights.safetensors")
 ENCODER = {"W_enc", "b_enc", "b_dec", "threshold"}
 NEUTRAL = {"normalize_activations": "none", "reshape_activations": "none"}
+VERSION = "6.54.0"
+"""Whose layout is written.  SAELens takes a config without it for one from before 6.0 and drops the
+metadata, the hook's name with them."""
 
 
 def read(folder: Path, options: Options) -> Parts:
@@ -40,6 +43,12 @@ def read(folder: Path, options: Options) -> Parts:
                 f"SAE {folder} has {name} {values[name]!r}, which cannot be folded into its "
                 f"weights; only {neutral!r} is readable"
             )
+    head = _meta(values).get("hook_head_index", values.get("hook_head_index"))
+    if head is not None:
+        raise BadInputError(
+            f"SAE {folder} has hook_head_index {head!r}: it is of one attention head; only SAEs of "
+            "a whole hookpoint are readable"
+        )
     d_in, d_sae = values.get("d_in"), values.get("d_sae")
     if not isinstance(d_in, int) or not isinstance(d_sae, int) or d_sae < 1:
         raise BadInputError(f"{folder / FILES[0]} needs d_in and d_sae, it has {d_in} and {d_sae}")
@@ -69,7 +78,7 @@ def read(folder: Path, options: Options) -> Parts:
         tensors["encoder.bias"] = tensors["encoder.bias"] + held["b_dec"] @ held["W_enc"]
     if rescaled:
         _fold_norms(tensors)
-    k = values.get("k", _meta(values).get("k", options.k))
+    k = _stated_k(values, options.k)
     if kind == "topk":
         return Parts(tensors, k)
     threshold = held["threshold"]
@@ -80,7 +89,8 @@ def read(folder: Path, options: Options) -> Parts:
         )
     if k is None:
         raise BadInputError(
-            f"SAE {folder} does not say its k, the active latents a token; pass it with --k"
+            f"SAE {folder} does not say its k, the active latents a token it was trained for.\n"
+            "Give it by: resa-lens convert SOURCE TARGET --to FORMAT --k K"
         )
     return Parts(tensors, k, "batchtopk", float(threshold[0]))
 
@@ -91,6 +101,16 @@ def _fold_norms(tensors: dict[str, Tensor]) -> None:
     tensors["encoder.weight"] = tensors["encoder.weight"] * norm[:, None]
     tensors["encoder.bias"] = tensors["encoder.bias"] * norm
     tensors["W_dec"] = tensors["W_dec"] / norm[:, None].clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def _stated_k(values: dict[str, Any], given: int | None) -> Any:
+    """Return the k of the config: its own, ours in the metadata, or that of SAELens' training."""
+    trained = _meta(values).get("training_architecture_details")
+    for held in (values, _meta(values), trained if isinstance(trained, dict) else {}):
+        if (k := held.get("k")) is not None:
+            # A BatchTopK is trained for a mean, which SAELens writes as 32.0.
+            return int(k) if isinstance(k, float) and k.is_integer() else k
+    return given
 
 
 def _meta(values: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +130,11 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
         "W_dec": state["W_dec"].contiguous(),
         "b_dec": state["b_dec"].contiguous(),
     }
-    note: dict[str, Any] = {"k": coder.cfg.k, "converted_by": f"resa-lens {_version()}"}
+    note: dict[str, Any] = {
+        "sae_lens_version": VERSION,
+        "k": coder.cfg.k,
+        "converted_by": f"resa-lens {metadata.version('resa-lens')}",
+    }
     if point is not None:
         note["hook_name"] = point.saelens
     values: dict[str, Any] = {
@@ -130,10 +154,6 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
         tensors["threshold"] = torch.full((coder.num_latents,), level)
     save_file({name: value.cpu() for name, value in tensors.items()}, folder / FILES[1])
     (folder / FILES[0]).write_text(json.dumps(values, indent=2))
-
-
-def _version() -> str:
-    return metadata.version("resa-lens")
 
 
 def hookpoint(folder: Path) -> Hookpoint | None:

@@ -44,12 +44,8 @@ def read(folder: Path, options: Options) -> Parts:
     tensors = read_tensors(
         folder / FILES[1], {**shapes, "b_dec": (d_in,)}, options, encoder=ENCODER
     )
-    threshold = values.get("threshold", 0.0)
-    if not isinstance(threshold, int | float):
-        raise BadInputError(f"SAE {folder}: threshold {threshold!r} is no number")
-    return Parts(
-        tensors, values.get("k", options.k), values.get("activation", "topk"), float(threshold)
-    )
+    activation, threshold = values.get("activation", "topk"), values.get("threshold", 0.0)
+    return Parts(tensors, values.get("k", options.k), activation, threshold)
 
 
 def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
