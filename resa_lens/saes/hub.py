@@ -27,7 +27,8 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
         BadInputError: no such folder, or the repository is not at hand and cannot be fetched.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    # Path("") is the current folder.
+    if name.strip() and path.exists():
         if not path.is_dir():
             raise BadInputError(f"SAEs {name} are a file; pass the folder that holds them")
         return path

@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
 
-from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint
-from resa_lens.saes import convert as convert_module
-from resa_lens.saes.coder import Coder, new_coder, reconstruct
-from resa_lens.saes.convert import convert
-from resa_lens.saes.formats import FORMATS, detect, find_coders, load_coder, save_coder
-from resa_lens.saes.hub import find_sae_folder
+from resa_lens.saes.coder import Coder, encode, new_coder, reconstruct
+from resa_lens.saes.formats import (
+    FORMATS,
+    by_hookpoint,
+    detect,
+    find_coders,
+    load_coder,
+    save_coder,
+)
 
 POINT = Hookpoint(3, "resid_post")
 
@@ -88,6 +93,8 @@ def test_layouts_are_those_of_the_projects(tmp_path: Path) -> None:
     assert (config["d_in"], config["d_sae"], config["k"]) == (8, 24, 4)
     assert config["apply_b_dec_to_input"] is True
     assert config["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
+    # Without its version SAELens takes the config for an old one and drops the metadata.
+    assert config["metadata"]["sae_lens_version"].split(".")[0] == "6"
     save_coder(batch, tmp_path / "b", "saelens")
     config = json.loads((tmp_path / "b" / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu"
@@ -101,6 +108,8 @@ def test_layouts_are_those_of_the_projects(tmp_path: Path) -> None:
     }  # fmt: skip
     trainer = json.loads((tmp_path / "d" / "config.json").read_text())["trainer"]
     assert (trainer["dict_class"], trainer["k"], trainer["layer"]) == ("BatchTopKSAE", 4, 3)
+    assert (trainer["activation_dim"], trainer["dict_size"]) == (8, 24)
+    assert trainer["submodule_name"] == "resid_post_layer_3"
 
 
 def test_batchtopk_at_inference_is_a_threshold() -> None:
@@ -148,6 +157,13 @@ def test_saelens_options_are_folded_exactly(tmp_path: Path) -> None:
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
         ({"reshape_activations": "hook_z"}, "hook_z"),
         ({"architecture": "gated"}, "gated"),
+        ({"architecture": ["topk"]}, r"\['topk'\]"),
+        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
+        ({"hook_head_index": 2}, "hook_head_index 2"),
+        ({"metadata": {"hook_head_index": 2}}, "hook_head_index 2"),
+        ({"k": 25}, "k 25"),
+        ({"k": True}, "k True"),
+        ({"k": None, "metadata": {}}, "(?s)does not say its k.*--k"),
         ({"d_sae": 0}, "d_sae"),
         ({"k": 0}, "k 0"),
         ({"d_in": 9}, r"W_enc is \(8, 24\)"),
@@ -159,7 +175,12 @@ def test_saelens_that_cannot_be_read(tmp_path: Path, changes: dict, match: str) 
 
 
 def test_jumprelu_with_many_thresholds_or_without_k(tmp_path: Path) -> None:
-    folder = saelens(tmp_path / "a", made("batchtopk"), metadata={})
+    trained = {"training_architecture_details": {"k": 5.0}}
+    folder = saelens(tmp_path / "a", made("batchtopk"), metadata=trained)
+    assert load_coder(folder).cfg.k == 5
+    saelens(folder, made("batchtopk"), metadata={"training_architecture_details": {"k": 2.5}})
+    refused(r"k 2\.5", lambda: load_coder(folder))
+    saelens(folder, made("batchtopk"), metadata={})
     refused("--k", lambda: load_coder(folder))
     assert load_coder(folder, k=4).cfg.k == 4
     file = folder / "sae_weights.safetensors"
@@ -182,38 +203,209 @@ def test_a_pickle_is_refused_and_then_read_as_weights_only(tmp_path: Path) -> No
     torch.save({"k": Evil()}, folder / "ae.pt")
     refused("weights only", lambda: load_coder(folder, allow_pickle=True))
     assert not (tmp_path / "ran").exists()
+    for content in (b"", b"no pickle", b"PK\x03\x04 half a zip"):
+        (folder / "ae.pt").write_bytes(content)
+        refused("weights only", lambda: load_coder(folder, allow_pickle=True))
 
 
-def change(folder: Path, **values: torch.Tensor | None) -> None:
-    file = folder / "sae.safetensors"
-    held = {**load_file(file), **values}
-    save_file({k: v.clone() for k, v in held.items() if v is not None}, file)
+def change(folder: Path, **values: Any) -> None:
+    """Put tensors into a folder's weights, or take them out (None)."""
+    file = folder / FORMATS[detect(folder)].FILES[1]
+    pickled = file.suffix == ".pt"
+    held = {**(torch.load(file) if pickled else load_file(file)), **values}
+    kept = {k: v.clone() for k, v in held.items() if v is not None}
+    (torch.save if pickled else save_file)(kept, file)
+
+
+def configure(folder: Path, **values: Any) -> None:
+    """Change keys of a folder's config."""
+    file = folder / FORMATS[detect(folder)].FILES[0]
+    held = json.loads(file.read_text())
+    held.get("trainer", held).update(values)
+    file.write_text(json.dumps(held))
+
+
+WEIGHTS = {
+    "sparsify": ("encoder.weight", "encoder.bias", "W_dec", "b_dec"),
+    "saelens": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "dictionary_learning": ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec"),
+}
+
+
+@pytest.mark.parametrize("name", range(4))
+@pytest.mark.parametrize("form", FORMATS)
+def test_tensors_that_do_not_fit(tmp_path: Path, form: str, name: int) -> None:
+    """Each tensor of each format: missing, of another type or shape, not finite; and one more."""
+    folder, tensor = tmp_path / "layers.1.mlp", WEIGHTS[form][name]
+
+    def read() -> Coder:
+        return load_coder(folder, allow_pickle=True)
+
+    save_coder(made(), folder, form)
+    whole = FORMATS[form].FILES[1]
+    original = (folder / whole).read_bytes()
+    value = (torch.load if whole.endswith(".pt") else load_file)(folder / whole)[tensor]
+    broken = value.clone()
+    broken.view(-1)[-1] = float("nan")
+    shape = tuple(value.shape)
+    cases = [
+        (None, f"lacks the tensor {tensor}"),
+        (broken, f"{tensor} holds values that are not finite"),
+        (torch.full_like(value, float("inf")), f"{tensor} holds values that are not finite"),
+        (value.bfloat16(), f"(?s){tensor} is bfloat16.*--cast"),
+        (value.double(), f"(?s){tensor} is float64.*--cast"),
+        (value.long(), f"{tensor} is int64"),
+        (torch.zeros(*shape, 2), rf"{tensor} is \("),
+    ]
+    for wrong, match in cases:
+        (folder / whole).write_bytes(original)
+        change(folder, **{tensor: wrong})
+        before = (folder / whole).read_bytes()
+        refused(match, read)
+        assert (folder / whole).read_bytes() == before
+    (folder / whole).write_bytes(original)
+    change(folder, surprise=torch.zeros(3))
+    refused("without a place: surprise", read)
+    (folder / whole).write_bytes(original)
+    assert torch.equal(read().b_dec, made().b_dec)
 
 
 @pytest.mark.parametrize(
-    ("values", "match"),
+    ("tensors", "config", "match"),
     [
-        ({"W_dec": None}, "lacks the tensor W_dec"),
-        ({"surprise": torch.zeros(3)}, "without a place: surprise"),
-        ({"b_dec": torch.full((8,), float("nan"))}, "b_dec holds values that are not finite"),
-        ({"b_dec": torch.zeros(8, dtype=torch.bfloat16)}, "(?s)b_dec is bfloat16.*--cast"),
-        ({"b_dec": torch.zeros(8, dtype=torch.int64)}, "b_dec is int64"),
-        ({"b_dec": torch.zeros(9)}, r"b_dec is \(9,\)"),
+        ({"k": torch.tensor([4, 4])}, {}, r"k is int64 \(2,\)"),
+        ({"k": torch.tensor(4.0)}, {}, "k is float32"),
+        ({"k": torch.tensor(5)}, {}, "says k 4"),
+        ({"k": torch.tensor(0)}, {"k": 0}, "k 0"),
+        ({"k": None}, {}, "lacks the tensor k"),
+        ({"threshold": torch.tensor(float("inf"))}, {}, "threshold holds values"),
+        ({"threshold": torch.zeros(24)}, {}, r"threshold is \(24,\)"),
+        ({"threshold": None}, {}, "lacks the tensor threshold"),
+        ({"b_dec": torch.zeros(8).to_sparse()}, {}, "b_dec is no dense tensor"),
+        ({"b_dec": torch.zeros(8, device="meta")}, {}, "b_dec is no dense tensor"),
+        ({}, {"activation_dim": 9}, "activation_dim 9"),
+        ({}, {"dict_size": 0}, "dict_size 0"),
+        ({}, {"dict_class": "GatedAutoEncoder"}, "GatedAutoEncoder"),
+        ({}, {"dict_class": ["BatchTopKSAE"]}, r"\['BatchTopKSAE'\]"),
     ],
 )
-def test_tensors_that_do_not_fit(tmp_path: Path, values: dict, match: str) -> None:
-    folder = tmp_path / "layers.1.mlp"
-    save_coder(made(), folder, "sparsify")
-    change(folder, **values)
-    refused(match, lambda: load_coder(folder))
+def test_dictionary_learning_that_cannot_be_read(
+    tmp_path: Path, tensors: dict, config: dict, match: str
+) -> None:
+    save_coder(made("batchtopk"), tmp_path, "dictionary_learning")
+    change(tmp_path, **tensors)
+    configure(tmp_path, **config)
+    refused(match, lambda: load_coder(tmp_path, allow_pickle=True))
 
 
-@pytest.mark.parametrize("changes", [{"num_latents": 0, "expansion_factor": 0}])
-def test_no_latents(tmp_path: Path, changes: dict) -> None:
-    save_coder(made(), tmp_path, "sparsify")
-    file = tmp_path / "cfg.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    refused("no latents", lambda: load_coder(tmp_path))
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"threshold": float("nan")}, "threshold nan"),
+        ({"threshold": "high"}, "threshold 'high'"),
+        ({"threshold": True}, "threshold True"),
+        ({"activation": ["topk"]}, r"\['topk'\]"),
+        ({"k": True}, "k True"),
+        ({"num_latents": -24}, "no latents"),
+        ({"num_latents": 0, "expansion_factor": 0}, "no latents"),
+        ({"num_latents": 0, "expansion_factor": 2}, r"encoder\.weight is \(24, 8\)"),
+    ],
+)
+def test_sparsify_that_cannot_be_read(tmp_path: Path, config: dict, match: str) -> None:
+    made("batchtopk").save_to_disk(tmp_path)
+    configure(tmp_path, **config)
+    refused(match, lambda: load_coder(tmp_path))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_config_that_cannot_be_read(tmp_path: Path, form: str) -> None:
+    save_coder(made(), tmp_path, form)
+    name = FORMATS[form].FILES[0]
+    for text in ("", "{", "[]"):
+        (tmp_path / name).write_text(text)
+        refused(name, lambda: load_coder(tmp_path, allow_pickle=True))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    refused("cannot be read", lambda: load_coder(tmp_path, allow_pickle=True))
+
+
+# Set by hand: latents are +x0, -x0, +x1, -x1 about b_dec = (10, 0), and the decoder doubles.
+
+DIRECTIONS = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+HAND = {
+    "sparsify": {
+        "encoder.weight": DIRECTIONS, "encoder.bias": torch.zeros(4), "W_dec": 2 * DIRECTIONS,
+    },
+    "saelens": {"W_enc": DIRECTIONS.T, "b_enc": torch.zeros(4), "W_dec": 2 * DIRECTIONS},
+    "dictionary_learning": {
+        "encoder.weight": DIRECTIONS, "encoder.bias": torch.zeros(4),
+        "decoder.weight": 2 * DIRECTIONS.T, "k": torch.tensor(1), "threshold": torch.tensor(2.5),
+    },
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sparsify": {"d_in": 2, "num_latents": 4, "k": 1},
+    "saelens": {"architecture": "topk", "d_in": 2, "d_sae": 4, "k": 1},
+    "dictionary_learning": {"trainer": {"dict_class": "AutoEncoderTopK"}},
+}
+
+
+def by_hand(folder: Path, form: str, config: dict[str, Any], **more: torch.Tensor) -> Path:
+    """Write the files without any code of ours."""
+    config_name, weights = FORMATS[form].FILES
+    held = {**HAND[form], "b_dec": torch.tensor([10.0, 0.0]), **more}
+    held = {name: value.contiguous() for name, value in held.items()}
+    folder.mkdir()
+    (folder / config_name).write_text(json.dumps(config))
+    (torch.save if weights.endswith(".pt") else save_file)(held, folder / weights)
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_weights_set_by_hand_give_known_reconstructions(tmp_path: Path, form: str) -> None:
+    coder = load_coder(by_hand(tmp_path / "a", form, CONFIGS[form]), allow_pickle=True)
+    # (3, -2) about b_dec: the larger alone, doubled; (0, 0) has nothing active.
+    x = torch.tensor([[13.0, -2.0], [9.0, 0.5], [10.0, 0.0]])
+    assert reconstruct(coder, x).tolist() == [[16.0, 0.0], [8.0, 0.0], [10.0, 0.0]]
+
+
+@pytest.mark.parametrize("form", ["saelens", "dictionary_learning"])
+def test_a_threshold_set_by_hand_gives_known_reconstructions(tmp_path: Path, form: str) -> None:
+    config: dict[str, Any] = {"trainer": {"dict_class": "BatchTopKSAE"}}
+    more = {}
+    if form == "saelens":
+        config = {"architecture": "jumprelu", "d_in": 2, "d_sae": 4, "metadata": {"k": 1}}
+        more = {"threshold": torch.full((4,), 2.5)}
+    coder = load_coder(by_hand(tmp_path / "a", form, config, **more), allow_pickle=True)
+    # At the threshold itself a latent is off; k counts for nothing.
+    x = torch.tensor([[13.0, -4.0], [12.5, 2.0]])
+    assert reconstruct(coder, x).tolist() == [[16.0, -8.0], [10.0, 0.0]]
+
+
+def test_a_threshold_that_is_not_set_leaves_what_is_above_zero(tmp_path: Path) -> None:
+    """dictionary_learning begins with -1; SAELens' mask of a negative threshold is its ReLU."""
+    off = torch.tensor(-1.0)
+    config: dict[str, Any] = {"trainer": {"dict_class": "BatchTopKSAE"}}
+    folder = by_hand(tmp_path / "d", "dictionary_learning", config, threshold=off)
+    x = torch.tensor([[13.0, -4.0]])
+    assert reconstruct(load_coder(folder, allow_pickle=True), x).tolist() == [[16.0, -8.0]]
+    config = {"architecture": "jumprelu", "d_in": 2, "d_sae": 4, "metadata": {"k": 1}}
+    folder = by_hand(tmp_path / "s", "saelens", config, threshold=off.expand(4))
+    assert reconstruct(load_coder(folder), x).tolist() == [[16.0, -8.0]]
+
+
+def test_top_k_before_or_after_the_relu_is_the_same(tmp_path: Path) -> None:
+    """SAELens selects first: where fewer than k are positive it takes negative ones, then 0."""
+    coder = made(k=20)
+    pre = (rows() - coder.b_dec) @ coder.encoder.weight.T + coder.encoder.bias
+    assert ((pre > 0).sum(1) < 20).any()
+    top = pre.topk(20, dim=1)
+    assert coder.W_dec is not None
+    first = torch.zeros_like(pre).scatter_(1, top.indices, top.values.relu())
+    folder = saelens(tmp_path / "a", coder)
+    torch.testing.assert_close(
+        reconstruct(load_coder(folder), rows()), first @ coder.W_dec + coder.b_dec,
+        atol=1e-5, rtol=0,
+    )  # fmt: skip
 
 
 def test_cast_turns_half_precision_into_float32(tmp_path: Path) -> None:
@@ -226,11 +418,48 @@ def test_cast_turns_half_precision_into_float32(tmp_path: Path) -> None:
     assert torch.equal(again.b_dec, coder.b_dec.bfloat16().float())
 
 
-def test_the_encoder_alone_reads_no_decoder(tmp_path: Path) -> None:
-    """A decoder that holds NaN would be refused if it were read."""
-    save_coder(made(), tmp_path, "sparsify")
+@pytest.mark.parametrize(("form", "activation"), PAIRS)
+def test_the_encoder_alone_gives_the_same_latents(
+    tmp_path: Path, form: str, activation: str
+) -> None:
+    save_coder(made(activation), tmp_path, form)
+    alone = load_coder(tmp_path, decoder=False, allow_pickle=True)
+    assert alone.W_dec is None
+    whole = load_coder(tmp_path, allow_pickle=True)
+    for one, other in zip(encode(alone, rows()), encode(whole, rows()), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+@pytest.mark.parametrize("form", ["sparsify", "saelens"])
+def test_the_encoder_alone_reads_no_decoder(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_coder(made(), tmp_path, form)
     change(tmp_path, W_dec=torch.full((24, 8), float("nan")))
-    assert load_coder(tmp_path, decoder=False).W_dec is None
+    taken: list[str] = []
+
+    class Spy:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = safe_open(*args, **options)
+
+        def __enter__(self) -> Any:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            self.file.__exit__(*args)
+
+        def keys(self) -> list[str]:
+            return self.file.keys()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            taken.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr("resa_lens.saes.formats.common.safe_open", Spy)
+    load_coder(tmp_path, decoder=False)
+    assert len(taken) == 3
+    assert "W_dec" not in taken
     refused("W_dec", lambda: load_coder(tmp_path))
 
 
@@ -242,107 +471,64 @@ def test_sparsify_has_no_batchtopk(tmp_path: Path) -> None:
     refused("unknown", lambda: save_coder(made(), tmp_path, "pickle"))
 
 
-# convert
+# Folders
 
 
-def folders(place: Path, activation: str = "topk", form: str = "sparsify") -> Path:
-    for layer in (2, 10):
-        point = Hookpoint(layer)
-        save_coder(made(activation), place / point.sparsify, form, point)
-    return place
+def test_hookpoints_in_the_projects_own_words(tmp_path: Path) -> None:
+    """dictionary_learning's users name the sub-module themselves; folders may say it too."""
+    save_coder(made(), tmp_path / "a", "dictionary_learning")
+    for name, point in (
+        ("resid_post_layer_8", Hookpoint(8, "resid_post")),
+        ("mlp_out_layer_8", Hookpoint(8)),
+        ("resid_layer_8", Hookpoint(8, "resid_post")),
+        ("attn_layer_8", None),
+        ("resid_post_layer_\u00b2", None),
+        (None, None),
+    ):
+        configure(tmp_path / "a", submodule_name=name)
+        assert find_coders(tmp_path / "a") == {tmp_path / "a": point}, name
+    (tmp_path / "a").rename(tmp_path / "layers.4.mlp")
+    assert find_coders(tmp_path) == {tmp_path / "layers.4.mlp": Hookpoint(4)}
+    hook = {"hook_name": "blocks.5.hook_mlp_out"}
+    saelens(tmp_path / "s", made(), metadata=hook)
+    assert find_coders(tmp_path / "s") == {tmp_path / "s": Hookpoint(5)}
+    saelens(tmp_path / "s", made(), metadata={"hook_name": "../../blocks.5.hook_mlp_out"})
+    assert find_coders(tmp_path / "s") == {tmp_path / "s": None}
 
 
-@pytest.mark.parametrize("path", [("saelens", "dictionary_learning", "sparsify")])
-def test_converting_around_returns_the_same_bits(tmp_path: Path, path: tuple[str, ...]) -> None:
-    source = folders(tmp_path / "0")
-    for number, form in enumerate(path):
-        target = tmp_path / str(number + 1)
-        result = convert(source, target, form, allow_pickle=True)
-        assert result.max_difference == 0.0
-        assert result.hookpoints == ("layers.10.mlp", "layers.2.mlp")
-        source = target
-    first, last = (tmp_path / p / "layers.2.mlp" / "sae.safetensors" for p in ("0", "3"))
-    held, other = load_file(first), load_file(last)
-    assert all(torch.equal(held[name], other[name]) for name in held)
+def test_two_saes_of_one_hookpoint_are_not_one(tmp_path: Path) -> None:
+    for name in ("trainer_0", "trainer_1"):
+        save_coder(made(), tmp_path / name, "dictionary_learning", POINT)
+    refused("trainer_0 and trainer_1 are both", lambda: by_hookpoint(find_coders(tmp_path)))
+    assert by_hookpoint(find_coders(tmp_path / "trainer_0")) == {POINT: tmp_path / "trainer_0"}
 
 
-def test_one_layer_and_one_folder(tmp_path: Path) -> None:
-    source = folders(tmp_path / "0")
-    convert(source, tmp_path / "one", "saelens", layers=[10])
-    assert [p.name for p in (tmp_path / "one").iterdir()] == ["layers.10.mlp"]
-    convert(source / "layers.2.mlp", tmp_path / "flat", "saelens")
-    assert (tmp_path / "flat" / "cfg.json").exists()
-    refused("layer 7", lambda: convert(source, tmp_path / "x", "saelens", layers=[7]))
-
-
-def test_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = folders(tmp_path / "0", "batchtopk", "saelens")
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "file").write_text("mine")
-    before = sorted(tmp_path.rglob("*"))
-    refused("batchtopk", lambda: convert(source, tmp_path / "t", "sparsify"))
-    refused("exists", lambda: convert(source, tmp_path / "kept", "saelens"))
-    refused("holds the source", lambda: convert(source, tmp_path, "saelens", force=True))
-    monkeypatch.setattr(convert_module, "difference", lambda a, b: 0.1)
-    with pytest.raises(RunFailedError, match=r"0\.1"):
-        convert(source, tmp_path / "t", "saelens")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_command(cli, tmp_path: Path) -> None:
-    source = folders(tmp_path / "0")
-    done = cli("convert", str(source), str(tmp_path / "out"), "--to", "saelens", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["target"] == str(tmp_path / "out")
-    assert result["source"] == str(source)
-    assert result["max_difference"] <= 1e-5
-    wrong = cli("convert", str(source), str(tmp_path / "out"), "--to", "saelens")
-    assert wrong.returncode == 2
-    assert "--force" in wrong.stderr
-    lost = cli("convert", "nobody/nothing", str(tmp_path / "o"), "--to", "saelens")
-    assert lost.returncode == 2
-    assert "hf download nobody/nothing" in lost.stderr
-
-
-# Folders and the hub
+def test_half_a_download_hinders_no_other_layer(tmp_path: Path) -> None:
+    for layer in (1, 2):
+        save_coder(made(), tmp_path / f"layers.{layer}.mlp", "sparsify")
+    (tmp_path / "layers.1.mlp" / "sae.safetensors").unlink()
+    (tmp_path / ".tmp-1-out").mkdir()
+    (tmp_path / ".tmp-1-out" / "cfg.json").touch()
+    places = by_hookpoint(find_coders(tmp_path))
+    assert sorted(places) == [Hookpoint(1), Hookpoint(2)]
+    load_coder(places[Hookpoint(2)])
+    refused(r"layers\.1\.mlp lacks sae\.safetensors", lambda: load_coder(places[Hookpoint(1)]))
+    (tmp_path / "layers.2.mlp" / "sae.safetensors").unlink()
+    refused(r"lacks sae\.safetensors", lambda: find_coders(tmp_path))
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    folders(tmp_path / "elsewhere")
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "layers.1.mlp").symlink_to(tmp_path / "elsewhere" / "layers.2.mlp")
-    refused("leads out", lambda: find_coders(tmp_path / "here"))
-    refused("not found", lambda: find_sae_folder("../x"))
-    refused("not found", lambda: find_sae_folder("a/.."))
+    save_coder(made(), tmp_path / "elsewhere", "sparsify")
+    # A folder of that name was once taken for the hub's cache, where links are the rule.
+    here = tmp_path / "snapshots" / "here"
+    here.mkdir(parents=True)
+    (here / "layers.1.mlp").symlink_to(tmp_path / "elsewhere")
+    refused("leads out", lambda: find_coders(here))
 
 
 def test_files_of_no_format(tmp_path: Path) -> None:
     refused("no SAE", lambda: find_coders(tmp_path))
+    refused("no such folder", lambda: find_coders(tmp_path / "nowhere"))
     refused("known format", lambda: detect(tmp_path))
     (tmp_path / "ae.pt").touch()
     refused(r"lacks config\.json", lambda: detect(tmp_path))
-
-
-def test_hub_layout_reads_only_what_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A hub cache made small: EleutherAI's layout, two of 28 layers at hand, one asked for."""
-    repo = "EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k"
-    cache = tmp_path / f"models--{repo.replace('/', '--')}"
-    snapshot = cache / "snapshots" / "abc"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text("abc")
-    for layer in (11, 12):
-        save_coder(made(), snapshot / f"layers.{layer}.mlp", "sparsify")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
-    found = find_sae_folder(repo, [Hookpoint(12)])
-    assert found == snapshot
-    # The other layer's weights are never opened.
-    (snapshot / "layers.11.mlp" / "sae.safetensors").write_bytes(b"not a tensor")
-    places = {p: f for f, p in find_coders(found).items()}
-    assert load_coder(places[Hookpoint(12)], decoder=False).W_dec is None
-    refused(
-        "(?s)hf download.*--include 'layers.20.mlp", lambda: find_sae_folder(repo, [Hookpoint(20)])
-    )

@@ -110,6 +110,11 @@ def load_coder(
         raise BadInputError(
             f"SAE {folder} has activation {found.activation!r}; readable: {', '.join(ACTIVATIONS)}"
         )
+    if found.k is None:
+        raise BadInputError(
+            f"SAE {folder} does not say its k, the active latents a token it was trained for.\n"
+            "Give it by: resa-lens convert SOURCE TARGET --to FORMAT --k K"
+        )
     # JSON's true is an int to Python.
     if type(found.k) is not int or not 1 <= found.k <= latents:
         raise BadInputError(f"SAE {folder} has k {found.k!r}; k must be 1 to its {latents} latents")

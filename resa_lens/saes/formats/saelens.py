@@ -87,11 +87,6 @@ def read(folder: Path, options: Options) -> Parts:
             f"SAE {folder} has a threshold for each latent ({threshold.min():.4g} to "
             f"{threshold.max():.4g}); readable is one for all (BatchTopK)"
         )
-    if k is None:
-        raise BadInputError(
-            f"SAE {folder} does not say its k, the active latents a token it was trained for.\n"
-            "Give it by: resa-lens convert SOURCE TARGET --to FORMAT --k K"
-        )
     return Parts(tensors, k, "batchtopk", float(threshold[0]))
 
 
