@@ -343,14 +343,14 @@ def test_eval_and_compare(demo: Any, work: Path, invoke: Invoke) -> None:
 
 KILLED = """
 import os, signal, sys
-from sparsify import SparseCoder
-save, seen = SparseCoder.save_to_disk, []
+from resa_lens.saes.coder import Coder
+save, seen = Coder.save_to_disk, []
 def die_at_the_second(self, path):
     save(self, path)
     seen.append(path)
     if len(seen) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-SparseCoder.save_to_disk = die_at_the_second
+Coder.save_to_disk = die_at_the_second
 from resa_lens.cli import main
 main()
 """
@@ -365,14 +365,14 @@ def test_killed_while_writing_then_run_again(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, *args], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = list((tmp_path / "w").rglob(".tmp-*"))
-    assert len(left) == 1
+    assert len(list((tmp_path / "w").rglob(".work-*"))) == 1
     assert Workspace(tmp_path / "w").find("") == []
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.stderr
     assert len(json.loads(result.stdout)["saes"]) == 3
-    assert not list((tmp_path / "w").rglob(".tmp-*"))
-    assert len(Workspace(tmp_path / "w").find("")) == 1
+    assert not list((tmp_path / "w").rglob(".work-*"))
+    kinds = sorted(manifest.kind for _, manifest in Workspace(tmp_path / "w").find(""))
+    assert kinds == ["quality", "saes"]
 
 
 def test_runs_on_other_questions_of_the_same_name_are_not_paired(tmp_path: Path) -> None:

@@ -507,10 +507,12 @@ def test_half_a_download_hinders_no_other_layer(tmp_path: Path) -> None:
     for layer in (1, 2):
         save_coder(made(), tmp_path / f"layers.{layer}.mlp", "sparsify")
     (tmp_path / "layers.1.mlp" / "sae.safetensors").unlink()
-    (tmp_path / ".tmp-1-out").mkdir()
-    (tmp_path / ".tmp-1-out" / "cfg.json").touch()
-    places = by_hookpoint(find_coders(tmp_path))
+    # What a killed conversion leaves is no SAE of the folder.
+    save_coder(made(), tmp_path / ".tmp-1-out", "sparsify")
+    found = find_coders(tmp_path)
+    places = by_hookpoint(found)
     assert sorted(places) == [Hookpoint(1), Hookpoint(2)]
+    assert len(found) == 2
     load_coder(places[Hookpoint(2)])
     refused(r"layers\.1\.mlp lacks sae\.safetensors", lambda: load_coder(places[Hookpoint(1)]))
     (tmp_path / "layers.2.mlp" / "sae.safetensors").unlink()

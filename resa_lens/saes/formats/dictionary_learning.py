@@ -81,8 +81,8 @@ def read(folder: Path, options: Options) -> Parts:
         raise BadInputError(f"SAE {folder}: {FILES[0]} says k {stated}, {FILES[1]} says k {stored}")
     if CLASSES[kind] == "topk":
         return Parts(tensors, stored)
-    # Below zero it is not set yet; ReLU leaves what is above zero.
-    return Parts(tensors, stored, "batchtopk", max(float(checked["threshold"]), 0.0))
+    # Below zero it is not set yet; the ReLU then leaves what is above zero.
+    return Parts(tensors, stored, "batchtopk", float(checked["threshold"]))
 
 
 def _count(folder: Path, k: Tensor) -> int:
