@@ -262,6 +262,7 @@ def count_features(
         run = saes_for(
             ctx, host, chosen, sae, CorpusConfig(source=data, seed=seed), saes,
             allow_mismatch=allow_site_mismatch,
+            only=None if layers is None else chosen,
         )  # fmt: skip
         folder, counts = count_run(
             ctx, host, run, config, None if saes and layers is None else chosen, control=control

@@ -208,7 +208,17 @@ def discover(
         )
     if recipe not in RECIPES:
         raise BadInputError(f"recipe {recipe!r} is unknown; use {' or '.join(RECIPES)}")
-    run = saes_for(ctx, model, layers, sae, corpus, saes, allow_mismatch=allow_mismatch, anew=anew)
+    run = saes_for(
+        ctx,
+        model,
+        layers,
+        sae,
+        corpus,
+        saes,
+        allow_mismatch=allow_mismatch,
+        only=layers if given else None,
+        anew=anew,
+    )
     if saes and not given:
         layers = [p.layer for p in run.points]
     if poor := [str(k) for k, q in sorted(run.quality.items()) if k in layers and q["fvu"] > 1]:
