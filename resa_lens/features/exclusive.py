@@ -21,6 +21,7 @@ from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
+from resa_lens.phases import tag_spans
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
 
 RULES: dict[str, str] = {
@@ -131,15 +132,7 @@ def tag_prompt(model: Model, config: CountConfig) -> TaggedPrompt:
     offsets = encoded["offset_mapping"]
     ids = tuple(int(i) for i in encoded["input_ids"])
 
-    def spans(tag: str) -> tuple[tuple[int, ...], ...]:
-        found, start = [], text.find(tag)
-        while start >= 0:
-            end = start + len(tag)
-            found.append(tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start))
-            start = text.find(tag, end)
-        return tuple(found)
-
-    opened, closed = spans(config.open_tag), spans(config.close_tag)
+    opened, closed = (tag_spans(text, tag, offsets) for tag in (config.open_tag, config.close_tag))
     for tag, found in ((config.open_tag, opened), (config.close_tag, closed)):
         if not found:
             raise BadInputError(
