@@ -164,7 +164,7 @@ def step(
         ("fp32", "floor: one encoder product, fp32"),
         ("bf16", "floor: one encoder product, bf16"),
     ):
-        print(f"{label:58} {1000 * found[name]:8.1f} ms")
+        print(f"{label:58} {1000 * found[name]:8.3g} ms")
     from resa_lens.saes.kernels import native_bf16
 
     verdict("sparsify / ours", found["sparsify"], found["ours"], 2.0 if native_bf16() else 1.3)
