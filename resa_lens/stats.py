@@ -6,12 +6,12 @@ frozen dataclasses.  Shapes: ``n`` questions, ``samples`` answers per question, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from resa_lens.errors import BadInputError
 
@@ -184,6 +184,45 @@ def multinomial_draws(n: int, weights: ArrayLike, draws: int, seed: Seed = 0) ->
     return rng.multinomial(n, vector / vector.sum(), size=draws).astype(np.float64)
 
 
+def circular_shifts(lengths: ArrayLike, draws: int, seed: Seed = 0) -> Iterator[NDArray[np.int64]]:
+    """Yield indices [part of draws, n] that rotate consecutive blocks, each by its own offset.
+
+    ``values[index]`` keeps every block's values and their order but for where the block begins.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    block = np.repeat(np.arange(sizes.size), sizes)
+    start = np.repeat(sizes.cumsum() - sizes, sizes)
+    place = np.arange(block.size) - start
+    rng, rows = np.random.default_rng(seed), max(1, _CHUNK // max(1, block.size))
+    for first in range(0, draws, rows):
+        offsets = rng.integers(0, sizes, size=(min(rows, draws - first), sizes.size))
+        yield start + (place - offsets[:, block]) % sizes[block]
+
+
+class TailCounts:
+    """Of many statistics at once, how many null draws were at least as extreme."""
+
+    def __init__(self, observed: ArrayLike, draws: int) -> None:
+        self.observed, self.draws = np.asarray(observed, dtype=np.float64), draws
+        self.above, self.below = (np.zeros(self.observed.shape, np.int64) for _ in range(2))
+
+    def add(self, null: Floats, part: slice = slice(None)) -> None:
+        """Count draws [statistics of the part, some draws]."""
+        observed = self.observed[part, None]
+        # Equal statistics reached by another order of summation must count as ties.
+        slack = 1e-9 * np.abs(observed) + 1e-12
+        self.above[part] += (null >= observed - slack).sum(axis=1)
+        self.below[part] += (null <= observed + slack).sum(axis=1)
+
+    def upper(self) -> Floats:
+        """P-values of statistics that are large."""
+        return (1 + self.above) / (1 + self.draws)
+
+    def two_sided(self) -> Floats:
+        """Twice the smaller tail, which a skewed null does not bias."""
+        return np.minimum(1.0, 2 * (1 + np.minimum(self.above, self.below)) / (1 + self.draws))
+
+
 def spearman(x: ArrayLike, y: ArrayLike, draws: int = DRAWS, seed: Seed = 0) -> tuple[float, float]:
     """Spearman's rank correlation of x [n] and y [n], and its two-sided permutation p-value.
 
@@ -201,6 +240,42 @@ def spearman(x: ArrayLike, y: ArrayLike, draws: int = DRAWS, seed: Seed = 0) -> 
     rho = float(first @ second) / scale
     null = np.abs(permutation_draws(first, draws, seed) @ second) / scale
     return rho, permutation_p_value(abs(rho), null)
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """Return p-values [n] after Holm's step-down correction for all of them (1979)."""
+    p = _p_values(p_values)
+    order = p.argsort(kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(steps, 1.0)
+    return corrected
+
+
+def benjamini_hochberg(p_values: ArrayLike) -> Floats:
+    """Return q-values [n]: the false discovery rate at which each would be called (1995)."""
+    p = _p_values(p_values)
+    order = p.argsort(kind="stable")[::-1]
+    steps = p[order] * p.size / np.arange(p.size, 0, -1)
+    q = np.empty_like(p)
+    q[order] = np.minimum(np.minimum.accumulate(steps), 1.0)
+    return q
+
+
+def _p_values(p_values: ArrayLike) -> Floats:
+    p = _vector(p_values, "p-values")
+    if bool(((p < 0) | (p > 1)).any()):
+        raise BadInputError(f"a p-value lies outside 0 to 1: {p.min()} to {p.max()}")
+    return p
+
+
+def fisher_greater(hits_a: int, n_a: int, hits_b: int, n_b: int) -> float:
+    """Fisher's exact test, one-sided: is the share of a larger than that of b?"""
+    for hits, n in ((hits_a, n_a), (hits_b, n_b)):
+        if not 0 <= hits <= n:
+            raise BadInputError(f"{hits} of {n}: give 0 <= hits <= n")
+    # P(at least hits_a of the hits fall into a), all margins given.
+    return min(1.0, float(stats.hypergeom.sf(hits_a - 1, n_a + n_b, hits_a + hits_b, n_a)))
 
 
 def simultaneous_quantile(
@@ -278,3 +353,134 @@ def compare_paired(
         p_value = sign_flip_p_value(differences, draws, seed)
         note = "sign-flip permutation test over questions"
     return PairedComparison(difference, ci, p_value, gained + lost, gained, lost, n, note)
+
+
+def expected_maximum(n: int) -> float:
+    """Expected maximum of n independent standard normals: 0 for 1, 0.564 for 2, 1.029 for 4."""
+    if n < 1:
+        raise BadInputError(f"the maximum of {n} values: give 1 or more")
+    grid = np.linspace(-12.0, 12.0, 4801)
+    below = special.ndtr(grid) ** (n - 1)
+    density = n * np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi) * below
+    return float(np.trapezoid(grid * density, grid))
+
+
+@dataclass(frozen=True)
+class OneWay:
+    """Variance between groups against variance within them; sizes may differ."""
+
+    f_statistic: float | None
+    """None where F is not defined: no group of two, or no variance within groups."""
+    p_value: float | None
+    df_between: int
+    df_within: int
+    ms_between: float
+    ms_within: float | None
+    omega_squared: float | None
+    """Share of the variance that lies between groups, nearly unbiased: below 0 for F < 1."""
+    eta_squared_ci: Interval | None
+    """Interval of the population's share of variance between groups (noncentral F)."""
+    icc: float | None
+    """Correlation of two values of one group, ICC(1)."""
+    icc_ci: Interval | None
+    """From the F distribution; exact for equal sizes."""
+
+
+def _sums_of_squares(tables: Floats, groups: ArrayLike) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Between and total [draws], and the groups' sizes, from tables [draws, n]."""
+    _, codes, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if tables.ndim != 2 or codes.shape != tables.shape[1:] or sizes.size < 2:
+        raise BadInputError(
+            f"values {tables.shape} in {sizes.size} groups: give one group a value and two groups"
+        )
+    centred = tables - tables.mean(axis=1, keepdims=True)
+    sums = centred @ (codes[:, None] == np.arange(sizes.size)).astype(np.float64)
+    return (sums**2 / sizes).sum(axis=1), (centred**2).sum(axis=1), sizes
+
+
+def one_way_f(tables: ArrayLike, groups: ArrayLike) -> Floats:
+    """F statistics [draws] of tables [draws, n] whose columns belong to groups [n]."""
+    values = np.atleast_2d(np.asarray(tables, dtype=np.float64))
+    between, total, sizes = _sums_of_squares(values, groups)
+    df_between, df_within = sizes.size - 1, values.shape[1] - sizes.size
+    if df_within < 1:
+        raise BadInputError(f"{values.shape[1]} values in {sizes.size} groups: no group has two")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (between / df_between) / ((total - between) / df_within)
+
+
+def one_way(values: ArrayLike, groups: ArrayLike, level: float = 0.95) -> OneWay:
+    """One-way analysis of variance of values [n] in groups [n], sizes equal or not."""
+    vector = _vector(values, "values")
+    _check_level(level)
+    sums, totals, sizes = _sums_of_squares(vector[None], groups)
+    between, total, n = float(sums[0]), float(totals[0]), int(vector.size)
+    df_between, df_within = int(sizes.size - 1), int(n - sizes.size)
+    ms_between = between / df_between
+    # What is left after subtraction is rounding where the rows of every group agree.
+    inside = total - between if total - between > 1e-12 * total else 0.0
+    ms_within = inside / df_within if df_within else None
+    if not ms_within:
+        return OneWay(
+            None, None, df_between, df_within, ms_between, ms_within, None, None, None, None
+        )
+    f = ms_between / ms_within
+    tail = (1 - level) / 2
+    low, high = (_noncentrality(f, df_between, df_within, p) for p in (1 - tail, tail))
+    size = (n - float((sizes**2).sum()) / n) / df_between  # the mean size, for unequal groups
+    ratios = (
+        f,
+        f / float(stats.f.ppf(1 - tail, df_between, df_within)),
+        f * float(stats.f.ppf(1 - tail, df_within, df_between)),
+    )
+    icc, icc_low, icc_high = ((r - 1) / (r + size - 1) for r in ratios)
+    return OneWay(
+        f,
+        float(stats.f.sf(f, df_between, df_within)),
+        df_between,
+        df_within,
+        ms_between,
+        ms_within,
+        (between - df_between * ms_within) / (total + ms_within),
+        (low / (low + n), high / (high + n)),
+        icc,
+        (icc_low, icc_high),
+    )
+
+
+def _noncentrality(f: float, df_between: int, df_within: int, share: float) -> float:
+    """The noncentrality under which `share` of the F distribution lies below f; 0 if none."""
+
+    def gap(noncentrality: float) -> float:
+        return float(stats.ncf.cdf(f, df_between, df_within, noncentrality)) - share
+
+    # scipy's noncentral F is the central one at 0 only in the limit.
+    if float(stats.f.cdf(f, df_between, df_within)) <= share:
+        return 0.0
+    top = max(1.0, f * df_between)
+    while gap(top) > 0:
+        top *= 2
+    return optimize.root_scalar(gap, bracket=(1e-9, top), method="brentq", xtol=1e-6).root
+
+
+def one_way_permutation(
+    values: ArrayLike, groups: ArrayLike, draws: int = DRAWS, seed: Seed = 0
+) -> float:
+    """Return p of the F of values [n] in groups [n], shuffled over the groups for its null."""
+    vector = _vector(values, "values")
+    tables = np.vstack([vector, permutation_draws(vector, draws, seed)])
+    # Between over total grows with F, and stays finite where nothing varies within groups.
+    between, total, _ = _sums_of_squares(tables, groups)
+    if total[0] == 0.0:
+        return 1.0
+    return permutation_p_value(float(between[0] / total[0]), between[1:] / total[1:])
+
+
+def best_of_noise(sizes: Sequence[int], draws: int = DRAWS, seed: Seed = 0) -> Floats:
+    """Mean over groups of maximum minus mean [draws], all values being standard normal noise."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros(draws)
+    for size in sizes:
+        values = rng.standard_normal((draws, size))
+        total += values.max(axis=1) - values.mean(axis=1)
+    return total / len(sizes)

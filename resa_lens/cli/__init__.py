@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from resa_lens import __version__
-from resa_lens.cli import layers, models, saes, workspace
+from resa_lens.cli import audit, features, layers, models, saes, workspace
 
 app = typer.Typer(
     name="resa-lens",
@@ -40,7 +40,9 @@ app.command("recommend-layers")(layers.recommend_layers)
 app.command("tune")(models.tune)
 app.command("train-saes")(layers.train_saes)
 app.command("count-features")(layers.count_features)
+app.command("falsify")(features.falsify)
 app.command("fit-mixture")(layers.fit_mixture)
+app.command("audit")(audit.audit)
 app.command("eval")(models.evaluate)
 app.command("compare")(models.compare)
 app.command("convert")(saes.convert)

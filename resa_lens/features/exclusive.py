@@ -108,7 +108,15 @@ def tag_prompt(model: Model, config: CountConfig) -> TaggedPrompt:
     Raises:
         BadInputError: no tag in the prompt, no chat template, or a tokenizer without offsets.
     """
-    text = prompts.resolve_system_prompt(config.prompt)
+    return tag_text(model, prompts.resolve_system_prompt(config.prompt), config)
+
+
+def tag_text(model: Model, text: str, config: CountConfig) -> TaggedPrompt:
+    """Tag a text as `tag_prompt` tags the configuration's prompt.
+
+    Raises:
+        BadInputError: as `tag_prompt`.
+    """
     tokenizer: Any = model.tokenizer
     for tag in (config.open_tag, config.close_tag):
         if not tag or tag not in text:

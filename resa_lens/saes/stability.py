@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import special
 from torch import Tensor
 
@@ -82,24 +82,55 @@ def decoder_stability(
     return {p: _compare(p, coders_a[p], coders_b[p], threshold) for p in shared}
 
 
-def best_cosines(
-    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"]
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
-    """Return each row's largest cosine with a row of the other; a row of zeros has none (0)."""
+class Best(NamedTuple):
+    """Of each row the most similar row of another table."""
+
+    indices: Int[Tensor, " row"]
+    cosines: Float[Tensor, " row"]
+
+
+def best_pairs(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"]) -> tuple[Best, Best]:
+    """Return each row's nearest row of the other by cosine, both ways, the first of equals.
+
+    A row of zeros has the cosine 0 with every row, and its index says nothing.
+    """
     a, b = (
         side.detach().float() / side.detach().float().norm(dim=1, keepdim=True).clamp_min(1e-12)
         for side in (a, b)
     )
     b = b.to(a.device)
-    of_a, of_b = (torch.full((side.shape[0],), -torch.inf, device=a.device) for side in (a, b))
+    of_a, of_b = (
+        Best(
+            torch.zeros(side.shape[0], dtype=torch.long, device=a.device),
+            torch.full((side.shape[0],), -torch.inf, device=a.device),
+        )
+        for side in (a, b)
+    )
     # Squares of 2,896: blocks of both sides stay small, and each product serves both ways.
     edge = int((BLOCK_BYTES / 4) ** 0.5)
     for i in range(0, a.shape[0], edge):
         for j in range(0, b.shape[0], edge):
             cosines = a[i : i + edge] @ b[j : j + edge].mT
-            torch.maximum(of_a[i : i + edge], cosines.amax(1), out=of_a[i : i + edge])
-            torch.maximum(of_b[j : j + edge], cosines.amax(0), out=of_b[j : j + edge])
+            _keep_better(of_a, i, cosines.max(1), j)
+            _keep_better(of_b, j, cosines.max(0), i)
     return of_a, of_b
+
+
+def _keep_better(best: Best, start: int, found: tuple[Tensor, Tensor], offset: int) -> None:
+    """Put a block's best rows in the place of worse ones; `offset` is the block's first row."""
+    values, indices = found
+    part = slice(start, start + values.numel())
+    better = values > best.cosines[part]
+    best.indices[part] = torch.where(better, indices + offset, best.indices[part])
+    best.cosines[part] = torch.where(better, values, best.cosines[part])
+
+
+def best_cosines(
+    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """Return each row's largest cosine with a row of the other; a row of zeros has none (0)."""
+    of_a, of_b = best_pairs(a, b)
+    return of_a.cosines, of_b.cosines
 
 
 def null_share(count: int, d: int, threshold: float) -> float:

@@ -1,0 +1,173 @@
+"""Commands that look at single features: activity and falsify."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from resa_lens.cli import common
+from resa_lens.cli.common import (
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    LatentsOption,
+    LayersOption,
+    MismatchOption,
+    ModelOption,
+    SaesOption,
+    SeedOption,
+    SiteOption,
+    ThreadsOption,
+    TokensOption,
+    TopkOption,
+    WorkspaceOption,
+    YesOption,
+)
+from resa_lens.cli.layers import ChatOption, FirstOption, PromptOption, ThresholdOption
+
+
+def falsify(
+    model: ModelOption = "tiny-reasoner",
+    rule: Annotated[
+        str | None, typer.Option(help="all, any or either: show this rule alone; all are tried.")
+    ] = None,
+    prompt: PromptOption = "r1",
+    chat_template: ChatOption = False,
+    threshold: ThresholdOption = 0.0,
+    ignore_first: FirstOption = False,
+    texts: Annotated[int, typer.Option(help="Plain texts with the tags put in.", min=1)] = 40,
+    shuffles: Annotated[int, typer.Option(help="Orders of the prompt's words.", min=1)] = 20,
+    fires: Annotated[
+        float, typer.Option(help="Share of trials from which a feature fires.", min=0.0, max=1.0)
+    ] = 0.5,
+    plain_texts: Annotated[
+        str | None, typer.Option(help="File of plain texts, one a line, in place of ours.")
+    ] = None,
+    other_seed: Annotated[
+        bool, typer.Option(help="Look for each feature in another seed's SAEs.")
+    ] = True,
+    random_weights: Annotated[
+        bool, typer.Option(help="Put a random-weights model's SAEs to the same tests.")
+    ] = True,
+    layers: LayersOption = None,
+    site: SiteOption = "mlp_out",
+    saes: SaesOption = None,
+    tokens: TokensOption = None,
+    latents: LatentsOption = None,
+    k: TopkOption = 32,
+    data: DataOption = "tiny",
+    allow_site_mismatch: MismatchOption = False,
+    workspace: WorkspaceOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Try to refute every counted feature: token detector, prompt artefact, or survives?
+
+    Needs SAEs of the model, of another seed and of a random-weights model; what is missing is
+    trained.
+
+    Example: resa-lens falsify --model tiny-reasoner --json
+    """
+
+    def job() -> tuple[dict[str, Any], Any]:
+        from resa_lens.corpora import CorpusConfig
+        from resa_lens.errors import BadInputError
+        from resa_lens.features.exclusive import RULES, CountConfig, tag_prompt
+        from resa_lens.features.falsify import FalsifyConfig
+        from resa_lens.features.stimuli import PLAIN_TEXTS
+        from resa_lens.hookpoints import parse_layers
+        from resa_lens.pipeline.discovery import count_run
+        from resa_lens.pipeline.falsification import falsify_run, read_plain_texts
+        from resa_lens.pipeline.sae_training import saes_for
+        from resa_lens.saes.train import SaeConfig
+
+        if rule is not None and rule not in RULES:
+            raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
+        config = FalsifyConfig(texts, shuffles, fires, seed)
+        plain = read_plain_texts(plain_texts) if plain_texts else PLAIN_TEXTS
+        ctx = common.context(workspace, seed, device, dtype, force, threads)
+        host = ctx.model(model)
+        count = CountConfig(prompt, chat_template, threshold=threshold, ignore_first=ignore_first)
+        tag_prompt(host, count)
+        chosen = parse_layers(layers, host.n_layers)
+        sae = SaeConfig(site, latents, k, tokens=tokens, seed=seed)
+        run = saes_for(
+            ctx, host, chosen, sae, CorpusConfig(source=data, seed=seed), saes,
+            allow_mismatch=allow_site_mismatch,
+            only=None if layers is None else chosen,
+        )  # fmt: skip
+        folder, counts = count_run(
+            ctx, host, run, count, None if saes and layers is None else chosen
+        )
+        made = falsify_run(
+            ctx, host, run, counts, folder, config,
+            plain_texts=plain, other_seed=other_seed, random_weights=random_weights,
+        )  # fmt: skip
+        features = [f for f in made.features if rule is None or rule in f["rules"]]
+        values = {
+            "features": features, "summary": made.summary, "trials": made.trials,
+            "skipped": made.skipped, "model": host.name, "site": site, "folder": str(made.folder),
+        }  # fmt: skip
+        return values, lambda: _show_verdicts(values, host.slug, host.n_layers)
+
+    common.run(job, as_json)
+
+
+SHOWN = 20
+"""Features in the terminal's table; the JSON and the file have all."""
+
+
+def _show_verdicts(values: dict[str, Any], slug: str, n_layers: int) -> None:
+    from resa_lens.features.falsify import SURVIVES, VERDICTS
+    from resa_lens.hookpoints import describe_layer
+
+    kinds = ("injected", "plain", "shuffled", "neutral", "paraphrase")
+    # What survives is what a reader looks for, then what falls at the fewest tests.
+    ordered = sorted(values["features"], key=lambda f: (f["verdict"] != SURVIVES, len(f["failed"])))
+    rows = common.table(
+        f"Counted features of {slug}, site {values['site']} (layers 0-based)",
+        "layer", "feature", "rule", *kinds, "other seed", "verdict",
+    )  # fmt: skip
+    for item in ordered[:SHOWN]:
+        twin = item["other_seed"]
+        shares = [f"{item['shares'][k]['fired']}/{item['shares'][k]['n']}" for k in kinds]
+        seed = "" if twin is None else "found" if twin["found"] else "not found"
+        rows.add_row(
+            str(item["layer"]), str(item["feature"]), item["rule"], *shares, seed, item["verdict"]
+        )
+    layers = common.table("By layer", "layer", "counted", *VERDICTS)
+    for layer in sorted({item["layer"] for item in ordered}):
+        here = [item["verdict"] for item in ordered if item["layer"] == layer]
+        cells = [str(here.count(name)) for name in VERDICTS]
+        layers.add_row(describe_layer(layer, n_layers), str(len(here)), *cells)
+    tallies = common.table(
+        "By rule", "rule", "counted", *VERDICTS, "95 %", "pass the texts", "random weights", "p"
+    )
+    for tally in values["summary"]["rules"]:
+        low, high = tally["ci"]
+        null = tally["null_by_texts"]
+        tallies.add_row(
+            tally["rule"], str(tally["counted"]), *map(str, tally["verdicts"].values()),
+            f"{100 * low:.1f} to {100 * high:.1f} %" if tally["counted"] else "",
+            f"{tally['by_texts']} of {tally['active']}",
+            "" if null is None else f"{null} of {tally['null_active']}",
+            "" if null is None else f"{tally['p_value']:.2g}",
+        )  # fmt: skip
+    more = len(ordered) - SHOWN
+    common.show_all(
+        *([rows] if ordered else []),
+        *([f"and {more} more in {values['folder']}"] if more > 0 else []),
+        *([layers] if ordered else []),
+        tallies,
+        *[f"left out: {reason}" for reason in values["skipped"]],
+        values["summary"]["reason"],
+        f"in {values['folder']}",
+    )

@@ -1,0 +1,279 @@
+"""Counted features put to the test: the texts, another seed's SAE, a random-weights model's SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from resa_lens.corpora import CorpusConfig
+from resa_lens.errors import BadInputError
+from resa_lens.features.exclusive import FeatureCounts, count_features
+from resa_lens.features.falsify import (
+    Counterpart,
+    FalsifyConfig,
+    FeatureVerdict,
+    Responses,
+    counterparts,
+    judge,
+    respond,
+    summarise,
+    union_of_rules,
+)
+from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
+from resa_lens.hookpoints import Hookpoint
+from resa_lens.models import Model
+from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.sae_training import train_run
+from resa_lens.pipeline.saes import SaeRun, sae_run
+from resa_lens.saes.baselines import random_weights_model
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.train import SaeConfig
+from resa_lens.workspace import config_dict, digest, read_json, write_json
+
+RANDOM_WEIGHTS = "matched"
+"""Weights drawn with the trained ones' mean and spread: activations of a trained model's size."""
+
+
+@dataclass(frozen=True)
+class Falsification:
+    """Every verdict, and what is left of each rule's count."""
+
+    folder: Path
+    features: list[dict[str, Any]]
+    """Of `FeatureVerdict.to_dict`."""
+    summary: dict[str, Any]
+    trials: dict[str, int]
+    """Texts of each kind."""
+    skipped: tuple[str, ...]
+    """Tests that could not be made, each with its reason."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Counted features of one set of SAEs, and how they answered to the trials."""
+
+    rules: Mapping[Hookpoint, dict[int, tuple[str, ...]]]
+    responses: Responses
+    active: int
+
+
+def falsify_run(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    counts: FeatureCounts,
+    counts_folder: Path,
+    config: FalsifyConfig,
+    *,
+    plain_texts: Sequence[str] = PLAIN_TEXTS,
+    other_seed: bool = True,
+    random_weights: bool = True,
+) -> Falsification:
+    """Give every counted feature its verdict, or read the finished run.
+
+    The two further sets of SAEs are looked for in the workspace and trained where they are missing,
+    as the given SAEs were: they need a training that the workspace knows.
+
+    Raises:
+        BadInputError: an SAE that does not fit the model, or texts that cannot be used.
+    """
+    identity = {
+        "falsify": config_dict(config),
+        "plain_texts": digest(list(plain_texts)),
+        "counts": ctx.workspace.relative(counts_folder),
+        "saes": ctx.workspace.relative(saes.folder),
+        "other_seed": other_seed,
+        "random_weights": random_weights and RANDOM_WEIGHTS,
+    }
+    site = saes.points[0].site
+    folder = ctx.workspace.path("falsified", model.slug, f"{site}-{digest(identity)}")
+    if ctx.done(folder, counts_folder):
+        ctx.reporter.note(f"verdicts: done before, in {folder}")
+        return _read(folder)
+    made = trials(
+        model,
+        counts.config,
+        texts=config.texts,
+        shuffles=config.shuffles,
+        plain_texts=plain_texts,
+        seed=config.seed,
+    )
+    layers = [item.layer for item in counts.layers if union_of_rules(item)]
+    skipped: list[str] = []
+    tried = _try(ctx, model, saes.coders(model, layers), counts, made, "counted features")
+    others = None
+    if layers and other_seed:
+        others = _other_seed(ctx, model, saes, counts, made, layers, tried, skipped)
+    verdicts = judge(
+        tried.responses, tried.rules, config, threshold=counts.config.threshold, other_seed=others
+    )
+    null = None
+    if layers and random_weights:
+        null = _random_weights(ctx, model, saes, counts, made, layers, config, skipped)
+    summary = asdict(summarise(verdicts, tried.active, null))
+    features = [verdict.to_dict() for verdict in verdicts]
+    kinds = [trial.kind for trial in made]
+    held = {
+        "features": features,
+        "summary": summary,
+        "trials": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "skipped": skipped,
+    }
+    for reason in skipped:
+        ctx.reporter.note(f"left out: {reason}")
+    manifest = ctx.manifest(
+        "falsification",
+        model,
+        config=identity,
+        parents=[identity["counts"], identity["saes"]],
+        results={
+            "summary": summary,
+            "site": site,
+            "model": model.name,
+            "n_layers": model.n_layers,
+            "skipped": skipped,
+        },
+    )
+    with ctx.workspace.artifact(folder, manifest) as target:
+        write_json(target / "verdicts.json", held)
+        write_json(target / "trials.json", [asdict(trial) for trial in made])
+    return _read(folder)
+
+
+def _read(folder: Path) -> Falsification:
+    held = read_json(folder / "verdicts.json")
+    return Falsification(
+        folder, held["features"], held["summary"], held["trials"], tuple(held["skipped"])
+    )
+
+
+def _try(
+    ctx: Context,
+    model: Model,
+    coders: Mapping[Hookpoint, SparseCoder],
+    counts: FeatureCounts,
+    made: Sequence[Trial],
+    what: str,
+) -> _Tried:
+    by_layer = {item.layer: item for item in counts.layers}
+    rules = {point: union_of_rules(by_layer[point.layer]) for point in coders}
+    listed = {point: tuple(features) for point, features in rules.items()}
+    total = sum(map(len, listed.values()))
+    with ctx.reporter.bar(f"trying {total} {what} on {len(made)} texts", len(made)) as advance:
+        responses = respond(model, coders, listed, made, advance)
+    active = sum(by_layer[point.layer].active for point in coders)
+    return _Tried(rules, responses, active)
+
+
+def _other_seed(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    counts: FeatureCounts,
+    made: Sequence[Trial],
+    layers: Sequence[int],
+    tried: _Tried,
+    skipped: list[str],
+) -> Mapping[Hookpoint, Mapping[int, Counterpart]] | None:
+    training = _training(saes)
+    if training is None:
+        skipped.append(
+            "other seed: these SAEs came without their training; give SAEs of this workspace"
+        )
+        return None
+    run = _find_other_seed(ctx, model, saes, layers)
+    if run is None:
+        sae, corpus = training
+        ctx.reporter.note(f"another seed's SAEs: none; training seed {sae.seed + 1}")
+        run = train_run(
+            ctx,
+            model,
+            layers,
+            replace(sae, seed=sae.seed + 1),
+            replace(corpus, seed=corpus.seed + 1),
+        )
+    else:
+        ctx.reporter.note(f"another seed's SAEs: using {run.folder}")
+    theirs = run.coders(model, layers)
+    found = count_features(model, theirs, counts.config)
+    other = _try(ctx, model, theirs, found, made, "features of another seed's SAEs")
+    return counterparts(saes.coders(model, layers), tried.responses, theirs, other.responses)
+
+
+def _random_weights(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    counts: FeatureCounts,
+    made: Sequence[Trial],
+    layers: Sequence[int],
+    config: FalsifyConfig,
+    skipped: list[str],
+) -> tuple[list[FeatureVerdict], int] | None:
+    training = _training(saes)
+    if training is None:
+        skipped.append(
+            "random weights: these SAEs came without their training; give SAEs of this workspace"
+        )
+        return None
+    host = random_weights_model(model, ctx.seed, weights=RANDOM_WEIGHTS)
+    ctx.reporter.note(f"SAEs of a model with random weights ({host.slug}), the null:")
+    run = train_run(replace(ctx, force=False), host, layers, *training)
+    coders = run.coders(host, layers)
+    found = count_features(host, coders, counts.config)
+    tried = _try(ctx, host, coders, found, made, "features of the random-weights model's SAEs")
+    threshold = counts.config.threshold
+    return judge(tried.responses, tried.rules, config, threshold=threshold), tried.active
+
+
+def _training(saes: SaeRun) -> tuple[SaeConfig, CorpusConfig] | None:
+    """Return how the SAEs were trained, where that can be done again."""
+    made = saes.manifest
+    if made is None or made.kind != "saes" or made.config["sae"].get("mode") != "scratch":
+        return None
+    return SaeConfig(**made.config["sae"]), CorpusConfig(**made.config["corpus"])
+
+
+def _find_other_seed(
+    ctx: Context, model: Model, saes: SaeRun, layers: Sequence[int]
+) -> SaeRun | None:
+    """Return the newest run that differs from the given one in nothing but its seed and layers."""
+    assert saes.manifest is not None
+
+    def without_seed(sae: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in sae.items() if key != "seed"}
+
+    mine = saes.manifest
+    for folder, other in ctx.workspace.find(f"saes/{model.slug}", "saes"):
+        same = (
+            without_seed(other.config["sae"]) == without_seed(mine.config["sae"])
+            and without_seed(other.config["corpus"]) == without_seed(mine.config["corpus"])
+            and other.config["data"] == mine.config["data"]
+            and other.dtype == mine.dtype
+        )
+        held = {row["layer"] for row in other.results["layers"]}
+        if (
+            same
+            and other.config["sae"]["seed"] != mine.config["sae"]["seed"]
+            and held >= set(layers)
+        ):
+            points = [Hookpoint(layer, saes.points[0].site) for layer in sorted(held)]
+            return sae_run(folder, points, other, fresh=False)
+    return None
+
+
+def read_plain_texts(path: str) -> list[str]:
+    """Read a file of plain texts, one a line.
+
+    Raises:
+        BadInputError: there is none, or it has fewer than two.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise BadInputError(f"file of plain texts {path!r} does not exist")
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if len(lines) < 2:
+        raise BadInputError(f"{path} has {len(lines)} lines; give two plain texts or more")
+    return lines
