@@ -29,6 +29,136 @@ from resa_lens.cli.common import (
 from resa_lens.cli.layers import ChatOption, FirstOption, PromptOption, ThresholdOption
 
 
+def activity(
+    model: ModelOption = "tiny-reasoner",
+    show: Annotated[
+        str | None, typer.Option(help="LAYER:FEATURE: print this feature's page, for example 5:62.")
+    ] = None,
+    generations: Annotated[
+        int,
+        typer.Option(help="Look at the model's own answers to so many questions.", min=0),
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one answer.", min=1)] = 256,
+    corpus_tokens: Annotated[int, typer.Option(help="Tokens of the documents.", min=1)] = 100_000,
+    examples: Annotated[int, typer.Option(help="Documents kept of each feature.", min=1)] = 8,
+    threshold: ThresholdOption = 0.0,
+    layers: LayersOption = None,
+    site: SiteOption = "mlp_out",
+    saes: SaesOption = None,
+    tokens: TokensOption = None,
+    latents: LatentsOption = None,
+    k: TopkOption = 32,
+    data: DataOption = "tiny",
+    allow_site_mismatch: MismatchOption = False,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GB that may be taken; by default what is free.", min=0.0)
+    ] = None,
+    workspace: WorkspaceOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tally every feature over documents: how often, how strongly, in which phase, with examples.
+
+    Example: resa-lens activity --model tiny-reasoner --layers 1-10 --show 5:62
+    """
+
+    def job() -> tuple[dict[str, Any], Any]:
+        from resa_lens.corpora import CorpusConfig
+        from resa_lens.features.activity import ActivityConfig
+        from resa_lens.hookpoints import parse_layers
+        from resa_lens.pipeline.activity import activity_run, feature_page, parse_feature
+        from resa_lens.pipeline.sae_training import saes_for
+        from resa_lens.saes.train import SaeConfig
+
+        ctx = common.context(workspace, seed, device, dtype, force, threads)
+        host = ctx.model(model)
+        chosen = parse_layers(layers, host.n_layers)
+        asked = parse_feature(show, host.n_layers) if show else None
+        corpus = CorpusConfig(source=data, seed=seed)
+        run = saes_for(
+            ctx, host, chosen, SaeConfig(site, latents, k, tokens=tokens, seed=seed), corpus, saes,
+            allow_mismatch=allow_site_mismatch, only=None if layers is None else chosen,
+        )  # fmt: skip
+        made = activity_run(
+            ctx, host, run, corpus, ActivityConfig(examples=examples, threshold=threshold),
+            layers=None if saes and layers is None else chosen, tokens=corpus_tokens,
+            generations=generations, max_new_tokens=max_new_tokens,
+            memory_limit_mb=None if memory_limit is None else memory_limit * 1024,
+        )  # fmt: skip
+        page = feature_page(host, run, made, *asked) if asked else None
+        values = {
+            "layers": made.layers, "tokens": made.tokens, "documents": made.documents,
+            "seconds": made.seconds, "resumed_at": made.resumed_at, "model": host.name,
+            "site": site, "folder": str(made.folder), "feature": page,
+        }  # fmt: skip
+        return values, lambda: _show_activity(values, host.slug, host.n_layers)
+
+    common.run(job, as_json)
+
+
+def _show_activity(values: dict[str, Any], slug: str, n_layers: int) -> None:
+    from resa_lens.hookpoints import describe_layer
+
+    if values["feature"]:
+        _show_page(values["feature"], n_layers)
+        return
+    rows = common.table(
+        f"Feature activity of {slug}, site {values['site']}",
+        "layer", "fire", "latents", "L0", "median density", "denser than 10 %",
+        "twice as dense in thoughts", "in prompts alone",
+    )  # fmt: skip
+    for row in values["layers"]:
+        quartiles = row["density_quartiles"]
+        rows.add_row(
+            describe_layer(row["layer"], n_layers), str(row["alive"]), str(row["latents"]),
+            f"{row['l0']:.1f}", f"{quartiles[1]:.2g}" if quartiles else "", str(row["dense"]),
+            str(row["thinking"]), str(row["prompt_only"]),
+        )  # fmt: skip
+    tokens = ", ".join(f"{count} {phase}" for phase, count in values["tokens"].items())
+    common.show_all(
+        rows,
+        f"{values['documents']} documents; tokens: {tokens}; in {values['folder']}",
+        "one feature: add --show LAYER:FEATURE",
+    )
+
+
+def _show_page(page: dict[str, Any], n_layers: int) -> None:
+    from resa_lens.hookpoints import describe_layer
+    from resa_lens.phases import PHASES
+
+    title = f"Feature {page['feature']} at {describe_layer(page['layer'], n_layers)}"
+    rows = common.table(title, "phase", "tokens fired", "density", "mean", "max")
+    for phase in PHASES:
+        rows.add_row(
+            phase, str(page[f"tokens_fired_{phase}"]), f"{page[f'density_{phase}']:.4g}",
+            f"{page[f'mean_{phase}']:.3g}", f"{page[f'max_{phase}']:.3g}",
+        )  # fmt: skip
+    examples = common.table("Strongest documents", "value", "phase", "document", "around the peak")
+    examples.columns[3].justify = "left"
+    for row in page["examples"]:
+        at = row["position"] - row["start"]
+        shown = "".join(f">>{t}<<" if i == at else t for i, t in enumerate(row["tokens"]))
+        examples.add_row(
+            f"{row['value']:.3g}", row["phase"], str(row["document"]), repr(shown)[1:-1]
+        )
+    low, high = page["density_ci"]
+    nearest = zip(page["nearest"], page["nearest_cosines"], strict=True)
+    common.show_all(
+        rows,
+        f"density over all {page['density']:.4g} (95 % over documents {low:.4g} to {high:.4g}), in "
+        f"{page['documents_fired']} documents",
+        examples,
+        f"raises: {', '.join(map(repr, page['top_tokens']))}",
+        f"lowers: {', '.join(map(repr, page['bottom_tokens']))}",
+        "nearest directions: " + ", ".join(f"{f} ({c:.2f})" for f, c in nearest),
+    )
+
+
 def falsify(
     model: ModelOption = "tiny-reasoner",
     rule: Annotated[

@@ -37,12 +37,12 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
                 }
             )
 
-        for work in sorted(ctx.workspace.root.glob("saes/*/.work-*")):
+        for work in sorted(ctx.workspace.root.glob("*/*/.work-*")):
             held = [read_state(group) for group in sorted(work.glob("group-*"))]
             steps = max((state["step"] for state in held if state), default=0)
             rows.append(
                 {
-                    "kind": f"saes, unfinished (step {steps})",
+                    "kind": f"{work.parents[1].name}, unfinished (step {steps})",
                     "path": ctx.workspace.relative(work),
                     "created": "",
                     "megabytes": round(

@@ -42,8 +42,12 @@ STATE = "state.json"
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, doing: str = "training") -> Iterator[None]:
     """Hold a run's folder; the lock goes with the process, also when it is killed.
+
+    Args:
+        folder: comes into being where it is missing.
+        doing: what another process is told that this one does.
 
     Raises:
         BadInputError: another process holds it.
@@ -57,7 +61,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             stream.seek(0)
             raise BadInputError(
-                f"process {stream.read().strip() or '?'} is training into {folder}; wait for it, "
+                f"process {stream.read().strip() or '?'} is {doing} into {folder}; wait for it, "
                 "or end it"
             ) from error
         stream.truncate(0)

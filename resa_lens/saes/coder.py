@@ -36,6 +36,7 @@ __all__ = [
     "SparseCoder",
     "decode",
     "encode",
+    "encoder_of",
     "new_coder",
     "reconstruct",
 ]
@@ -181,8 +182,25 @@ ACTIVATIONS: dict[str, Activation] = {
 """Activation functions by the name in cfg.json."""
 
 
+def encoder_of(coder: SparseCoder, *, exact: bool = False) -> Encoder:
+    """Return the encoder as the selection needs it, to encode many batches with one coder.
+
+    Args:
+        coder: the SAE.
+        exact: as in `encode`.
+    """
+    weight, bias = coder.encoder.weight, coder.encoder.bias
+    return Encoder(weight, bias, None if exact else half_precision(weight, bias))
+
+
 @torch.no_grad()
-def encode(coder: SparseCoder, x: Float[Tensor, "row d_in"], *, exact: bool = True) -> SparseActs:
+def encode(
+    coder: SparseCoder,
+    x: Float[Tensor, "row d_in"],
+    *,
+    exact: bool = True,
+    prepared: Encoder | None = None,
+) -> SparseActs:
     """Return the active latents of each row, without gradients.
 
     Args:
@@ -190,11 +208,11 @@ def encode(coder: SparseCoder, x: Float[Tensor, "row d_in"], *, exact: bool = Tr
         x: activations.
         exact: take the product in the weights' precision.  Without it candidates are found in
             bfloat16 where that is faster, and their values computed exactly (see select.py).
+        prepared: the coder's `encoder_of`, in place of `exact`.
     """
-    weight, bias = coder.encoder.weight, coder.encoder.bias
-    half = None if exact else half_precision(weight, bias)
-    centred = x.to(weight.dtype) - coder.b_dec
-    found = ACTIVATIONS[coder.cfg.activation].infer(Encoder(weight, bias, half), centred, coder)
+    encoder = prepared or encoder_of(coder, exact=exact)
+    centred = x.to(encoder.weight.dtype) - coder.b_dec
+    found = ACTIVATIONS[coder.cfg.activation].infer(encoder, centred, coder)
     return SparseActs(*found, x.shape[0], coder.num_latents)
 
 

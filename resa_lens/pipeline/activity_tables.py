@@ -1,0 +1,247 @@
+"""The tables of feature activity: their schema, how they are written and read by feature.
+
+    features.parquet    a row a feature that fired, sorted by layer and feature
+    examples.parquet    its strongest documents, the tokens around each peak with their activations
+    documents.parquet   every document's tokens and phases
+
+Row groups hold few features, so a reader that wants one feature reads one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from resa_lens.errors import BadInputError
+from resa_lens.features.activity import Activity, Density, bin_edges
+from resa_lens.features.lens import Lens
+from resa_lens.hookpoints import Hookpoint
+from resa_lens.phases import PHASES, PhasedBatch
+
+GROUP = 1024
+"""Features in one row group."""
+FEATURES, EXAMPLES, DOCUMENTS = "features.parquet", "examples.parquet", "documents.parquet"
+
+FEATURE_SCHEMA = pa.schema(
+    [
+        ("layer", pa.int32()),
+        ("feature", pa.int32()),
+        ("tokens_fired", pa.int64()),
+        ("documents_fired", pa.int64()),
+        ("density", pa.float64()),
+        ("density_se", pa.float64()),
+        ("mean", pa.float32()),
+        ("max", pa.float32()),
+        *[
+            (f"{name}_{phase}", kind)
+            for phase in PHASES
+            for name, kind in (
+                ("tokens_fired", pa.int64()),
+                ("density", pa.float64()),
+                ("mean", pa.float32()),
+                ("max", pa.float32()),
+            )
+        ],
+        ("histogram", pa.list_(pa.int32())),
+        ("top_tokens", pa.list_(pa.string())),
+        ("top_logits", pa.list_(pa.float32())),
+        ("bottom_tokens", pa.list_(pa.string())),
+        ("bottom_logits", pa.list_(pa.float32())),
+        ("nearest", pa.list_(pa.int32())),
+        ("nearest_cosines", pa.list_(pa.float32())),
+    ]
+)
+"""Densities are shares of tokens, `density_se` is over documents; means are over the tokens where
+the feature fires, 0 where it does not.  The histogram's edges are in the file's metadata.  The
+lens and the neighbours are null where they were not computed."""
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("layer", pa.int32()),
+        ("feature", pa.int32()),
+        ("rank", pa.int32()),
+        ("document", pa.int32()),
+        ("position", pa.int32()),
+        ("phase", pa.string()),
+        ("value", pa.float32()),
+        ("start", pa.int32()),
+        ("tokens", pa.list_(pa.string())),
+        ("acts", pa.list_(pa.float32())),
+    ]
+)
+"""`position` is the peak's in its document, `start` that of the first token shown."""
+
+DOCUMENT_SCHEMA = pa.schema(
+    [("document", pa.int32()), ("ids", pa.list_(pa.int32())), ("phases", pa.list_(pa.int8()))]
+)
+
+
+class Documents:
+    """The documents of an activity run, by number."""
+
+    def __init__(self, batches: Sequence[PhasedBatch], tokenizer: Any) -> None:
+        self.rows: dict[int, tuple[list[int], list[int]]] = {}
+        for batch in batches:
+            columns = (batch.documents[:, 0], batch.ids, batch.phases)
+            for number, ids, phases in zip(*(c.tolist() for c in columns), strict=True):
+                self.rows[number] = (ids, phases)
+        seen = sorted({token for ids, _ in self.rows.values() for token in ids})
+        self.text = {token: tokenizer.decode([token]) for token in seen}
+
+    def write(self, file: Path) -> None:
+        """Write them all."""
+        numbers = sorted(self.rows)
+        columns = [numbers, *zip(*(self.rows[n] for n in numbers), strict=True)]
+        pq.write_table(
+            pa.table([pa.array(c, f.type) for c, f in zip(columns, DOCUMENT_SCHEMA, strict=True)],
+                     schema=DOCUMENT_SCHEMA),
+            file,
+        )  # fmt: skip
+
+
+def feature_rows(
+    activity: Activity,
+    point: Hookpoint,
+    density: Density,
+    alive: Sequence[int],
+    lens: tuple[Sequence[int], Lens] | None,
+    nearest: tuple[Sequence[int], torch.Tensor, torch.Tensor] | None,
+    tokenizer: Any,
+) -> pa.Table:
+    """Return the table of one layer's features that fired.
+
+    Args:
+        activity: the figures.
+        point: the layer.
+        density: over all tokens.
+        alive: the features, ascending.
+        lens: the features that it was computed for, and it.
+        nearest: likewise, with neighbours and cosines.
+        tokenizer: writes the lens' tokens.
+    """
+    tally = activity.tallies[point]
+    index = torch.tensor(list(alive), dtype=torch.long, device=tally.fired.device)
+    fired = tally.fired[:, index].double()
+    sums, maxima = tally.sums[:, index], tally.maxima[:, index]
+    total = fired.sum(0)
+    columns: dict[str, Any] = {
+        "layer": [point.layer] * len(alive),
+        "feature": list(alive),
+        "tokens_fired": total.long().tolist(),
+        "documents_fired": tally.documents[index].tolist(),
+        "density": density.value[index].tolist(),
+        "density_se": density.se[index].tolist(),
+        "mean": (sums.sum(0) / total.clamp_min(1)).tolist(),
+        "max": maxima.amax(0).tolist() if len(alive) else [],
+        "histogram": tally.histogram[index].tolist(),
+    }
+    for i, phase in enumerate(PHASES):
+        columns |= {
+            f"tokens_fired_{phase}": fired[i].long().tolist(),
+            f"density_{phase}": (fired[i] / max(1, activity.tokens[i])).tolist(),
+            f"mean_{phase}": (sums[i] / fired[i].clamp_min(1)).tolist(),
+            f"max_{phase}": maxima[i].tolist(),
+        }
+    blank: list[Any] = [None] * len(alive)
+    names = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
+    columns |= {name: list(blank) for name in (*names, "nearest", "nearest_cosines")}
+    at = {feature: row for row, feature in enumerate(alive)}
+    if lens is not None:
+        text = {
+            t: tokenizer.decode([t])
+            for t in torch.cat([lens[1].top, lens[1].bottom]).unique().tolist()
+        }
+        for feature, high, high_by, low, low_by in zip(
+            lens[0], *map(torch.Tensor.tolist, lens[1]), strict=True
+        ):
+            row = at[feature]
+            columns["top_tokens"][row], columns["top_logits"][row] = (
+                [text[t] for t in high],
+                high_by,
+            )
+            columns["bottom_tokens"][row], columns["bottom_logits"][row] = (
+                [text[t] for t in low],
+                low_by,
+            )
+    if nearest is not None:
+        for feature, others, cosines in zip(
+            nearest[0], nearest[1].tolist(), nearest[2].tolist(), strict=True
+        ):
+            columns["nearest"][at[feature]] = others
+            columns["nearest_cosines"][at[feature]] = cosines
+    edges = ",".join(f"{edge:.6g}" for edge in bin_edges().tolist())
+    schema = FEATURE_SCHEMA.with_metadata({"histogram_edges": edges})
+    return pa.table({name: columns[name] for name in FEATURE_SCHEMA.names}, schema=schema)
+
+
+def example_rows(
+    activity: Activity, point: Hookpoint, alive: Sequence[int], documents: Documents
+) -> pa.Table:
+    """Return the table of one layer's strongest examples."""
+    tally, config = activity.tallies[point], activity.config
+    index = torch.tensor(list(alive), dtype=torch.long, device=tally.fired.device)
+    names = ("top", "top_documents", "top_positions", "windows")
+    held = [getattr(tally, name)[index].tolist() for name in names]
+    columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_SCHEMA.names}
+    for feature, values, numbers, positions, windows in zip(alive, *held, strict=True):
+        for rank, (value, number, position, window) in enumerate(
+            zip(values, numbers, positions, windows, strict=True)
+        ):
+            if number < 0:
+                break
+            ids, phases = documents.rows[number]
+            start = max(0, position - config.before)
+            end = min(len(ids), position + config.after + 1)
+            first = start - (position - config.before)
+            row = (
+                point.layer, feature, rank, number, position, PHASES[phases[position]], value,
+                start, [documents.text[token] for token in ids[start:end]],
+                window[first : first + end - start],
+            )  # fmt: skip
+            for name, cell in zip(EXAMPLE_SCHEMA.names, row, strict=True):
+                columns[name].append(cell)
+    return pa.table(columns, schema=EXAMPLE_SCHEMA)
+
+
+def write_tables(folder: Path, features: pa.Table, examples: pa.Table, each: int) -> None:
+    """Write one layer's tables, in groups of few features; `each` is the examples of a feature."""
+    pq.write_table(features, folder / FEATURES, row_group_size=GROUP)
+    pq.write_table(examples, folder / EXAMPLES, row_group_size=GROUP * each)
+
+
+def join_tables(layers: Sequence[Path], folder: Path, each: int) -> None:
+    """Append the layers' tables in their order, one layer in memory at a time."""
+    for name, size in ((FEATURES, GROUP), (EXAMPLES, GROUP * each)):
+        with pq.ParquetWriter(folder / name, pq.read_schema(layers[0] / name)) as writer:
+            for layer in layers:
+                writer.write_table(pq.read_table(layer / name), row_group_size=size)
+
+
+def read_feature(
+    folder: Path, layer: int, feature: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return one feature's row and its examples, the strongest first.
+
+    Raises:
+        BadInputError: the feature never fired there, or the layer was not measured.
+    """
+    wanted = [("layer", "=", layer), ("feature", "=", feature)]
+    rows = pq.read_table(folder / FEATURES, filters=wanted).to_pylist()
+    if not rows:
+        raise BadInputError(
+            f"feature {feature} at layer {layer} (0-based) fired on none of the documents of "
+            f"{folder}, or its layer was not measured"
+        )
+    examples = pq.read_table(folder / EXAMPLES, filters=wanted).to_pylist()
+    return rows[0], sorted(examples, key=lambda row: row["rank"])
+
+
+def histogram_edges(folder: Path) -> list[float]:
+    """Return the edges of the histogram's bins."""
+    held = pq.read_schema(folder / FEATURES).metadata[b"histogram_edges"]
+    return [float(edge) for edge in held.decode().split(",")]
