@@ -211,7 +211,8 @@ def find_saes(
     """Return the newest run of the model and site that has all the layers.
 
     What the caller left at its default matches any run; what was asked for must be so, and so must
-    k, whose default is a figure like another, and the dtype of the model.
+    k, whose default is a figure like another, and the dtype of the model.  A run of the caller's
+    seed comes before newer ones of other seeds: those may be there for comparison alone.
     """
     site, plain = config.site, SaeConfig()
     asked = {
@@ -219,7 +220,9 @@ def find_saes(
         for key in ("latents", "k", "optimizer", "learning_rate", "tokens", "batch", "seed")
         if (value := getattr(config, key)) != getattr(plain, key) or key == "k"
     }
-    for folder, manifest in ctx.workspace.find(f"saes/{model.slug}", "saes"):
+    runs = ctx.workspace.find(f"saes/{model.slug}", "saes")
+    runs.sort(key=lambda run: run[1].config["sae"]["seed"] != config.seed)
+    for folder, manifest in runs:
         made, data = manifest.config["sae"], manifest.config["corpus"]["source"]
         if manifest.results.get("site") != site or any(made[k] != v for k, v in asked.items()):
             continue
