@@ -30,13 +30,14 @@ from resa_lens.models import Model
 from resa_lens.phases import PHASES, PhasedBatch, phased_batches, phased_texts
 from resa_lens.pipeline.activity_tables import (
     DOCUMENTS,
+    GROUP,
     Documents,
     example_rows,
     feature_rows,
     histogram_edges,
     join_tables,
+    layer_writer,
     read_feature,
-    write_tables,
 )
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.saes import SaeRun, fit_corpus
@@ -169,7 +170,7 @@ def activity_run(
         manifest.seconds = round(time.monotonic() - began, 3)
         with ctx.workspace.artifact(folder, manifest) as target:
             documents.write(target / DOCUMENTS)
-            join_tables([_figures(work, p).parent for p in points], target, config.examples)
+            join_tables([_figures(work, p).parent for p in points], target)
     shutil.rmtree(work, ignore_errors=True)
     return ActivityRun(folder, rows, by_phase, len(documents.rows), manifest.seconds, resumed)
 
@@ -298,8 +299,7 @@ def _measure(
                 target = _figures(work, point).parent
                 with write_errors(target):
                     target.mkdir(exist_ok=True)
-                    features, examples = _tables(model, saes, point, found, documents)
-                    write_tables(target, features, examples, config.examples)
+                    _write_layer(target, model, saes, point, found, documents)
                     # Last: with it the layer is finished.
                     write_json(target / FIGURES, rows[-1])
     return rows, resumed
@@ -333,23 +333,33 @@ def _row(activity: Activity, point: Hookpoint) -> dict[str, Any]:
     }
 
 
-def _tables(
-    model: Model, saes: SaeRun, point: Hookpoint, activity: Activity, documents: Documents
-) -> tuple[Any, Any]:
+def _write_layer(
+    folder: Path,
+    model: Model,
+    saes: SaeRun,
+    point: Hookpoint,
+    activity: Activity,
+    documents: Documents,
+) -> None:
+    """Write one layer's tables, a row group of features in memory at a time."""
     alive = (activity.tallies[point].fired.sum(0) > 0).nonzero()[:, 0].tolist()
-    coder = saes.coders(model, [point.layer])[point]
-    assert coder.W_dec is not None
+    directions = saes.coders(model, [point.layer])[point].W_dec
+    assert directions is not None
     vocabulary = int(model.model.config.get_text_config().vocab_size)
-    products = len(alive) * model.d_model * max(vocabulary, coder.W_dec.shape[0])
-    lens = near = None
+    products = len(alive) * model.d_model * max(vocabulary, directions.shape[0])
     # On a GPU the products cost seconds; on a CPU the features of a wide SAE would take an hour.
-    if model.device.startswith("cuda") or products <= LENS_PRODUCTS:
-        lens = (alive, logit_lens(model, coder.W_dec[alive], min(10, vocabulary)))
-        near = (alive, *nearest_directions(coder.W_dec, alive))
-    features = feature_rows(
-        activity, point, density(activity, point), alive, lens, near, model.tokenizer
-    )
-    return features, example_rows(activity, point, alive, documents)
+    affordable = model.device.startswith("cuda") or products <= LENS_PRODUCTS
+    share = density(activity, point)
+    with layer_writer(folder) as write:
+        for some in (alive[i : i + GROUP] for i in range(0, len(alive), GROUP)):
+            lens = near = None
+            if affordable:
+                lens = logit_lens(model, directions[some], min(10, vocabulary))
+                near = nearest_directions(directions, some)
+            write(
+                feature_rows(activity, point, share, some, lens, near, model.tokenizer),
+                example_rows(activity, point, some, documents),
+            )
 
 
 def parse_feature(text: str, n_layers: int) -> tuple[int, int]:

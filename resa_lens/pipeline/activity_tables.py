@@ -9,7 +9,8 @@ Row groups hold few features, so a reader that wants one feature reads one group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,36 +109,36 @@ def feature_rows(
     activity: Activity,
     point: Hookpoint,
     density: Density,
-    alive: Sequence[int],
-    lens: tuple[Sequence[int], Lens] | None,
-    nearest: tuple[Sequence[int], torch.Tensor, torch.Tensor] | None,
+    features: Sequence[int],
+    lens: Lens | None,
+    nearest: tuple[torch.Tensor, torch.Tensor] | None,
     tokenizer: Any,
 ) -> pa.Table:
-    """Return the table of one layer's features that fired.
+    """Return the rows of some features of one layer.
 
     Args:
         activity: the figures.
         point: the layer.
         density: over all tokens.
-        alive: the features, ascending.
-        lens: the features that it was computed for, and it.
-        nearest: likewise, with neighbours and cosines.
+        features: ascending, each of which fired.
+        lens: of these features, or None.
+        nearest: their neighbours and cosines, or None.
         tokenizer: writes the lens' tokens.
     """
     tally = activity.tallies[point]
-    index = torch.tensor(list(alive), dtype=torch.long, device=tally.fired.device)
+    index = torch.tensor(list(features), dtype=torch.long, device=tally.fired.device)
     fired = tally.fired[:, index].double()
     sums, maxima = tally.sums[:, index], tally.maxima[:, index]
     total = fired.sum(0)
     columns: dict[str, Any] = {
-        "layer": [point.layer] * len(alive),
-        "feature": list(alive),
+        "layer": [point.layer] * len(features),
+        "feature": list(features),
         "tokens_fired": total.long().tolist(),
         "documents_fired": tally.documents[index].tolist(),
         "density": density.value[index].tolist(),
         "density_se": density.se[index].tolist(),
-        "mean": (sums.sum(0) / total.clamp_min(1)).tolist(),
-        "max": maxima.amax(0).tolist() if len(alive) else [],
+        "mean": (sums.sum(0) / total).tolist(),
+        "max": maxima.amax(0).tolist(),
         "histogram": tally.histogram[index].tolist(),
     }
     for i, phase in enumerate(PHASES):
@@ -147,36 +148,20 @@ def feature_rows(
             f"mean_{phase}": (sums[i] / fired[i].clamp_min(1)).tolist(),
             f"max_{phase}": maxima[i].tolist(),
         }
-    blank: list[Any] = [None] * len(alive)
-    names = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
-    columns |= {name: list(blank) for name in (*names, "nearest", "nearest_cosines")}
-    at = {feature: row for row, feature in enumerate(alive)}
-    if lens is not None:
-        text = {
-            t: tokenizer.decode([t])
-            for t in torch.cat([lens[1].top, lens[1].bottom]).unique().tolist()
-        }
-        for feature, high, high_by, low, low_by in zip(
-            lens[0], *map(torch.Tensor.tolist, lens[1]), strict=True
-        ):
-            row = at[feature]
-            columns["top_tokens"][row], columns["top_logits"][row] = (
-                [text[t] for t in high],
-                high_by,
-            )
-            columns["bottom_tokens"][row], columns["bottom_logits"][row] = (
-                [text[t] for t in low],
-                low_by,
-            )
-    if nearest is not None:
-        for feature, others, cosines in zip(
-            nearest[0], nearest[1].tolist(), nearest[2].tolist(), strict=True
-        ):
-            columns["nearest"][at[feature]] = others
-            columns["nearest_cosines"][at[feature]] = cosines
-    edges = ",".join(f"{edge:.6g}" for edge in bin_edges().tolist())
-    schema = FEATURE_SCHEMA.with_metadata({"histogram_edges": edges})
-    return pa.table({name: columns[name] for name in FEATURE_SCHEMA.names}, schema=schema)
+    for side in ("top", "bottom"):
+        ids = getattr(lens, side).tolist() if lens else None
+        columns[f"{side}_tokens"] = _texts(ids, tokenizer) if ids else [None] * len(features)
+        logits = getattr(lens, f"{side}_logits").tolist() if lens else [None] * len(features)
+        columns[f"{side}_logits"] = logits
+    others, cosines = nearest or (None, None)
+    columns["nearest"] = [None] * len(features) if others is None else others.tolist()
+    columns["nearest_cosines"] = [None] * len(features) if cosines is None else cosines.tolist()
+    return pa.table({n: columns[n] for n in FEATURE_SCHEMA.names}, schema=_feature_schema())
+
+
+def _texts(rows: list[list[int]], tokenizer: Any) -> list[list[str]]:
+    text = {token: tokenizer.decode([token]) for token in {t for row in rows for t in row}}
+    return [[text[token] for token in row] for row in rows]
 
 
 def example_rows(
@@ -208,18 +193,34 @@ def example_rows(
     return pa.table(columns, schema=EXAMPLE_SCHEMA)
 
 
-def write_tables(folder: Path, features: pa.Table, examples: pa.Table, each: int) -> None:
-    """Write one layer's tables, in groups of few features; `each` is the examples of a feature."""
-    pq.write_table(features, folder / FEATURES, row_group_size=GROUP)
-    pq.write_table(examples, folder / EXAMPLES, row_group_size=GROUP * each)
+@contextmanager
+def layer_writer(folder: Path) -> Iterator[Callable[[pa.Table, pa.Table], None]]:
+    """Open one layer's tables; the function yielded appends a row group to each."""
+    with (
+        pq.ParquetWriter(folder / FEATURES, _feature_schema()) as features,
+        pq.ParquetWriter(folder / EXAMPLES, EXAMPLE_SCHEMA) as examples,
+    ):
+
+        def write(rows: pa.Table, shown: pa.Table) -> None:
+            features.write_table(rows)
+            examples.write_table(shown)
+
+        yield write
 
 
-def join_tables(layers: Sequence[Path], folder: Path, each: int) -> None:
-    """Append the layers' tables in their order, one layer in memory at a time."""
-    for name, size in ((FEATURES, GROUP), (EXAMPLES, GROUP * each)):
+def join_tables(layers: Sequence[Path], folder: Path) -> None:
+    """Append the layers' tables in their order, one row group in memory at a time."""
+    for name in (FEATURES, EXAMPLES):
         with pq.ParquetWriter(folder / name, pq.read_schema(layers[0] / name)) as writer:
             for layer in layers:
-                writer.write_table(pq.read_table(layer / name), row_group_size=size)
+                with pq.ParquetFile(layer / name) as held:
+                    for group in range(held.num_row_groups):
+                        writer.write_table(held.read_row_group(group))
+
+
+def _feature_schema() -> pa.Schema:
+    edges = ",".join(f"{edge:.6g}" for edge in bin_edges().tolist())
+    return FEATURE_SCHEMA.with_metadata({"histogram_edges": edges})
 
 
 def read_feature(
