@@ -35,7 +35,7 @@ def fit(*args: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-NO_MODEL = {"app", "audit", "runs", "compare", "fit-mixture", "convert"}
+NO_MODEL = {"app", "audit", "regret", "runs", "compare", "fit-mixture", "convert"}
 
 
 # Help

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from resa_lens import __version__
-from resa_lens.cli import audit, features, layers, models, saes, workspace
+from resa_lens.cli import (
+    audit,
+    features,
+    interventions,
+    layers,
+    models,
+    saes,
+    scores,
+    stability,
+    workspace,
+)
 
 app = typer.Typer(
     name="resa-lens",
@@ -37,12 +47,18 @@ def _root(
 
 app.command("demo")(models.demo)
 app.command("recommend-layers")(layers.recommend_layers)
+app.command("stability")(stability.stability)
 app.command("tune")(models.tune)
 app.command("train-saes")(layers.train_saes)
 app.command("count-features")(layers.count_features)
 app.command("activity")(features.activity)
 app.command("falsify")(features.falsify)
+app.command("score-features")(scores.score_features)
+app.command("match-features")(scores.match_features)
+app.command("ablate")(interventions.ablate)
+app.command("attribute")(interventions.attribute)
 app.command("fit-mixture")(layers.fit_mixture)
+app.command("regret")(stability.regret)
 app.command("audit")(audit.audit)
 app.command("eval")(models.evaluate)
 app.command("compare")(models.compare)

@@ -314,7 +314,7 @@ def _show_recommendation(name: str, site: str, made: Recommendation) -> None:
 def recommend_layers(
     model: ModelOption = "tiny-reasoner",
     selector: Annotated[
-        str, typer.Option(help="mixture, most-features, middle, quality or causal.")
+        str, typer.Option(help="mixture, most-features, middle, quality, causal or blend.")
     ] = "mixture",
     rule: Annotated[str, typer.Option(help="all (strict), any or either.")] = "all",
     recipe: Annotated[str, typer.Option(help="Of the mixture: robust or paper.")] = "robust",
@@ -390,23 +390,46 @@ def fit_mixture(
     ] = None,
     recipe: Annotated[str, typer.Option(help="robust, or paper for the published one.")] = "robust",
     components: Annotated[int, typer.Option(help="Gaussians of recipe paper.", min=1)] = 3,
+    restarts: Annotated[
+        int, typer.Option(help="Seeds that recipe paper tries beside its own; 0 is none.", min=0)
+    ] = 200,
+    against: Annotated[
+        str | None, typer.Option(help="A second column: do its components lie at the same layers?")
+    ] = None,
+    against_baseline: Annotated[
+        float | None, typer.Option(help="The untuned model's score in that column.")
+    ] = None,
     draws: Annotated[int, typer.Option(help="Draws of each null and bootstrap.", min=20)] = 1000,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit Gaussians over layers to a table, with its nulls and a verdict.
 
+    Recipe paper says too what speaks against it: its convergence, other seeds, the uniform.
+
     Example: resa-lens fit-mixture data/paper/table6_hookpoints.csv --column feature_count
     """
 
     def job() -> tuple[dict[str, Any], Any]:
+        from resa_lens.errors import BadInputError
         from resa_lens.layers import read_table
+        from resa_lens.layers.alignment import align
         from resa_lens.layers.mixture import fit_mixture as fit
+        from resa_lens.layers.mixture import objections
 
+        if against_baseline is not None and against is None:
+            raise BadInputError(f"--against-baseline {against_baseline} goes with --against COLUMN")
+        options: dict[str, Any] = {
+            "recipe": recipe, "components": components, "seed": seed, "draws": draws,
+        }  # fmt: skip
         made = fit(
-            read_table(table, column), recipe=recipe, baseline=baseline, noise=noise,
-            components=components, seed=seed, draws=draws,
-        )  # fmt: skip
+            read_table(table, column), baseline=baseline, noise=noise, restarts=restarts, **options
+        )
+        beside = None
+        if against is not None:
+            other = fit(read_table(table, against), baseline=against_baseline, **options)
+            beside = align(made, other, seed=seed)
+        against_it = objections(made)
 
         def show() -> None:
             title = f"{table.name}, {column}: recipe {recipe}, n = {made.n}"
@@ -441,8 +464,14 @@ def fit_mixture(
                 f"verdict: {made.verdict}",
                 made.reason,
                 made.next_step,
+                *(["What speaks against this recipe:"] if against_it else []),
+                *(f"- {line}" for line in against_it),
+                *([f"{column} against {against}: {beside.reason}"] if beside else []),
             )
 
-        return made.to_dict(), show
+        values = {**made.to_dict(), "objections": list(against_it)}
+        if beside:
+            values["against"] = {"column": against, **beside.to_dict()}
+        return values, show
 
     common.run(job, as_json)

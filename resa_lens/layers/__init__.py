@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,9 @@ class MixtureFit:
     next_step: str
     recommended: tuple[int, ...]
     """Nearest candidate layer of each component, by weight, without duplicates."""
+    baseline: float | None = None
+    """What the paper's recipe took off each score, where given."""
+    seed: int = 0
 
     def density(self, x: Floats) -> Floats:
         """Fitted density per layer at positions x [points]; k = 0 is flat over the candidates."""
@@ -203,6 +206,34 @@ def read_table(
         BadInputError: a missing or unreadable file, a missing column, a value that is no finite
             number, no rows, the same layer twice.
     """
+    table: dict[int, float] = {}
+    for line, shown, layer, value in _rows(path, column, layer_column):
+        if layer in table:
+            raise BadInputError(f"{path}, line {line}: {shown} stands there twice")
+        table[layer] = value
+    return table
+
+
+def read_replicates(
+    path: str | Path, column: str, *, layer_column: str | None = None
+) -> dict[int, list[float]]:
+    """Reads one column of a CSV with several rows a layer (checkpoints, seeds).
+
+    Args, errors: as `read_table`, but for layers that stand there more than once.
+
+    Returns:
+        {0-based layer: values}, in the file's order.
+    """
+    table: dict[int, list[float]] = {}
+    for _, _, layer, value in _rows(path, column, layer_column):
+        table.setdefault(layer, []).append(value)
+    return table
+
+
+def _rows(
+    path: str | Path, column: str, layer_column: str | None
+) -> Iterator[tuple[int, str, int, float]]:
+    """Yield line, the layer as written, 0-based layer and value of each row of a CSV."""
     source = Path(path)
     if not source.is_file():
         raise BadInputError(f"{source} is not a file: give a CSV with a header")
@@ -223,17 +254,13 @@ def read_table(
             raise BadInputError(f'{source} has no column "{needed}": it has {", ".join(header)}')
     if not rows:
         raise BadInputError(f"{source} has a header and no rows: give one row per layer")
-    table: dict[int, float] = {}
     for line, row in enumerate(rows, start=2):
         layer = _number(row[name], source, line, name)
         value = _number(row[column], source, line, column)
         layer -= 1 if name == "layer_1_indexed" else 0
         if layer != int(layer) or layer < 0:
             raise BadInputError(f'{source}, line {line}: {name} "{row[name]}" is no layer number')
-        if int(layer) in table:
-            raise BadInputError(f'{source}, line {line}: {name} "{row[name]}" stands there twice')
-        table[int(layer)] = value
-    return table
+        yield line, f'{name} "{row[name]}"', int(layer), value
 
 
 def _number(text: str | None, source: Path, line: int, column: str) -> float:

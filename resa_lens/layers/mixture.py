@@ -1,4 +1,4 @@
-"""Gaussian mixtures over layers: the paper's recipe digit by digit, and one that can say no.
+"""Gaussian mixtures over layers: the recipe that can say no, and the verdict on either recipe.
 
 Source: "Resa" (arXiv 2506.09967), section 5.  Layers are 0-based throughout.
 """
@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
-from sklearn.mixture import GaussianMixture
 
-from resa_lens import stats
 from resa_lens.errors import BadInputError
 from resa_lens.layers import (
     FLAT,
@@ -29,14 +25,31 @@ from resa_lens.layers import (
     nulls,
     read_table,
 )
-from resa_lens.layers.nulls import MAX_K, MIN_LAYERS, MIN_SD
-from resa_lens.stats import Floats
+from resa_lens.layers.fits import (
+    MAX_K,
+    ONE_THREAD,
+    Fitted,
+    RobustMixture,
+    matched_intervals,
+    robust_bootstrap,
+    robust_mixtures,
+)
+from resa_lens.layers.nulls import MIN_LAYERS, too_few
+from resa_lens.layers.paper import fit_paper, objections, paper_weights
 
-__all__ = ["Component", "ComponentInterval", "MixtureFit", "fit_mixture", "read_table"]
+__all__ = [
+    "Component",
+    "ComponentInterval",
+    "MixtureFit",
+    "count_verdict",
+    "fit_mixture",
+    "objections",
+    "paper_weights",
+    "read_table",
+]
 
 ALPHA = 0.05
 MIN_FEATURES = 10
-MAX_REPEATS = 5_000_000
 
 _NEXT = {
     SUPPORTED: "Tune at the recommended layers beside the middle layer, with several seeds.",
@@ -46,24 +59,7 @@ _NEXT = {
 _NEXT_REPEATS = "Score each layer with several seeds and pass the noise of one score (its sd)."
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """What a recipe found, before any verdict."""
-
-    n: int = 0
-    components: tuple[Component, ...] = ()
-    entropy: float | None = None
-    log_likelihood: float | None = None
-    converged: bool = False
-    iterations: int = 0
-    intervals: tuple[ComponentInterval, ...] = ()
-    bic: dict[int, float] | None = None
-    nulls: dict[str, Any] | None = None
-    trouble: str = ""
-    """Why there is no fit or none to trust, as a clause."""
-
-
-@nulls.ONE_THREAD
+@ONE_THREAD
 def fit_mixture(
     values: Mapping[int, float],
     *,
@@ -74,6 +70,7 @@ def fit_mixture(
     components: int = 3,
     seed: int = 0,
     draws: int = 1000,
+    restarts: int = 0,
 ) -> MixtureFit:
     """Fits Gaussians over layers and judges them against their nulls.
 
@@ -88,6 +85,8 @@ def fit_mixture(
         components: of `paper`, and of `robust` on scores; on counts `robust` picks K by BIC.
         seed: of the fits and the draws.
         draws: of each null and of the bootstrap.
+        restarts: of `paper`: try the library's seeds 0 to restarts - 1 too and keep the best beside
+            the recipe's own fit, as the null "best_of_seeds".
 
     Returns:
         The fit.  A profile that supports none has the verdict and its reason, never an error.
@@ -96,10 +95,12 @@ def fit_mixture(
         BadInputError: no layers, a value that is not finite, an unknown recipe or kind.
     """
     profile = checked_profile(values, kind, baseline, noise, draws, seed)
-    if components < 1:
-        raise BadInputError(f"components {components}: give 1 or more")
+    if components < 1 or restarts < 0:
+        raise BadInputError(
+            f"components {components}, restarts {restarts}: give 1 or more and 0 or more"
+        )
     if recipe == "paper":
-        found = _fit_paper(profile, components)
+        found = fit_paper(profile, components, restarts)
     elif recipe == "robust":
         fit = _fit_counts if profile.kind == "counts" else _fit_scores
         found = fit(profile, components)
@@ -131,150 +132,62 @@ def fit_mixture(
         reason=reason,
         next_step=next_step,
         recommended=tuple(dict.fromkeys(ranked)),
+        baseline=baseline,
+        seed=seed,
     )
 
 
-# The paper's recipe ------------------------------------------------------------------------------
+@ONE_THREAD
+def count_verdict(values: Mapping[int, float], *, draws: int = 1000, seed: int = 0) -> str:
+    """The verdict of `fit_mixture(values)` on counts, for simulations: it stops where it is clear.
 
-
-def _fit_paper(profile: Profile, k: int) -> _Fitted:
-    """Layers repeated by weight, GaussianMixture(k, random_state=seed), all else default."""
-    weights = profile.values
-    if profile.kind == "scores":
-        weights = np.round(100 * (profile.values - (profile.baseline or 0.0)))
-    if bool((weights < 0).any()):
-        layer = profile.layers[int(weights.argmin())]
-        return _Fitted(trouble=f"layer {layer} (0-based) has the negative weight {weights.min():g}")
-    total, distinct = int(weights.sum()), int(np.count_nonzero(weights))
-    if total > MAX_REPEATS:
-        raise BadInputError(
-            f"{total} repetitions: the paper's recipe is for {MAX_REPEATS} or fewer"
-        )
-    if total < k:
-        return _Fitted(n=total, trouble=f"{total} features cannot hold {k} Gaussians")
-    if distinct < k:
-        return _Fitted(
-            n=total, trouble=f"{distinct} layers hold all {total}, too few for {k} means"
-        )
-    x = profile.positions  # floats: scikit-learn 1.9 scores whole-number data wrongly
-    data = np.repeat(x, weights.astype(int))[:, None]
-    model = GaussianMixture(k, random_state=profile.seed).fit(data)
-    run_on = GaussianMixture(k, random_state=profile.seed, tol=1e-9, max_iter=20_000).fit(data)
-    level, further = float(model.score(data)), float(run_on.score(data))
-    extra: dict[str, Any] = {
-        "uniform_distribution": {"log_likelihood": -math.log(len(x))},
-        "run_to_convergence": {
-            "log_likelihood": further,
-            "components": [asdict(part) for part in _library_components(run_on)],
-        },
-    }
-    if len(x) >= k:
-        flat = GaussianMixture(k, random_state=profile.seed).fit(x[:, None])
-        extra["uniform_distribution"]["entropy"] = _paper_entropy(flat, x)
-    bic: dict[int, float] = {}
-    if profile.kind == "counts":
-        bic[0] = 2 * total * math.log(len(x))
-        for size in range(1, min(MAX_K, distinct) + 1):
-            fit = GaussianMixture(size, random_state=profile.seed).fit(data)
-            bic[size] = float(fit.bic(data))
-    return _Fitted(
-        n=total,
-        components=_library_components(model),
-        entropy=_paper_entropy(model, x),
-        log_likelihood=level,
-        converged=further - level < model.tol,
-        iterations=int(model.n_iter_),
-        intervals=_paper_intervals(profile, weights, model),
-        bic=bic,
-        nulls=extra,
-    )
-
-
-def _library_components(model: GaussianMixture) -> tuple[Component, ...]:
-    rows = zip(*_parameters(model), strict=True)
-    return tuple(Component(float(m), float(w), math.sqrt(float(v))) for m, v, w in rows)
-
-
-def _paper_entropy(model: GaussianMixture, positions: Floats) -> float:
-    grid = np.linspace(positions[0], positions[-1], 300)
-    density = np.exp(model.score_samples(grid[:, None]))
-    share = density / density.sum()
-    step = grid[1] - grid[0]
-    return float(special.entr(share).sum() + (math.log(step) if step > 0 else 0.0))
-
-
-def _paper_intervals(
-    profile: Profile, weights: Floats, model: GaussianMixture
-) -> tuple[ComponentInterval, ...]:
-    """Features resampled, or scores shaken by their noise; EM starts from the library's fit."""
-    if profile.kind == "counts":
-        tables = stats.multinomial_draws(
-            int(weights.sum()), weights, profile.draws, [profile.seed, 3]
-        )
-    elif profile.noise is not None:
-        rng = np.random.default_rng([profile.seed, 3])
-        shaken = weights + 100 * profile.noise * rng.normal(size=(profile.draws, weights.size))
-        tables = np.clip(np.round(shaken), 0.0, None)
-        tables = tables[tables.sum(axis=1) > 0]
-    else:
-        return ()
-    start = _parameters(model)
-    means, _, shares = nulls.plain_mixture(tables, profile.positions, len(start[0]), start)
-    return _intervals(means, shares, start[0])
-
-
-def _parameters(model: GaussianMixture) -> tuple[Floats, Floats, Floats]:
-    """Means, variances and weights, each [k], of one-dimensional data."""
-    means, variances, weights = (
-        np.asarray(part, dtype=np.float64).ravel()
-        for part in (model.means_, model.covariances_, model.weights_)
-    )
-    return means, variances, weights
-
-
-def _intervals(means: Floats, weights: Floats, fitted: Floats) -> tuple[ComponentInterval, ...]:
-    """Percentile intervals of draws [draws, k], matched to the fitted means [k] by rank."""
-    order = means.argsort(axis=1)
-    means, weights = np.take_along_axis(means, order, 1), np.take_along_axis(weights, order, 1)
-    return tuple(
-        ComponentInterval(
-            stats.percentile_interval(means[:, rank]), stats.percentile_interval(weights[:, rank])
-        )
-        for rank in fitted.argsort().argsort()
-    )
+    Raises:
+        BadInputError: as `fit_mixture`.
+    """
+    profile = checked_profile(values, "counts", None, None, draws, seed)
+    counts, x = profile.values, profile.positions
+    n = int(counts.sum())
+    if bool((counts < 0).any()) or n < MIN_FEATURES or len(x) < MIN_LAYERS:
+        return FLAT
+    tests = nulls.count_nulls(profile)
+    if (chance := next(tests).p) > ALPHA:
+        return _count_rule(chance, 1.0, False)
+    if (order := next(tests).p) > ALPHA:
+        return _count_rule(chance, order, False)
+    fits = enumerate(robust_mixtures(counts, x, MAX_K, seed), start=1)
+    return _count_rule(chance, order, any(_gain(n, len(x), fit.level, k) > 0 for k, fit in fits))
 
 
 # The robust recipe -------------------------------------------------------------------------------
 
 
-def _fit_counts(profile: Profile, _: int) -> _Fitted:
+def _fit_counts(profile: Profile, _: int) -> Fitted:
     """K by BIC with n = features, likelihood over unit intervals; see the module `nulls`."""
     counts, x = profile.values, profile.positions
     n = int(counts.sum())
     if bool((counts < 0).any()):
-        return _Fitted(n=n, trouble=f"{counts.min():g} is a negative count")
+        return Fitted(n=n, trouble=f"{counts.min():g} is a negative count")
     if n == 0:
-        return _Fitted(trouble="no layer has a feature")
+        return Fitted(trouble="no layer has a feature")
     uniform = -math.log(len(x))
     bic, fits = (
         {0: -2 * n * uniform},
-        {0: nulls.RobustMixture(np.empty(0), np.empty(0), np.empty(0), uniform)},
+        {0: RobustMixture(np.empty(0), np.empty(0), np.empty(0), uniform)},
     )
     if len(x) >= MIN_LAYERS and n >= MIN_FEATURES:
-        grid = nulls.ComponentGrid.over(x, MIN_SD, 0.25, 12)
-        for k in range(1, MAX_K + 1):
-            fits[k] = nulls.robust_mixture(counts, x, k, grid, profile.seed)
-            bic[k] = -2 * n * fits[k].level + (3 * k - 1) * math.log(n)
+        for k, fit in enumerate(robust_mixtures(counts, x, MAX_K, profile.seed), start=1):
+            fits[k] = fit
+            bic[k] = -2 * n * fit.level + (3 * k - 1) * math.log(n)
     best = min(bic, key=lambda k: bic[k])
     chosen = fits[best]
-    return _Fitted(
+    return Fitted(
         n=n,
         components=chosen.components,
         entropy=chosen.entropy(x),
         log_likelihood=chosen.level,
         converged=chosen.converged,
         iterations=chosen.iterations,
-        intervals=_intervals(*nulls.robust_bootstrap(profile, chosen), chosen.means)
+        intervals=matched_intervals(*robust_bootstrap(profile, chosen), chosen.means)
         if best
         else (),
         bic=bic,
@@ -282,16 +195,15 @@ def _fit_counts(profile: Profile, _: int) -> _Fitted:
     )
 
 
-def _fit_scores(profile: Profile, k: int) -> _Fitted:
+def _fit_scores(profile: Profile, k: int) -> Fitted:
     """Describes the scores above the baseline (or the lowest) by k Gaussians; no likelihood."""
     scores, x = profile.values, profile.positions
     floor = scores.min() if profile.baseline is None else profile.baseline
     mass = np.clip(scores - floor, 0.0, None)
     if len(x) < MIN_LAYERS or np.count_nonzero(mass) < k:
-        return _Fitted(n=len(x))
-    grid = nulls.ComponentGrid.over(x, MIN_SD, 0.25, 12)
-    best = nulls.robust_mixture(mass, x, k, grid, profile.seed)
-    return _Fitted(
+        return Fitted(n=len(x))
+    *_, best = robust_mixtures(mass, x, k, profile.seed)
+    return Fitted(
         n=len(x),
         components=best.components,
         entropy=best.entropy(x),
@@ -304,14 +216,9 @@ def _fit_scores(profile: Profile, k: int) -> _Fitted:
 
 
 def _judge(
-    profile: Profile, recipe: str, found: _Fitted, tests: dict[str, Any]
+    profile: Profile, recipe: str, found: Fitted, tests: dict[str, Any]
 ) -> tuple[str, str, str]:
-    """Verdict, one sentence of reason, next step.
-
-    Counts are supported where the uniform and the permutation null both reject at `ALPHA` and the
-    fitted mixture beats the uniform distribution by BIC; where the uniform null does not reject
-    they are flat, and in between weak.  Scores need their noise and the permutation null.
-    """
+    """Verdict, one sentence of reason, next step; scores need their noise and the permutation."""
     layers, counts = len(profile.layers), profile.kind == "counts"
     size = (
         f"{found.n} feature{'s' * (found.n != 1)} over {layers} layers"
@@ -321,7 +228,7 @@ def _judge(
     if found.trouble:
         return FLAT, f"No fit: {found.trouble}.", _NEXT[FLAT]
     if layers < MIN_LAYERS:
-        return FLAT, f"{layers} layers are too few to tell: {MIN_LAYERS} are needed.", _NEXT[FLAT]
+        return FLAT, f"{too_few(layers)}.", _NEXT[FLAT]
     if counts and found.n < MIN_FEATURES:
         few = f"{size} are too few to tell a lump from chance: {MIN_FEATURES} are needed."
         return FLAT, few, _NEXT[FLAT]
@@ -334,10 +241,12 @@ def _judge(
             f"uniform null p = {chance:.3g}, {shuffled}, variance over mean {spread['value']:.2f}"
             f" with p = {spread['p']:.2g}{notes}"
         )
-        better = _gain(profile, found) > 0
-        if chance > ALPHA:
+        level, k = found.log_likelihood, len(found.components)
+        better = level is not None and k > 0 and _gain(found.n, layers, level, k) > 0
+        verdict = _count_rule(chance, order, better)
+        if verdict == FLAT:
             return FLAT, f"{size} are no more clustered than chance: {numbers}.", _NEXT[FLAT]
-        if order <= ALPHA and better:
+        if verdict == SUPPORTED:
             return (
                 SUPPORTED,
                 f"{size} form lumps that chance does not: {numbers}.",
@@ -364,15 +273,23 @@ def _judge(
     return FLAT, f"{size} vary no more than noise: {numbers}.", _NEXT[FLAT]
 
 
-def _gain(profile: Profile, found: _Fitted) -> float:
-    """How far the fit beats the uniform distribution by BIC."""
-    if found.log_likelihood is None or not found.components:
-        return 0.0
-    lift = 2 * found.n * (found.log_likelihood + math.log(len(profile.layers)))
-    return lift - (3 * len(found.components) - 1) * math.log(found.n)
+def _count_rule(chance: float, order: float, better: bool) -> str:
+    """Verdict on counts from the p-values of the uniform null and of the permutation null.
+
+    Supported where both reject at `ALPHA` and the fitted mixture beats the uniform distribution by
+    BIC; flat where the uniform null does not reject; weak in between.
+    """
+    if chance > ALPHA:
+        return FLAT
+    return SUPPORTED if order <= ALPHA and better else WEAK
 
 
-def _fit_notes(profile: Profile, recipe: str, found: _Fitted) -> str:
+def _gain(n: int, layers: int, level: float, k: int) -> float:
+    """How far k Gaussians with this log-likelihood a sample beat the uniform by BIC."""
+    return 2 * n * (level + math.log(layers)) - (3 * k - 1) * math.log(n)
+
+
+def _fit_notes(profile: Profile, recipe: str, found: Fitted) -> str:
     """What the reason says about the fit itself."""
     if recipe == "robust":
         if profile.kind == "scores":

@@ -9,17 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy import special
+from scipy.stats import rankdata
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
-from resa_lens.layers import FLAT, MixtureFit, nearest_layer
-from resa_lens.layers.mixture import fit_mixture
-from resa_lens.stats import Floats, Interval
+from resa_lens.layers import FLAT, SUPPORTED, MixtureFit, nearest_layer
+from resa_lens.layers.mixture import ALPHA, fit_mixture
+from resa_lens.layers.regret import Regret, Regrets, Scores, regret, regrets
 
+__all__ = [
+    "NOT_TESTED",
+    "SELECTORS",
+    "TOP",
+    "Choice",
+    "Effect",
+    "Recommendation",
+    "Regret",
+    "Tables",
+    "middle_layer",
+    "recommend",
+    "recommend_all",
+    "regret",
+    "regrets_of_selectors",
+]
+
+Effect = float | tuple[float, float]
+"""Of a layer: a value, or a value beyond its control with its standard error."""
 TOP = 3  # a ranking's candidates: as many as the paper's mixture has
 NOT_TESTED = "not tested"
 
@@ -76,8 +97,26 @@ class Tables:
     draws: int = 1000
     quality: Mapping[int, float] | None = None
     """Change of the loss with the SAE inserted; lowest wins."""
-    causal: Mapping[int, float] | None = None
-    """Size of the effect of an intervention; largest wins."""
+    causal: Mapping[int, Effect] | None = None
+    """Effect of an intervention beyond its control; largest wins."""
+
+    @cached_property
+    def fit(self) -> MixtureFit:
+        """The mixture fitted to the feature counts, once for all selectors."""
+        return fit_mixture(self.features, recipe=self.recipe, seed=self.seed, draws=self.draws)
+
+    @property
+    def existing(self) -> tuple[str, ...]:
+        """The selectors whose table is there."""
+        has = {
+            "mixture": bool(self.features),
+            "most-features": bool(self.features),
+            "middle": True,
+            "quality": bool(self.quality),
+            "causal": bool(self.causal),
+        }
+        has["blend"] = has["mixture"] or has["quality"] or has["causal"]
+        return tuple(name for name in SELECTORS if has[name])
 
 
 @dataclass(frozen=True)
@@ -109,13 +148,13 @@ def middle_layer(n_layers: int, candidates: Sequence[int] | None = None) -> int:
 
 
 def _mixture(tables: Tables) -> Choice:
-    fit = fit_mixture(tables.features, recipe=tables.recipe, seed=tables.seed, draws=tables.draws)
+    fit = tables.fit
     chosen = () if fit.verdict == FLAT else fit.recommended
     return Choice(chosen, fit.reason, fit.next_step, fit.verdict, fit)
 
 
 def _most_features(tables: Tables) -> Choice:
-    fit = fit_mixture(tables.features, recipe=tables.recipe, seed=tables.seed, draws=tables.draws)
+    fit = tables.fit
     middle = middle_layer(tables.n_layers)
     held = {layer: value for layer, value in tables.features.items() if value > 0}
     if not held:
@@ -153,7 +192,89 @@ def _quality(tables: Tables) -> Choice:
 
 
 def _causal(tables: Tables) -> Choice:
-    return _ranked(tables.causal, "causal", "largest causal effect", 1.0, tables.n_layers)
+    effects = _effects(tables.causal)
+    if effects is None:
+        plain = {layer: float(np.ravel(v)[0]) for layer, v in (tables.causal or {}).items()}
+        return _ranked(plain, "causal", "largest causal effect", 1.0, tables.n_layers)
+    layers, values, errors = effects
+    z = np.divide(values, errors, out=np.zeros_like(values), where=errors > 0)
+    p = stats.holm(special.ndtr(-z))
+    order = sorted(range(len(layers)), key=lambda i: (-values[i], layers[i]))
+    found = [i for i in order if p[i] <= ALPHA]
+    test = f"one-sided, Holm's correction for {len(layers)} layers"
+    best = found[0] if found else int(p.argmin())
+    name = describe_layer(layers[best], tables.n_layers)
+    figures = f"{values[best]:.3g} (standard error {errors[best]:.2g}, p = {p[best]:.2g}, {test})"
+    if not found:
+        reason = f"no layer's causal effect is above its control's: the clearest, {name}, has"
+        step = "Measure on more documents or questions, or use the middle layer."
+        return Choice((), f"{reason} {figures}.", step, FLAT)
+    more = f"; {len(found)} of {len(layers)} layers are above their control"
+    reason = f"{name} has the largest causal effect beyond its control, {figures}{more}."
+    step = "Tune there beside the middle layer: an effect on the loss need not be one on accuracy."
+    return Choice(tuple(layers[i] for i in found[:TOP]), reason, step, SUPPORTED)
+
+
+def _effects(
+    table: Mapping[int, Effect] | None,
+) -> tuple[list[int], np.ndarray, np.ndarray] | None:
+    """Layers, values [L] and standard errors [L]; None where the table has no standard errors."""
+    pairs = {layer: v for layer, v in (table or {}).items() if isinstance(v, Sequence)}
+    if not pairs:
+        return None
+    if missing := sorted(set(table or {}) - set(pairs)):
+        raise BadInputError(
+            f"causal, layer {missing[0]} (0-based) has no standard error: give all or none"
+        )
+    for layer, pair in pairs.items():
+        if len(pair) != 2:
+            raise BadInputError(
+                f"causal, layer {layer} (0-based): {pair} is no (effect, standard error)"
+            )
+        value, error = pair
+        if error < 0 or (error == 0 and value != 0):
+            raise BadInputError(
+                f"causal, layer {layer} (0-based): standard error {error:g} of the effect "
+                f"{value:g}: give one above 0"
+            )
+    values, errors = np.array(list(pairs.values()), dtype=np.float64).T
+    return list(pairs), values, errors
+
+
+def _blend(tables: Tables) -> Choice:
+    """Mean rank over the tables that exist and that their own test does not call flat."""
+    fit = tables.fit if tables.features else None
+    sides: dict[str, dict[int, float]] = {}
+    out = []
+    if fit and fit.verdict == FLAT:
+        out.append(f"feature counts ({FLAT})")
+    elif fit:
+        sides["feature counts"] = {layer: -value for layer, value in tables.features.items()}
+    if tables.quality:
+        sides["SAE quality"] = dict(tables.quality)
+    if tables.causal and _causal(tables).layers:
+        sides["causal effect"] = {
+            layer: -float(np.ravel(value)[0]) for layer, value in tables.causal.items()
+        }
+    elif tables.causal:
+        out.append("causal effects (none above its control)")
+    left = f"; left out: {' and '.join(out)}" if out else ""
+    if not sides:
+        step = "Use the middle layer, or measure SAE quality, effects or a sweep."
+        return Choice((), f"no table singles out a layer{left}.", step, FLAT, fit)
+    layers = sorted(set.intersection(*(set(side) for side in sides.values())))
+    if not layers:
+        raise BadInputError(f"the tables {', '.join(sides)} have no layer in common to be ranked")
+    ranks = np.mean([rankdata([side[x] for x in layers]) for side in sides.values()], axis=0)
+    mean = dict(zip(layers, ranks.tolist(), strict=True))
+    middle = middle_layer(tables.n_layers)
+    ranked = sorted(layers, key=lambda x: (mean[x], abs(x - middle), x))
+    reason = (
+        f"{describe_layer(ranked[0], tables.n_layers)} has the best mean rank, "
+        f"{mean[ranked[0]]:.3g} of {len(layers)}, over {' and '.join(sides)}{left}."
+    )
+    step = "Compare its regret with each selector's: equal weights are a choice, not a finding."
+    return Choice(tuple(ranked[:TOP]), reason, step, NOT_TESTED, fit)
 
 
 SELECTORS: dict[str, Callable[[Tables], Choice]] = {
@@ -162,6 +283,7 @@ SELECTORS: dict[str, Callable[[Tables], Choice]] = {
     "middle": _middle,
     "quality": _quality,
     "causal": _causal,
+    "blend": _blend,
 }
 
 
@@ -173,7 +295,7 @@ def recommend(
     recipe: str = "robust",
     seed: int = 0,
     quality: Mapping[int, float] | None = None,
-    causal: Mapping[int, float] | None = None,
+    causal: Mapping[int, Effect] | None = None,
     draws: int = 1000,
 ) -> Recommendation:
     """Recommends layers from a table of feature counts.
@@ -184,27 +306,94 @@ def recommend(
         selector: a key of `SELECTORS`.
         recipe: of the mixture.
         seed: of the mixture and its draws.
-        quality: {layer: change of the loss}, for "quality".
-        causal: {layer: effect}, for "causal".
+        quality: {layer: change of the loss}, for "quality" and "blend".
+        causal: {layer: effect}, or {layer: (effect beyond its control, standard error)}, for
+            "causal" and "blend".
         draws: of each null and of the bootstrap.
 
     Returns:
-        Layers, best first.  Where the counts support no choice, the middle layer alone.
+        Layers, best first.  Where the evidence supports no choice, the middle layer alone.
 
     Raises:
         BadInputError: an unknown selector, a missing table, a layer the model does not have.
     """
     if selector not in SELECTORS:
         raise BadInputError(f'selector "{selector}" is unknown: give {", ".join(SELECTORS)}')
-    for name, values in (("table", table), ("quality", quality), ("causal", causal)):
+    return _answer(
+        _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal)), selector
+    )
+
+
+def recommend_all(
+    table: Mapping[int, float],
+    *,
+    n_layers: int,
+    recipe: str = "robust",
+    seed: int = 0,
+    quality: Mapping[int, float] | None = None,
+    causal: Mapping[int, Effect] | None = None,
+    draws: int = 1000,
+) -> dict[str, Recommendation]:
+    """Recommends by every selector whose table is there; arguments as `recommend`."""
+    tables = _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal))
+    return {name: _answer(tables, name) for name in tables.existing}
+
+
+def regrets_of_selectors(
+    scores: Scores,
+    *,
+    n_layers: int,
+    counts: Mapping[int, float] | None = None,
+    quality: Mapping[int, float] | None = None,
+    causal: Mapping[int, Effect] | None = None,
+    chosen: Mapping[str, int] | None = None,
+    se: Mapping[int, float] | None = None,
+    recipe: str = "robust",
+    seed: int = 0,
+    draws: int = 1000,
+) -> tuple[Regrets, dict[str, Recommendation]]:
+    """The regret on a sweep of every selector whose table is there.
+
+    Args:
+        scores: {layer: score}, or {layer: replicates}.
+        n_layers: of the model.
+        counts: {layer: features}; without it only the other tables' selectors and the middle.
+        quality: as `recommend`.
+        causal: as `recommend`.
+        chosen: {name: layer} to set beside them.
+        se: {layer: standard error} of single scores.
+        recipe: of the mixture.
+        seed: of the draws.
+        draws: of the mixture's nulls.
+
+    Returns:
+        The regrets, and what each selector recommended.
+    """
+    tables = _checked(Tables(counts or {}, n_layers, recipe, seed, draws, quality, causal))
+    made = {name: _answer(tables, name) for name in tables.existing}
+    picks = {name: answer.recommended[0] for name, answer in made.items()}
+    if not counts:
+        picks["middle"] = middle_layer(n_layers, tuple(scores))
+    return regrets({**picks, **(chosen or {})}, scores, se=se, seed=seed), made
+
+
+def _checked(tables: Tables) -> Tables:
+    if tables.n_layers < 1:
+        raise BadInputError(f"n_layers {tables.n_layers}: a model has 1 layer or more")
+    named = {"table": tables.features, "quality": tables.quality, "causal": tables.causal}
+    for name, values in named.items():
         for layer, value in (values or {}).items():
-            if not 0 <= layer < n_layers:
+            if not 0 <= layer < tables.n_layers:
                 raise BadInputError(
-                    f"{name} has layer {layer}: the model has 0 to {n_layers - 1} (0-based)"
+                    f"{name} has layer {layer}: the model has 0 to {tables.n_layers - 1} (0-based)"
                 )
-            if not math.isfinite(value):
+            if not np.isfinite(value).all():
                 raise BadInputError(f"{name}, layer {layer} (0-based): {value} is no finite number")
-    tables = Tables(table, n_layers, recipe, seed, draws, quality, causal)
+    return tables
+
+
+def _answer(tables: Tables, selector: str) -> Recommendation:
+    table, n_layers = tables.features, tables.n_layers
     choice = SELECTORS[selector](tables)
     chosen, name, reason = choice.layers, selector, choice.reason
     if not chosen:
@@ -223,88 +412,3 @@ def recommend(
         n_layers=n_layers,
         fit=choice.fit,
     )
-
-
-@dataclass(frozen=True)
-class Regret:
-    """What choosing a layer cost against the best layer of the same table."""
-
-    regret: float
-    """Best score minus the chosen layer's; 0 where the choice was the best."""
-    ci: Interval | None
-    """Simultaneous interval; None without standard errors or replicates."""
-    best: int
-    chosen: int
-
-
-def regret(
-    scores: Mapping[int, float] | Mapping[int, Sequence[float]],
-    chosen: int,
-    *,
-    se: Mapping[int, float] | None = None,
-    level: float = 0.95,
-    draws: int = 4000,
-    seed: int = 0,
-) -> Regret:
-    """Best layer's score minus the chosen layer's.
-
-    The best of many noisy scores is best partly by luck, so an interval around the difference of
-    those two alone would be too high.  Here the differences of all layers to the chosen one get
-    simultaneous intervals (multiple comparisons with the best, Hsu 1984); the largest lower and
-    the largest upper bound, cut at 0, hold the true regret.
-
-    Args:
-        scores: {layer: score}, or {layer: replicates}: their mean is the score and their pooled
-            variance the noise.
-        chosen: a layer of the table.
-        se: {layer: standard error} for single scores.
-        level: of the interval.
-        draws: for the simultaneous quantile.
-        seed: for the draws.
-    """
-    if chosen not in scores:
-        raise BadInputError(
-            f"layer {chosen} (0-based) has no score: the table has {sorted(scores)}"
-        )
-    layers = sorted(scores)
-    groups = [np.atleast_1d(np.asarray(scores[layer], dtype=np.float64)) for layer in layers]
-    if any(group.size == 0 or not np.isfinite(group).all() for group in groups):
-        raise BadInputError("a layer has no finite score: give a number or replicates for each")
-    means = np.array([group.mean() for group in groups])
-    at, top = layers.index(chosen), int(means.argmax())
-    gaps = means - means[at]
-    spread, freedom = _standard_errors(layers, groups, se)
-    interval = None
-    if spread is not None and len(layers) > 1:
-        others = np.arange(len(layers)) != at
-        errors = np.sqrt(spread**2 + spread[at] ** 2)[others]
-        if bool((errors <= 0).any()):
-            raise BadInputError("a standard error is 0: give the noise of each score, above 0")
-
-        def draw(rng: np.random.Generator, count: int) -> Floats:
-            noise = rng.normal(size=(count, len(layers))) * spread
-            scaled = (noise - noise[:, [at]])[:, others] / errors
-            if freedom is None:
-                return scaled
-            return scaled / np.sqrt(rng.chisquare(freedom, size=(count, 1)) / freedom)
-
-        reach = stats.simultaneous_quantile(draw, level, draws, seed) * errors
-        low = max(0.0, float((gaps[others] - reach).max()))
-        interval = (low, max(0.0, float((gaps[others] + reach).max())))
-    return Regret(float(gaps[top]), interval, layers[top], chosen)
-
-
-def _standard_errors(
-    layers: list[int], groups: list[Floats], se: Mapping[int, float] | None
-) -> tuple[Floats | None, int | None]:
-    """Standard error of each layer's score [L], with degrees of freedom where estimated."""
-    if se is not None:
-        missing = [layer for layer in layers if layer not in se]
-        if missing:
-            raise BadInputError(f"layer {missing[0]} (0-based) has no standard error: give all")
-        return np.array([float(se[layer]) for layer in layers]), None
-    freedom = sum(group.size - 1 for group in groups)
-    if freedom == 0:
-        return None, None
-    pooled = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom
-    return np.sqrt(pooled / np.array([group.size for group in groups])), freedom

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
@@ -18,18 +20,23 @@ from resa_lens.features.exclusive import (
     tag_prompt,
 )
 from resa_lens.hookpoints import trainable_layers
-from resa_lens.layers.selectors import SELECTORS, Recommendation, recommend
+from resa_lens.layers.selectors import SELECTORS, Effect, Recommendation, recommend
+from resa_lens.layers.stability import Stability, stability
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.sae_training import saes_for
-from resa_lens.pipeline.saes import SaeRun, probe_batches, split_records
-from resa_lens.prompts import resolve_system_prompt
+from resa_lens.pipeline.saes import SaeRun, probe_batches, sae_run, split_records
+from resa_lens.prompts import SYSTEM_PROMPTS, resolve_system_prompt
 from resa_lens.saes.baselines import random_coder
 from resa_lens.saes.quality import loss_change
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Manifest, config_dict, digest, read_json, write_json
 
 RECIPES = ("robust", "paper")
+SAE_SEED = "SAE seed"
+Effects = Mapping[int, Effect]
+MeasureEffects = Callable[[SaeRun, FeatureCounts], Effects]
+"""Effects of the counted features by layer: (beyond their control, standard error)."""
 
 
 def count_run(
@@ -123,16 +130,22 @@ def recommend_run(
     selector: str,
     recipe: str,
     site: str,
-    quality: dict[int, float] | None = None,
+    quality: Callable[[], dict[int, float]] | None = None,
+    causal: Effects | None = None,
 ) -> tuple[Path, Recommendation]:
-    """Recommend layers from the counts of a rule, or read the finished recommendation."""
-    identity = {
+    """Recommend layers from the counts of a rule, or read the finished recommendation.
+
+    The quality is measured only where the recommendation is made anew.
+    """
+    identity: dict[str, Any] = {
         "rule": rule,
         "selector": selector,
         "recipe": recipe,
         "seed": ctx.seed,
         "counts": ctx.workspace.relative(counts_folder),
     }
+    if causal is not None:
+        identity["causal"] = {str(layer): effect for layer, effect in sorted(causal.items())}
     folder = ctx.workspace.path("recommendations", model.slug, f"{site}-{digest(identity)}")
     if ctx.done(folder, counts_folder):
         ctx.reporter.note(f"recommendation: done before, in {folder}")
@@ -143,7 +156,8 @@ def recommend_run(
         selector=selector,
         recipe=recipe,
         seed=ctx.seed,
-        quality=quality,
+        quality=quality() if quality else None,
+        causal=causal,
     )
     manifest = ctx.manifest(
         "recommendation",
@@ -190,8 +204,28 @@ def discover(
     saes: str | None = None,
     allow_mismatch: bool = False,
     anew: bool = False,
+    causal: MeasureEffects | None = None,
 ) -> Discovery:
-    """Recommend layers for a model; SAEs that are missing are trained."""
+    """Recommend layers for a model; SAEs that are missing are trained.
+
+    Args:
+        ctx: the workspace and who to tell.
+        model: the model.
+        sae: of SAEs that are looked for or trained.
+        corpus: they are trained on.
+        count: prompt and options of the counting rule.
+        layers: 0-based; all but the first and the last where not given.
+        rule: whose counts are used.
+        selector: a key of `SELECTORS`.
+        recipe: of the mixture.
+        saes: folder of given SAEs.
+        allow_mismatch: use SAEs that do not fit, with a warning.
+        anew: train SAEs even where they are found.
+        causal: measures the effects by layer, for the selectors causal (which needs it) and blend.
+
+    Raises:
+        BadInputError: an unknown rule, selector or recipe, or no effects for the selector causal.
+    """
     count = count or CountConfig()
     given = layers is not None
     layers = list(layers) if layers is not None else trainable_layers(model.n_layers)
@@ -201,10 +235,10 @@ def discover(
         raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
     if selector not in SELECTORS:
         raise BadInputError(f"selector {selector!r} is unknown; use {', '.join(SELECTORS)}")
-    if selector == "causal":
+    if selector == "causal" and causal is None:
         raise BadInputError(
-            "selector 'causal' needs measured effects, which no command makes yet; use mixture, "
-            "most-features, middle or quality"
+            "selector 'causal' needs measured effects by layer; use mixture, most-features, "
+            "middle, quality or blend"
         )
     if recipe not in RECIPES:
         raise BadInputError(f"recipe {recipe!r} is unknown; use {' or '.join(RECIPES)}")
@@ -227,12 +261,13 @@ def discover(
             "1); counts on them say little: train on more (--tokens)"
         )
     counts_folder, counts = count_run(ctx, model, run, count, layers)
-    quality = None
-    if selector == "quality":
+
+    def quality() -> dict[int, float]:
         held = split_records(load_records(corpus.source))[1]
         probe = probe_batches(model, held, corpus)
         changes = loss_change(model, run.coders(model, layers), probe)
-        quality = {point.layer: change for point, change in changes.items()}
+        return {point.layer: change for point, change in changes.items()}
+
     folder, made = recommend_run(
         ctx,
         model,
@@ -242,9 +277,156 @@ def discover(
         selector=selector,
         recipe=recipe,
         site=sae.site,
-        quality=quality,
+        quality=quality if selector in ("quality", "blend") else None,
+        causal=causal(run, counts) if causal and selector in ("causal", "blend") else None,
     )
     return Discovery(run, counts, counts_folder, made, folder)
+
+
+def seed_runs(ctx: Context, model: Model, run: SaeRun, layers: Sequence[int]) -> list[SaeRun]:
+    """Return the run and those of the workspace that differ from it in their seed alone."""
+    if run.manifest is None or not run.trained_on(model):
+        return [run]
+    found = {_seed(run.manifest): run}
+    for folder, manifest in ctx.workspace.find(f"saes/{model.slug}", "saes"):
+        held = [q["layer"] for q in manifest.results["layers"]]
+        alike = _but_seed(manifest) == _but_seed(run.manifest) and set(layers) <= set(held)
+        if alike and _seed(manifest) not in found:
+            points = [replace(run.points[0], layer=layer) for layer in held]
+            found[_seed(manifest)] = sae_run(folder, points, manifest, fresh=False)
+    return [found[seed] for seed in sorted(found)]
+
+
+def _seed(manifest: Manifest) -> int:
+    return manifest.config["sae"]["seed"]
+
+
+def _but_seed(manifest: Manifest) -> dict[str, Any]:
+    """What trained a run, but for its seed and its layers."""
+    made = copy.deepcopy(manifest.config)
+    made.pop("layers", None)
+    for part in ("sae", "corpus"):
+        made[part].pop("seed", None)
+    return {**made, "site": manifest.results.get("site"), "weights": manifest.hashes.get("weights")}
+
+
+def stability_run(
+    ctx: Context,
+    model: Model,
+    *,
+    sae: SaeConfig,
+    corpus: CorpusConfig,
+    count: CountConfig | None = None,
+    layers: Sequence[int] | None = None,
+    prompts: Sequence[str] = tuple(SYSTEM_PROMPTS),
+    rules: Sequence[str] = tuple(RULES),
+    selector: str = "mixture",
+    recipe: str = "robust",
+    saes: str | None = None,
+    allow_mismatch: bool = False,
+) -> tuple[Path, Stability]:
+    """Recommend with every prompt, rule and SAE seed there is, and say how stable the answer is.
+
+    SAEs that are missing are trained, of one seed; other seeds' are used where the workspace has
+    runs that differ in nothing else.
+
+    Args:
+        ctx: the workspace and who to tell.
+        model: the model.
+        sae: of the SAEs.
+        corpus: of the SAEs.
+        count: options of the counts; each of the prompts takes the place of its prompt.
+        layers: 0-based; all but the first and the last where not given.
+        prompts: names, texts or @files that hold the tags.
+        rules: of the counts.
+        selector: mixture or most-features, which read nothing but counts.
+        recipe: of the mixture.
+        saes: folder of given SAEs.
+        allow_mismatch: use SAEs that do not fit, with a warning.
+
+    Returns:
+        The folder and the result; a finished one is read.
+
+    Raises:
+        BadInputError: another selector, an unknown rule or recipe, a prompt without the tags.
+    """
+    count = count or CountConfig()
+    if selector not in ("mixture", "most-features"):
+        raise BadInputError(f"selector {selector!r} reads no counts; use mixture or most-features")
+    if recipe not in RECIPES:
+        raise BadInputError(f"recipe {recipe!r} is unknown; use {' or '.join(RECIPES)}")
+    if odd := [rule for rule in rules if rule not in RULES]:
+        raise BadInputError(f"rule {odd[0]!r} is unknown; use {', '.join(RULES)}")
+    configs = [replace(count, prompt=prompt) for prompt in prompts]
+    for config in configs:
+        tag_prompt(model, config)
+    given = layers is not None
+    chosen = list(layers) if layers is not None else trainable_layers(model.n_layers)
+    run = saes_for(
+        ctx,
+        model,
+        chosen,
+        sae,
+        corpus,
+        saes,
+        allow_mismatch=allow_mismatch,
+        only=chosen if given else None,
+    )
+    if saes and not given:
+        chosen = [p.layer for p in run.points]
+    runs = seed_runs(ctx, model, run, chosen)
+    tables: dict[str, dict[int, int]] = {}
+    factors: dict[str, dict[str, str]] = {}
+    folders = []
+    with ctx.reporter.bar("counting", len(runs) * len(configs)) as advance:
+        for held in runs:
+            number = str(_seed(held.manifest)) if held.manifest else "given"
+            for config in configs:
+                folder, counts = count_run(ctx, model, held, config, chosen)
+                folders.append(folder)
+                for rule in rules:
+                    name = f"{SAE_SEED} {number}, prompt {config.prompt}, rule {rule}"
+                    tables[name] = counts.table(rule)
+                    factors[name] = {"prompt": config.prompt, "rule": rule, SAE_SEED: number}
+                advance(1)
+    identity = {
+        "counts": [ctx.workspace.relative(folder) for folder in folders],
+        "rules": list(rules),
+        "selector": selector,
+        "recipe": recipe,
+        "seed": ctx.seed,
+    }
+    place = ctx.workspace.path("stability", model.slug, f"{sae.site}-{digest(identity)}")
+    if ctx.done(place, *folders):
+        ctx.reporter.note(f"stability: done before, in {place}")
+        return place, Stability.from_dict(read_json(place / "stability.json"))
+    ctx.reporter.note(f"fitting {len(tables)} tables and comparing them pair by pair")
+    made = stability(
+        tables,
+        n_layers=model.n_layers,
+        factors=factors,
+        block=SAE_SEED,
+        selector=selector,
+        recipe=recipe,
+        seed=ctx.seed,
+    )
+    manifest = ctx.manifest(
+        "stability",
+        model,
+        config=identity,
+        parents=identity["counts"],
+        results={
+            "verdict": made.verdict,
+            "reason": made.reason,
+            "tables": len(made.tables),
+            "site": sae.site,
+            "model": model.name,
+            "n_layers": model.n_layers,
+        },
+    )
+    with ctx.workspace.artifact(place, manifest) as target:
+        write_json(target / "stability.json", made.to_dict())
+    return place, made
 
 
 def newest_recommendation(

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.mixture import GaussianMixture
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
-from resa_lens.layers import nulls
-from resa_lens.layers.mixture import fit_mixture, read_table
+from resa_lens.layers import MixtureFit, fits, read_replicates
+from resa_lens.layers.mixture import (
+    count_verdict,
+    fit_mixture,
+    objections,
+    paper_weights,
+    read_table,
+)
 
 TABLE = Path(__file__).parents[2] / "data" / "paper" / "table6_hookpoints.csv"
+CHECKPOINTS = TABLE.with_name("tables36_61_layer_checkpoints.csv")
 LAYERS = np.arange(1, 27)
 UNIFORM = np.ones(26) / 26
 
@@ -30,7 +36,7 @@ def scores():
 
 
 def planted():
-    masses = nulls.layer_masses(np.array([5.0, 14.0, 23.0]), np.full(3, 1.5), LAYERS.astype(float))
+    masses = fits.layer_masses(np.array([5.0, 14.0, 23.0]), np.full(3, 1.5), LAYERS.astype(float))
     return masses.mean(axis=0)
 
 
@@ -101,18 +107,50 @@ def test_count_against_score(counts, scores):
     assert p == pytest.approx(0.27, abs=0.02)
 
 
-@pytest.mark.slow
-def test_best_of_200_seeds(counts):
-    data = np.repeat(np.array(list(counts), dtype=float), list(map(int, counts.values())))[:, None]
-    fits = [GaussianMixture(3, random_state=seed).fit(data) for seed in range(200)]
-    best = max(fits, key=lambda fit: fit.score(data))
-    assert round(best.score(data), 4) == -3.2940
-    assert [round(mean, 1) for mean in np.sort(np.asarray(best.means_, dtype=float).ravel())] == [
-        4.2,
-        14.6,
-        24.1,
-    ]
-    assert round(best.bic(data), 1) == 380.9
+def test_best_of_200_seeds_and_the_objections(counts):
+    fit = fit_mixture(counts, recipe="paper", restarts=200, draws=50)
+    best = fit.nulls["best_of_seeds"]
+    assert best["seeds"] == 200
+    assert round(best["log_likelihood"], 4) == -3.2940
+    assert sorted(round(part["mean"], 1) for part in best["components"]) == [4.2, 14.6, 24.1]
+    assert round(best["bic"], 1) == 380.9
+    said = objections(fit)
+    assert len(said) == 5
+    assert "stopped after 6 iterations at -3.3187" in said[0]
+    assert "reaches -3.2799 with means 3.2, 13.6, 24.2 and weights 0.21, 0.66, 0.13" in said[0]
+    assert "best of 200 seeds has -3.2940 with means 4.2, 14.6, 24.1" in said[1]
+    assert "-3.2581: better than 3 of these 3 fits" in said[2]
+    assert "3.2013" in said[3]
+    assert "3.1938" in said[3]
+    assert "one component (371.1) beats 3 (380.9, the best seed)" in said[4]
+
+
+def test_objections_follow_the_fit():
+    # Three lumps far apart: the recipe converges and beats the uniform, and that is what is said.
+    table = dict.fromkeys(range(1, 27), 0) | {3: 40, 4: 60, 13: 50, 14: 60, 23: 50, 24: 40}
+    said = objections(fit_mixture(table, recipe="paper", draws=50))
+    assert "where it had converged" in said[0]
+    assert any("better than 0 of these 2 fits" in line for line in said)
+    assert any("does not beat 3" in line for line in said)
+    assert objections(fit_mixture(table, draws=50)) == ()
+
+
+def test_scores_keep_their_baseline(scores):
+    fit = fit_mixture(scores, recipe="paper", baseline=41.18, draws=50)
+    assert fit.baseline == 41.18
+    assert paper_weights(np.array(fit.values), fit.kind, fit.baseline).sum() == fit.n == 15489
+    assert MixtureFit.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
+    old = fit.to_dict()
+    del old["baseline"], old["seed"]  # written before these were kept
+    assert MixtureFit.from_dict(old).components == fit.components
+
+
+def test_count_against_mean_of_four(counts):
+    table = read_replicates(CHECKPOINTS, "average")
+    assert {len(values) for values in table.values()} == {4}
+    rho, p = stats.spearman(list(counts.values()), [np.mean(table[layer]) for layer in counts])
+    assert round(rho, 2) == 0.12
+    assert p == pytest.approx(0.57, abs=0.02)  # 10,000 draws: standard error 0.005
 
 
 # The robust recipe -------------------------------------------------------------------------------
@@ -154,7 +192,7 @@ def test_robust_likelihood_is_over_unit_intervals_and_normalised():
     fit = fit_mixture(profile(600, planted(), 0), draws=50)
     means, sds = (np.array([getattr(c, n) for c in fit.components]) for n in ("mean", "std"))
     weights = np.array([c.weight for c in fit.components])
-    masses = nulls.layer_masses(means, sds, LAYERS.astype(float))
+    masses = fits.layer_masses(means, sds, LAYERS.astype(float))
     np.testing.assert_allclose(masses.sum(axis=1), 1.0)
     share = weights @ masses
     expected = np.array(fit.values) @ np.log(share) / 600
@@ -183,6 +221,23 @@ def test_flat_and_planted_profiles_few_draws():
     lumps = [fit_mixture(profile(150, planted(), s), draws=100).verdict for s in range(4)]
     assert flat.count("supported") <= 1
     assert lumps.count("supported") == 4
+
+
+def test_the_verdict_alone_is_the_fits_verdict():
+    rng = np.random.default_rng(3)
+    trend = np.linspace(1, 3, 26) / 52
+    spike = np.where(LAYERS == 9, 8, 1) / 33
+    said = []
+    for share in (UNIFORM, trend, spike, planted()):
+        for seed in range(2):
+            table = dict(zip(LAYERS.tolist(), rng.multinomial(80, share).tolist(), strict=True))
+            said.append(count_verdict(table, draws=59, seed=seed))
+            assert said[-1] == fit_mixture(table, draws=59, seed=seed).verdict
+    assert set(said) == {"supported", "weak", "not distinguishable from flat"}
+    for table in (dict.fromkeys(range(8), 0), {1: 90, 2: 9, 3: 5, 4: 1, 5: 2}, {0: 3, 9: 1}):
+        assert count_verdict(table, draws=20) == fit_mixture(table, draws=20).verdict
+    with pytest.raises(BadInputError, match="no count"):
+        count_verdict({1: 0.5})
 
 
 @pytest.mark.recorded
@@ -238,6 +293,7 @@ def test_pure_noise_scores_are_flat():
         (dict.fromkeys(range(1, 9), 40.0), {"baseline": 41.18}),
         (dict.fromkeys(range(1, 9), 40.0), {"kind": "scores"}),
         (dict.fromkeys(range(1, 9), 0.5), {}),
+        (dict.fromkeys(range(0, 900, 100), 7), {}),
     ],
 )
 def test_degenerate_profiles_get_a_verdict(recipe, table, options):
@@ -263,6 +319,13 @@ def test_too_little_for_the_papers_recipe_has_no_components():
 
 def test_sizes_below_the_limits_say_so():
     assert "5 layers are too few" in fit_mixture({1: 90, 2: 9, 3: 5, 4: 1, 5: 2}).reason
+    for recipe in ("paper", "robust"):
+        for layers in (1, 3, 5):
+            table = {layer: 10 + 30 * (layer == 2) for layer in range(layers)}
+            fit = fit_mixture(table, recipe=recipe, draws=50)
+            assert fit.verdict == "not distinguishable from flat"
+            assert (fit.components, fit.recommended) == ((), ())
+            assert "too few to tell: 6 are needed" in fit.reason
     few = dict.fromkeys(range(1, 10), 1)
     assert "9 features over 9 layers are too few" in fit_mixture(few).reason
 
@@ -279,6 +342,7 @@ def test_sizes_below_the_limits_say_so():
         ({-1: 1}, {}, "-1"),
         ({1: 1}, {"noise": 0.0}, "noise"),
         ({1: 1}, {"components": 0}, "components"),
+        ({1: 1}, {"restarts": -1}, "restarts"),
         ({1: 1}, {"baseline": float("nan")}, "baseline"),
     ],
 )

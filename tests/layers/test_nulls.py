@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.mixture import GaussianMixture
 
-from resa_lens.layers import nulls
+from resa_lens.layers import fits, nulls
 from resa_lens.layers.mixture import fit_mixture, read_table
 
 TABLE = Path(__file__).parents[2] / "data" / "paper" / "table6_hookpoints.csv"
@@ -16,14 +16,14 @@ X = np.arange(1.0, 27.0)
 def test_layer_masses_against_numerical_integration():
     means, sds = np.array([1.0, 14.3]), np.array([0.5, 3.0])
     fine = np.linspace(0.5, 26.5, 26_000, endpoint=False) + 0.0005
-    for mean, sd, mass in zip(means, sds, nulls.layer_masses(means, sds, X), strict=True):
+    for mean, sd, mass in zip(means, sds, fits.layer_masses(means, sds, X), strict=True):
         density = np.exp(-0.5 * ((fine - mean) / sd) ** 2)
         expected = density.reshape(26, 1000).sum(axis=1) / density.sum()
         np.testing.assert_allclose(mass, expected, atol=1e-6)
 
 
 def test_layer_masses_keep_digits_in_both_tails():
-    mass = nulls.layer_masses(np.array([13.5]), np.array([0.6]), X)[0]
+    mass = fits.layer_masses(np.array([13.5]), np.array([0.6]), X)[0]
     np.testing.assert_allclose(mass, mass[::-1], rtol=1e-6)
     assert mass[0] > 0
 
@@ -32,7 +32,7 @@ def test_plain_mixture_is_scikit_learns_em():
     counts = np.random.default_rng(0).multinomial(80, np.ones(26) / 26)
     data = np.repeat(X, counts)[:, None]
     start = (np.array([5.0, 13.0, 21.0]), np.array([9.0, 9.0, 9.0]), np.ones(3) / 3)
-    means, variances, weights = nulls.plain_mixture(counts[None].astype(float), X, 3, start)
+    means, variances, weights = fits.plain_mixture(counts[None].astype(float), X, 3, start)
     peer = GaussianMixture(
         3,
         means_init=start[0][:, None],
@@ -49,17 +49,17 @@ def test_plain_mixture_is_scikit_learns_em():
 
 
 def test_grid_mixture_never_loses_and_robust_mixture_finds_the_truth():
-    grid = nulls.ComponentGrid.over(X, 0.5, 0.25, 12)
-    truth = nulls.layer_masses(np.array([6.0, 18.0]), np.array([2.0, 2.0]), X).mean(axis=0)
+    grid = fits.ComponentGrid.over(X, 0.5, 0.25, 12)
+    truth = fits.layer_masses(np.array([6.0, 18.0]), np.array([2.0, 2.0]), X).mean(axis=0)
     index = grid.nearest(np.array([[3.0, 24.0]]), np.array([[4.0, 4.0]]))
     levels = [
-        nulls.grid_mixture(1e4 * truth[None], grid, index, np.full((1, 2), 0.5), 0.0, steps)[2][0]
+        fits.grid_mixture(1e4 * truth[None], grid, index, np.full((1, 2), 0.5), 0.0, steps)[2][0]
         for steps in (1, 2, 3, 5, 10, 40)
     ]
     assert np.all(np.diff(levels) >= -1e-12)
     assert levels[-1] > levels[0] + 0.1
     best = float(truth @ np.log(truth))
-    found = nulls.robust_mixture(1e4 * truth, X, 2, grid, 0)
+    found = fits.robust_mixture(1e4 * truth, X, 2, grid, 0)
     assert best - 1e-6 < found.level <= best + 1e-12
     assert found.means == pytest.approx([6.0, 18.0], abs=0.02)
     assert found.sds == pytest.approx([2.0, 2.0], abs=0.02)

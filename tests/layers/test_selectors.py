@@ -8,7 +8,7 @@ import pytest
 
 from resa_lens.errors import BadInputError
 from resa_lens.layers.mixture import read_table
-from resa_lens.layers.selectors import SELECTORS, middle_layer, recommend, regret
+from resa_lens.layers.selectors import SELECTORS, middle_layer, recommend, recommend_all
 
 TABLE = Path(__file__).parents[2] / "data" / "paper" / "table6_hookpoints.csv"
 LUMP = {layer: int(40 * np.exp(-((layer - 9) ** 2) / 8)) for layer in range(1, 27)}
@@ -65,7 +65,7 @@ def test_quality_and_causal_rank_their_tables():
 def test_every_selector_answers():
     for name in SELECTORS:
         result = recommend(
-            LUMP, n_layers=28, selector=name, quality={1: 0.2}, causal={2: 0.3}, draws=50
+            LUMP, n_layers=28, selector=name, quality={9: 0.2}, causal={9: 0.3}, draws=50
         )
         assert result.recommended
         assert result.requested == name
@@ -87,42 +87,106 @@ def test_bad_input(options, match):
         recommend(LUMP, **{"n_layers": 28, **options})
 
 
-def test_regret_of_the_papers_table():
-    result = regret(read_table(TABLE, "average"), 12)
-    assert (result.best, result.chosen, result.ci) == (17, 12, None)
-    assert result.regret == pytest.approx(49.42 - 47.28)
+# Effects and the blend ---------------------------------------------------------------------------
 
 
-def test_regret_of_a_planted_table():
+def test_causal_takes_effects_beyond_their_control():
+    table = {1: (0.02, 0.02), 2: (0.30, 0.05), 3: (0.50, 0.06), 4: (-0.9, 0.05), 5: (0.0, 0.0)}
+    best = recommend({}, n_layers=7, selector="causal", causal=table)
+    assert (best.selector, best.verdict) == ("causal", "supported")
+    assert best.recommended == (3, 2)  # a layer whose control does more is none to tune
+    assert "layer 3 (0-based; 4th of 7)" in best.reason.lower()
+    assert "2 of 5 layers are above their control" in best.reason
+    json.dumps(best.to_dict(), allow_nan=False)
+
+
+def test_causal_falls_back_to_the_middle():
+    table = {layer: (0.01 * layer, 0.05) for layer in range(1, 11)}
+    result = recommend(dict.fromkeys(table, 3), n_layers=12, selector="causal", causal=table)
+    assert (result.selector, result.requested) == ("middle", "causal")
+    assert result.recommended == (5,)
+    assert result.verdict == "not distinguishable from flat"
+    assert "no layer's causal effect is above its control's" in result.reason
+    assert "Holm's correction for 10 layers" in result.reason
+
+
+def test_causal_false_alarms_stay_at_their_level():
+    # 10 layers without effect: one of them at 5 % each would be chosen in 40 % of the draws.
     rng = np.random.default_rng(0)
-    truth = {layer: 50.0 - 2.0 * abs(layer - 6) for layer in range(1, 13)}
-    table = {layer: (value + 0.5 * rng.normal(size=8)).tolist() for layer, value in truth.items()}
-    result = regret(table, 9)
-    assert result.best == 6
-    assert result.ci is not None
-    assert result.ci[0] < 6.0 < result.ci[1]
-    assert result.ci[1] - result.ci[0] < 2.5
-    best = regret(table, 6)
-    assert best.regret == 0.0
-    assert best.ci == (0.0, 0.0)
+    alarms = 0
+    for values in rng.normal(size=(300, 10)):
+        effects = {layer: (float(v), 1.0) for layer, v in enumerate(values, start=1)}
+        result = recommend(dict.fromkeys(effects, 0), n_layers=12, selector="causal",
+                           causal=effects)  # fmt: skip
+        alarms += result.selector == "causal"
+    assert 4 <= alarms <= 28  # 0.05 +- 3.3 standard errors
 
 
-def test_regret_interval_holds_where_all_layers_are_equal():
-    # The best of 12 equal layers is luck: the interval must still contain the true regret, 0.
-    rng = np.random.default_rng(1)
-    held = 0
-    for trial in range(100):
-        scores = dict(enumerate(rng.normal(size=12)))
-        result = regret(scores, 3, se=dict.fromkeys(range(12), 1.0), draws=1000, seed=trial)
-        assert result.ci is not None
-        held += result.ci[0] == 0.0
-    assert held >= 92
+def test_blend_ranks_the_tables_that_say_something():
+    quality = {layer: abs(layer - 8) / 10 for layer in LUMP}
+    result = recommend(LUMP, n_layers=28, selector="blend", quality=quality, draws=50)
+    assert result.selector == "blend"
+    # Ranks by hand: layer 8 is 2.5 (a tie with 10) and 1, layer 9 is 1 and 2.5 (a tie with 7).
+    assert set(result.recommended[:2]) == {8, 9}
+    assert result.recommended[0] == 9  # equal mean ranks: the layer nearer the middle, 12
+    assert "mean rank, 1.75 of 26, over feature counts and SAE quality" in result.reason
+    again = recommend(LUMP, n_layers=28, selector="blend", quality=quality, draws=50)
+    assert again == result
 
 
-def test_regret_bad_input():
-    with pytest.raises(BadInputError, match="layer 7"):
-        regret({1: 2.0}, 7)
-    with pytest.raises(BadInputError, match="standard error"):
-        regret({1: 2.0, 2: 3.0}, 1, se={1: 0.1})
-    with pytest.raises(BadInputError, match="finite"):
-        regret({1: 2.0, 2: float("nan")}, 1)
+def test_blend_leaves_out_what_its_own_test_calls_flat():
+    counts = read_table(TABLE, "feature_count")
+    effects = dict.fromkeys(counts, (0.01, 0.05))
+    quality = {layer: abs(layer - 20.2) for layer in counts}
+    result = recommend(
+        counts, n_layers=28, selector="blend", quality=quality, causal=effects, draws=50
+    )
+    assert result.recommended[0] == 20
+    assert (
+        "over SAE quality; left out: feature counts (not distinguishable from flat) and causal"
+        in (result.reason)
+    )
+    nothing = recommend(counts, n_layers=28, selector="blend", causal=effects, draws=50)
+    assert (nothing.selector, nothing.recommended) == ("middle", (12,))
+    assert "no table singles out a layer" in nothing.reason
+
+
+def test_all_selectors_share_one_fit():
+    made = recommend_all(LUMP, n_layers=28, quality={9: 0.1, 8: 0.2}, draws=50)
+    assert list(made) == ["mixture", "most-features", "middle", "quality", "blend"]
+    assert made["mixture"].fit is made["most-features"].fit is made["blend"].fit
+    for name, answer in made.items():
+        quality = {9: 0.1, 8: 0.2} if name in ("quality", "blend") else None
+        assert answer == recommend(LUMP, n_layers=28, selector=name, quality=quality, draws=50)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_few_layers_get_a_verdict(selector):
+    table = {1: 4, 2: 90, 3: 5, 4: 1, 5: 2}
+    result = recommend(
+        table, n_layers=7, selector=selector, quality={3: 1.0}, causal={3: 1.0}, draws=50
+    )
+    assert result.recommended
+    if selector == "mixture":
+        assert result.selector == "middle"
+        assert "5 layers are too few to tell" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("causal", "match"),
+    [
+        ({1: (0.1, 0.0)}, "standard error 0"),
+        ({1: (0.1, -1.0)}, "standard error -1"),
+        ({1: (0.1, float("nan"))}, "nan"),
+        ({1: (0.1, 0.1), 2: 0.3}, "layer 2 .* no standard error"),
+        ({1: (0.1, 0.1, 0.1)}, "no .effect, standard error."),
+    ],
+)
+def test_bad_effects(causal, match):
+    with pytest.raises(BadInputError, match=match):
+        recommend(LUMP, n_layers=28, selector="causal", causal=causal)
+
+
+def test_blend_of_tables_without_a_common_layer():
+    with pytest.raises(BadInputError, match="no layer in common"):
+        recommend(LUMP, n_layers=40, selector="blend", quality={30: 1.0}, draws=50)
