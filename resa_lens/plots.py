@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -323,3 +324,52 @@ def loss_figure(losses: Sequence[float]) -> go.Figure:
     figure = go.Figure(go.Scatter(y=list(losses), mode="lines", line={"color": BLUE}, name="loss"))
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
     return _layout(figure, "Tuning loss", "step", "KL, nats", legend=False)
+
+
+def dose_response_figure(doses: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
+    """Change of the accuracy by strength, of features and of matched random ones.
+
+    Args:
+        doses: rows as `pipeline.dose_response.dose_response` makes them.
+        title: what was done to which features.
+    """
+    figure = go.Figure()
+    effects = [row["effect"] for row in doses]
+    # Strength 0 is what the others are compared with: no change, without error.
+    strengths = [0.0, *(row["strength"] for row in doses)]
+    points = [0.0, *(100 * effect["difference"] for effect in effects)]
+    figure.add_scatter(
+        x=strengths,
+        y=points,
+        mode="lines+markers",
+        name="features",
+        line={"color": BLUE},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [0.0, *(100 * (e["ci"][1] - e["difference"]) for e in effects)],
+            "arrayminus": [0.0, *(100 * (e["difference"] - e["ci"][0]) for e in effects)],
+        },
+    )
+    beside = [(row["strength"], row["control"]) for row in doses if row["control"]]
+    figure.add_scatter(
+        x=[strength for strength, control in beside for _ in control["each"]],
+        y=[100 * each for _, control in beside for each in control["each"]],
+        mode="markers",
+        name="random features, each set",
+        marker={"color": GREY, "symbol": "circle-open", "size": 8},
+    )
+    figure.add_scatter(
+        x=[strength for strength, _ in beside],
+        y=[100 * control["effect"]["difference"] for _, control in beside],
+        mode="markers",
+        name="random features, mean",
+        marker={"color": ORANGE, "symbol": "diamond", "size": 10},
+    )
+    return _layout(
+        figure,
+        _plain(title),
+        "strength",
+        "change of the accuracy, points",
+        "95 % intervals over questions; random features of equal activation mass",
+    )

@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.prompts import ANSWER_CLOSE
+from resa_lens.phases import PHASES, tag_phases
+from resa_lens.prompts import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN
 
 Progress = Callable[[int], None]
 """Called with the number of finished documents."""
@@ -74,6 +76,25 @@ class Generation:
     """False where `max_new_tokens` ended it."""
 
 
+class GenerationHooks(Protocol):
+    """Is told what each forward pass reads, so that hooks on the model know their tokens."""
+
+    def before_forward(
+        self,
+        rows: Sequence[int],
+        positions: Int[Tensor, "row position"],
+        phases: Int[Tensor, "row position"],
+    ) -> None:
+        """Take note of the next inputs.
+
+        Args:
+            rows: each row's prompt, as an index; rows leave once they have ended.
+            positions: of the inputs in their documents.
+            phases: index into `PHASES`; -1 for padding, and for a row that has ended.
+        """
+        ...
+
+
 class Engine(Protocol):
     """What evaluation needs of an engine."""
 
@@ -110,6 +131,7 @@ class HFEngine:
         progress: Progress | None = None,
         *,
         streams: Sequence[tuple[int, ...]] | None = None,
+        hooks: GenerationHooks | None = None,
     ) -> list[Generation]:
         """Return one generation a prompt, in the prompts' order.
 
@@ -119,9 +141,11 @@ class HFEngine:
             progress: called with the number of finished documents whenever it grows.
             streams: what names each document's random stream besides the seed; its index by
                 default.  A trailing 0 changes nothing: (3,) and (3, 0) are the same stream.
+            hooks: told before each forward pass what it reads.
 
         Raises:
-            BadInputError: a prompt has no tokens, or the numbers of prompts and streams differ.
+            BadInputError: a prompt has no tokens, the numbers of prompts and streams differ, or
+                the tokenizer gives no offsets, which `hooks` need.
             RunFailedError: the model's logits are not numbers.
         """
         names = [(i,) for i in range(len(prompts))] if streams is None else list(streams)
@@ -140,14 +164,21 @@ class HFEngine:
                 rows = order[start : start + config.batch_size]
                 batch = [encoded[i] for i in rows]
                 draws = [_uniforms(config, names[i]) for i in rows]
-                for row, generation in self._decode(batch, draws, config):
+                watch = None
+                if hooks is not None:
+                    watch = _Watch(hooks, self, rows, [prompts[i] for i in rows])
+                for row, generation in self._decode(batch, draws, config, watch):
                     results[rows[row]] = generation
                     if progress is not None:
                         progress(len(results))
         return [results[i] for i in range(len(prompts))]
 
     def _decode(
-        self, batch: list[list[int]], draws: list[np.ndarray], config: GenerationConfig
+        self,
+        batch: list[list[int]],
+        draws: list[np.ndarray],
+        config: GenerationConfig,
+        watch: _Watch | None,
     ) -> Iterator[tuple[int, Generation]]:
         """Yield (row, generation) as the rows of one batch end."""
         device = next(self.model.parameters()).device
@@ -160,6 +191,8 @@ class HFEngine:
         rows = list(range(len(batch)))  # the batch's rows still computed
         live = set(rows)
         for step in range(config.max_new_tokens):
+            if watch is not None:
+                watch.tell(rows, live, input_BS, position_BS)
             logits_BV = self.model(
                 input_ids=input_BS,
                 attention_mask=mask_BS,
@@ -223,6 +256,89 @@ class HFEngine:
         text = self._text(kept)
         cuts = [text.find(s) + len(s) for s in stop if s in text]
         return Generation(text[: min(cuts)] if cuts else text, tuple(kept), len(ids), ended)
+
+
+class _Watch:
+    """Follows the text of a batch's rows, to tell the hooks the phase of every input.
+
+    As in `phases.tag_phases` the thoughts follow the last `<think>` of the prompt, or the first
+    that the model writes, and `</think>` ends them.  What is written later cannot change the phase
+    of a token that was read: another `<think>` among the thoughts is thought, one after them opens
+    new ones.
+    """
+
+    def __init__(
+        self,
+        hooks: GenerationHooks,
+        engine: HFEngine,
+        names: Sequence[int],
+        prompts: Sequence[str],
+    ) -> None:
+        if not engine.tokenizer.is_fast:
+            raise BadInputError("the tokenizer gives no offsets; hooks by phase need a fast one")
+        self.hooks, self.engine, self.names = hooks, engine, names
+        # Not before the first token that can complete a tag is the text decoded.
+        self.closers = engine._possible_enders((THINK_OPEN, THINK_CLOSE))
+        encoded = engine.tokenizer(list(prompts), return_offsets_mapping=True)
+        self.prompts = [
+            tag_phases(text, offsets)
+            for text, offsets in zip(prompts, encoded["offset_mapping"], strict=True)
+        ]
+        self.states = [
+            _state(text, ids, offsets)
+            for text, ids, offsets in zip(
+                prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            )
+        ]
+        self.started = False
+
+    def tell(
+        self,
+        rows: Sequence[int],
+        live: set[int],
+        ids: Int[Tensor, "row position"],
+        positions: Int[Tensor, "row position"],
+    ) -> None:
+        """Tell the hooks what comes next: the prompts at first, then a token a row."""
+        phases = torch.full(ids.shape, -1)
+        if self.started:
+            tokens = ids[:, 0].tolist()
+            found = [
+                self._next(r, t) if r in live else -1 for r, t in zip(rows, tokens, strict=True)
+            ]
+            phases[:, 0] = torch.tensor(found)
+        else:
+            for row, known in enumerate(self.prompts):
+                phases[row, phases.shape[1] - len(known) :] = torch.tensor(known)
+        self.started = True
+        self.hooks.before_forward(
+            [self.names[row] for row in rows], positions, phases.to(ids.device)
+        )
+
+    def _next(self, row: int, token: int) -> int:
+        phase, since = self.states[row]
+        since.append(token)
+        if self.closers[token]:
+            thinking = PHASES[phase] == "think"
+            tag = THINK_CLOSE if thinking else THINK_OPEN
+            # Twice the characters: some tokens decode to nothing.
+            if tag in self.engine._text(since[-2 * len(tag) :]):
+                self.states[row] = (PHASES.index("answer" if thinking else "think"), [])
+        return phase
+
+
+def _state(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> tuple[int, list[int]]:
+    """Return the phase that goes on after a prompt, and the prompt's tokens that belong to it."""
+    opened = text.rfind(THINK_OPEN)
+    if opened < 0:
+        return PHASES.index("prompt"), list(ids)
+    begins = opened + len(THINK_OPEN)
+    closed = text.find(THINK_CLOSE, begins)
+    begins = closed + len(THINK_CLOSE) if closed >= 0 else begins
+    since = [token for token, (first, _) in zip(ids, offsets, strict=True) if first >= begins]
+    return PHASES.index("answer" if closed >= 0 else "think"), since
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

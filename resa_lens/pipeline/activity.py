@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from resa_lens import corpora, prompts
@@ -49,6 +50,9 @@ TOKENS = 100_000
 """Of the documents, by default."""
 LENS_PRODUCTS = 2e11
 """Multiplications of one layer's lens and neighbours up to which every feature gets them."""
+ROOM_MB = 128
+"""What the tables' row groups take in Python and Arrow, and what allocators keep of the
+temporaries of a pass: 100 to 140 MB where it was measured."""
 FIGURES = "figures.json"
 CHUNK = 64
 """Questions that are answered between two writes of the generations."""
@@ -146,7 +150,9 @@ def activity_run(
         documents = Documents(batches, model.tokenizer)
         finished = {p: read_json(f) for p in points if (f := _figures(work, p)).exists()}
         left = [p for p in points if p not in finished]
-        groups = _groups(ctx, model, saes, left, batches, config, memory_limit_mb) if left else []
+        groups, planned = [], 0.0
+        if left:
+            groups, planned = _plan(ctx, model, saes, left, batches, config, memory_limit_mb)
         fresh, resumed = _measure(ctx, model, saes, groups, batches, config, documents, work)
         rows = sorted([*finished.values(), *fresh], key=lambda row: row["layer"])
         resumed += len(batches) if finished else 0
@@ -165,6 +171,7 @@ def activity_run(
                 "site": site,
                 "model": model.name,
                 "n_layers": model.n_layers,
+                "planned_memory_mb": planned,
             },
         )
         manifest.seconds = round(time.monotonic() - began, 3)
@@ -219,7 +226,7 @@ def _generate(
     return made
 
 
-def _groups(
+def _plan(
     ctx: Context,
     model: Model,
     saes: SaeRun,
@@ -227,8 +234,8 @@ def _groups(
     batches: Sequence[PhasedBatch],
     config: ActivityConfig,
     limit_mb: float | None,
-) -> list[list[Hookpoint]]:
-    """Plan the run from a probe of the largest batch, say what it needs, and divide the layers."""
+) -> tuple[list[list[Hookpoint]], float]:
+    """Divide the layers by a probe of the largest batch; say what the run needs, and return MB."""
     meter = Meter(model.device)
     probe = max(batches, key=lambda batch: batch.ids.numel())
     first = points[:1]
@@ -245,7 +252,7 @@ def _groups(
     width, size = model.d_model, int(coders[first[0]].num_latents or 0)
     acts = 4 * probe.ids.numel() * width
     each = (needed_bytes(width, size, config) + acts) / MB
-    top = max(reached[0], base) + each
+    top = max(reached[0], base) + each + ROOM_MB
     available = meter.now() + meter.available() * (1 - RESERVE)
     limit = available if limit_mb is None else limit_mb
     fitting = int((limit - top) // each) + 1
@@ -259,12 +266,13 @@ def _groups(
     groups = [list(points[i : i + count]) for i in range(0, len(points), count)]
     tokens = sum(batch.ids.numel() for batch in batches)
     seconds = one * len(points) * tokens / probe.ids.numel()
+    peak = top + (count - 1) * each
     note = f" in {passes} passes over the documents" if passes > 1 else ""
     ctx.reporter.note(
-        f"expected: at most {seconds:.0f} s{note}, {top + (count - 1) * each:.0f} MB of memory at "
+        f"expected: at most {seconds:.0f} s{note}, {peak:.0f} MB of memory at "
         f"the peak ({available:.0f} MB available); {tokens} tokens"
     )
-    return groups
+    return groups, round(peak, 1)
 
 
 def _measure(
@@ -360,6 +368,7 @@ def _write_layer(
                 feature_rows(activity, point, share, some, lens, near, model.tokenizer),
                 example_rows(activity, point, some, documents),
             )
+    pa.default_memory_pool().release_unused()
 
 
 def parse_feature(text: str, n_layers: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -138,7 +139,7 @@ def test_layers_that_do_not_fit_are_measured_in_turn(ctx, tiny, saes, tmp_path, 
     )
     meter = pipeline.Meter(tiny.device)
     # Room for one layer more than the process has now, and not for two.
-    limit = meter.now() + 40
+    limit = meter.now() + 40 + pipeline.ROOM_MB
     monkeypatch.setattr(pipeline, "needed_bytes", lambda *a: 30 * 2**20)
     parted = activity_run(other, tiny, saes, CORPUS, CONFIG, tokens=2000, memory_limit_mb=limit)
     assert seen[3:] == [1, 1, 1]  # after three probes of one layer
@@ -221,6 +222,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     )  # fmt: skip
     (tmp_path / "saes").symlink_to(json.loads(trained.stdout)["folder"])
     whole = json.loads(start("whole").communicate(timeout=200)[0])
+    manifest = json.loads((Path(whole["folder"]) / "manifest.json").read_text())
+    planned = manifest["results"]["planned_memory_mb"]
+    assert planned == pytest.approx(manifest["peak_memory_mb"], rel=0.15)
     for _ in range(2):
         process = start("killed")
         root = tmp_path / "killed"
