@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resa_lens.activations import check_hookpoints, stream_activations
@@ -34,6 +35,9 @@ from resa_lens.saes.kernels import by_latent
 LOWEST, OCTAVES = -10, 24
 BINS = 2 * OCTAVES
 """Of the histogram: from 2^-10 to 2^14, two an octave; what lies outside is in the end bins."""
+CONTEXT = 8
+"""Tokens that make two peaks the same example."""
+_PRIME = 1_000_003
 _EXPONENT = 127  # of 1.0 in float32
 _HALF_OCTAVE = 22  # bits below the exponent and the first bit of the mantissa
 
@@ -79,7 +83,18 @@ def needed_bytes(d_in: int, d_sae: int, config: ActivityConfig) -> int:
     """Return what one layer holds: its encoder, also in bfloat16, and its figures."""
     encoder = 6 * d_sae * (d_in + 1)
     figures = len(PHASES) * (8 + 8 + 4) + 8 + 16 + 4 * BINS
-    return encoder + d_sae * (figures + config.examples * (4 + 8 + 8 + 4 * config.window))
+    return encoder + d_sae * (figures + config.examples * (4 + 8 + 8 + 8 + 4 * config.window))
+
+
+def contexts_of(ids: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
+    """Return a number for the last `CONTEXT` tokens up to each one; equal texts have equal ones."""
+    # 0 is what stands before a document, so a text that begins later is another one.
+    padded = F.pad(ids + 1, (CONTEXT - 1, 0))
+    found = torch.zeros_like(ids)
+    for back in range(CONTEXT):
+        # Wraps around in 64 bits.
+        found = found * _PRIME + padded[:, back : back + ids.shape[1]]
+    return found
 
 
 class Tally:
@@ -103,6 +118,7 @@ class Tally:
         self.top = zeros(d_sae, n, dtype=torch.float)
         self.top_documents = zeros(d_sae, n) - 1
         self.top_positions = zeros(d_sae, n)
+        self.top_contexts = zeros(d_sae, n)
         self.windows = zeros(d_sae, n, config.window, dtype=torch.float)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,6 +138,7 @@ class Tally:
         acts: SparseActs,
         phases: Int[Tensor, " row"],
         documents: Int[Tensor, " row"],
+        contexts: Int[Tensor, " row"],
         length: int,
     ) -> None:
         """Add one batch.
@@ -130,6 +147,8 @@ class Tally:
             acts: active latents; row i is token i of the batch, document by document.
             phases: of each token, an index into `PHASES`.
             documents: the number of each token's document.
+            contexts: a number for the text that ends in each token (`contexts_of`): of documents
+                whose peaks have the same, one is an example.
             length: tokens of each document.
         """
         if self.config.threshold > 0:
@@ -161,49 +180,70 @@ class Tally:
         peaks = torch.zeros_like(fired, dtype=torch.float)
         peaks.scatter_reduce_(0, segment, values, "amax")
         if bool((wanted := peaks > self.top[feature, -1]).any()):
-            self._keep_best(
-                latents, rows, values, segment, feature, peaks, wanted, documents, length
+            # The first token that reaches its segment's peak.
+            at_peak = (values == peaks[segment]).nonzero()[:, 0]
+            first = torch.full_like(feature, rows.numel())
+            first.scatter_reduce_(0, segment[at_peak], at_peak, "amin")
+            index = self._candidates(feature, peaks, contexts[rows[first]], wanted)
+            token = rows[first[index]]
+            held = {
+                "top_documents": documents[token],
+                "top_positions": token % length,
+                "top_contexts": contexts[token],
+                "windows": self._windows(latents, rows, values, feature[index], token, length),
+            }
+            self._keep_best(feature[index], peaks[index], held)
+
+    def _candidates(
+        self,
+        feature: Int[Tensor, " segment"],
+        peaks: Float[Tensor, " segment"],
+        contexts: Int[Tensor, " segment"],
+        wanted: Bool[Tensor, " segment"],
+    ) -> Int[Tensor, " candidate"]:
+        """Return the segments that go into their feature's list, by feature, the strongest first.
+
+        No more than the list is long, of equal peaks the earlier document, and of equal contexts
+        the first that came: half of the documents of a corpus may begin with one system prompt.
+        """
+        index = wanted.nonzero()[:, 0]
+        known = self.top_contexts[feature[index]] == contexts[index, None]
+        known &= self.top_documents[feature[index]] >= 0
+        index = index[~known.any(1)]
+        index = index[peaks[index].argsort(descending=True, stable=True)]
+        index = index[contexts[index].argsort(stable=True)]
+        index = index[feature[index].argsort(stable=True)]
+        if index.numel():
+            new = torch.ones_like(index, dtype=torch.bool)
+            new[1:] = (feature[index[1:]] != feature[index[:-1]]) | (
+                contexts[index[1:]] != contexts[index[:-1]]
             )
+            index = index[new].sort().values
+        index = index[peaks[index].argsort(descending=True, stable=True)]
+        index = index[feature[index].argsort(stable=True)]
+        _, slot, counts = torch.unique_consecutive(
+            feature[index], return_inverse=True, return_counts=True
+        )
+        rank = torch.arange(index.numel(), device=index.device) - (counts.cumsum(0) - counts)[slot]
+        return index[rank < self.config.examples]
 
     def _keep_best(
         self,
-        latents: Int[Tensor, " pair"],
-        rows: Int[Tensor, " pair"],
-        values: Float[Tensor, " pair"],
-        segment: Int[Tensor, " pair"],
-        feature: Int[Tensor, " segment"],
-        peaks: Float[Tensor, " segment"],
-        wanted: Tensor,
-        documents: Int[Tensor, " row"],
-        length: int,
+        owner: Int[Tensor, " candidate"],
+        peaks: Float[Tensor, " candidate"],
+        held: Mapping[str, Tensor],
     ) -> None:
-        """Put the documents whose peak is among a feature's best into its list."""
-        n = self.config.examples
-        # The first token that reaches its segment's peak.
-        at_peak = (values == peaks[segment]).nonzero()[:, 0]
-        first = torch.full_like(feature, rows.numel())
-        first.scatter_reduce_(0, segment[at_peak], at_peak, "amin")
-        index = wanted.nonzero()[:, 0]
-        # By feature, the strongest first, the earlier document before the later one.
-        index = index[peaks[index].argsort(descending=True, stable=True)]
-        index = index[feature[index].argsort(stable=True)]
-        owner = feature[index]
+        """Merge candidates, ordered as `_candidates` gives them, into their features' lists."""
         changed, slot, counts = torch.unique_consecutive(
             owner, return_inverse=True, return_counts=True
         )
         rank = torch.arange(owner.numel(), device=owner.device) - (counts.cumsum(0) - counts)[slot]
-        index, slot, rank = (part[rank < n] for part in (index, slot, rank))
+        n = self.config.examples
         fresh = self.top.new_full((changed.numel(), n), -1.0)
-        fresh[slot, rank] = peaks[index]
+        fresh[slot, rank] = peaks
         # What is empty on the left is 0, on the right -1: a feature's list is filled up in order.
         both = torch.cat([self.top[changed], fresh], 1)
         best, chosen = (part[:, :n] for part in both.sort(dim=1, descending=True, stable=True))
-        token = rows[first[index]]
-        held = {
-            "top_documents": documents[token],
-            "top_positions": token % length,
-            "windows": self._windows(latents, rows, values, feature[index], token, length),
-        }
         for name, new in held.items():
             table = getattr(self, name)
             old = table[changed]
@@ -302,11 +342,12 @@ def measure_activity(
     for number, (batch, held) in enumerate(zip(batches[done:], stream, strict=True), done + 1):
         phases = batch.phases.flatten().to(model.device)
         documents = batch.documents.flatten().to(model.device)
+        contexts = contexts_of(batch.ids).flatten().to(model.device)
         for point, tally in tallies.items():
             # Released layer by layer: at the end only the figures are left.
             x = held.acts.pop(point).flatten(0, 1).float()
             acts = encode(coders[point], x, prepared=encoders[point])
-            tally.add(acts, phases, documents, batch.ids.shape[1])
+            tally.add(acts, phases, documents, contexts, batch.ids.shape[1])
         if store:
             store.keep(number, len(batches), tallies)
         if advance:

@@ -17,6 +17,7 @@ from resa_lens.features.activity import (
     ActivityConfig,
     Tally,
     bin_edges,
+    contexts_of,
     density,
     measure_activity,
     needed_bytes,
@@ -48,6 +49,11 @@ def drawn(seed: int, documents: int, length: int, d_sae: int = 11, first: int = 
     return dense, phases, numbers
 
 
+def unique(numbers: torch.Tensor, length: int) -> torch.Tensor:
+    """A context of its own for every token."""
+    return numbers * 1000 + torch.arange(len(numbers)) % length
+
+
 BATCHES = [(0, 4, 5, 0), (1, 3, 8, 4), (2, 6, 2, 7)]
 """Seed, documents, length and first number of three batches."""
 
@@ -56,7 +62,7 @@ def filled(config: ActivityConfig = SMALL) -> tuple[Tally, list]:
     tally, held = Tally(11, config), []
     for seed, documents, length, first in BATCHES:
         batch = drawn(seed, documents, length, first=first)
-        tally.add(sparse(batch[0]), *batch[1:], length)
+        tally.add(sparse(batch[0]), *batch[1:], unique(batch[2], length), length)
         held.append((*batch, length))
     return tally, held
 
@@ -106,7 +112,7 @@ def test_order_of_batches_changes_no_figure():
     forward, held = filled()
     backward = Tally(11, SMALL)
     for dense, phases, numbers, length in reversed(held):
-        backward.add(sparse(dense), phases, numbers, length)
+        backward.add(sparse(dense), phases, numbers, unique(numbers, length), length)
     for name, value in forward.tensors().items():
         torch.testing.assert_close(value, backward.tensors()[name], msg=name)
 
@@ -115,30 +121,58 @@ def test_of_equal_peaks_the_earlier_document_stays():
     tally = Tally(1, replace(SMALL, examples=2))
     for first in (0, 2):
         acts = sparse(torch.ones(4, 1))
-        tally.add(
-            acts, torch.zeros(4).long(), torch.arange(first, first + 2).repeat_interleave(2), 2
-        )
+        numbers = torch.arange(first, first + 2).repeat_interleave(2)
+        tally.add(acts, torch.zeros(4).long(), numbers, unique(numbers, 2), 2)
     assert tally.top_documents[0].tolist() == [0, 1]
     assert tally.top_positions[0].tolist() == [0, 0]
+
+
+def test_documents_of_one_text_are_one_example():
+    """Three documents with the same beginning, one of them stronger elsewhere, in two batches."""
+    tally = Tally(1, SMALL)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    dense = torch.tensor([[0, 2.0, 0, 0], [0, 2.0, 0, 1.0]]).flatten()[:, None]
+    zeros = torch.zeros(8).long()
+    for first in (0, 2):
+        numbers = torch.arange(first, first + 2).repeat_interleave(4)
+        tally.add(sparse(dense), zeros, numbers, contexts_of(ids).flatten(), 4)
+        dense[-1] = 3.0
+    assert tally.top[0].tolist() == [3.0, 2.0, 0.0]
+    assert tally.top_documents[0].tolist() == [3, 0, -1]
+    assert tally.documents[0] == 4
+
+
+def test_contexts_are_equal_where_the_last_tokens_are():
+    ids = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(0))
+    ids[1, 10:18] = ids[0, 20:28]
+    found = contexts_of(ids)
+    assert found[1, 17] == found[0, 27]
+    assert found[1, 16] != found[0, 26]
+    assert len(found.unique()) == 59
+    # A text that begins later is another one.
+    assert contexts_of(torch.tensor([[0, 0, 3]]))[0, 2] != contexts_of(torch.tensor([[3]]))[0, 0]
 
 
 def test_a_threshold_leaves_weak_activations_out():
     tally = Tally(2, replace(SMALL, threshold=0.5))
     dense = torch.tensor([[0.4, 0.6], [0.5, 0.0]])
-    tally.add(sparse(dense), torch.zeros(2).long(), torch.zeros(2).long(), 2)
+    zeros = torch.zeros(2).long()
+    tally.add(sparse(dense), zeros, zeros, zeros, 2)
     assert tally.fired.sum(0).tolist() == [0, 1]
 
 
 def test_a_batch_without_activity_is_no_error():
     tally = Tally(2, SMALL)
-    tally.add(sparse(torch.zeros(4, 2)), torch.zeros(4).long(), torch.zeros(4).long(), 4)
+    zeros = torch.zeros(4).long()
+    tally.add(sparse(torch.zeros(4, 2)), zeros, zeros, zeros, 4)
     assert tally.fired.sum() == 0
 
 
 def test_values_beyond_the_histogram_are_in_its_end_bins():
     tally = Tally(1, SMALL)
     values = torch.tensor([[1e-9], [2.0**-10], [1.0], [1.49], [1.5], [2.0**13.9], [1e9]])
-    tally.add(sparse(values), torch.zeros(7).long(), torch.zeros(7).long(), 7)
+    zeros = torch.zeros(7).long()
+    tally.add(sparse(values), zeros, zeros, zeros, 7)
     histogram = tally.histogram[0]
     assert histogram.sum() == 7
     assert histogram[0] == 2
@@ -176,10 +210,8 @@ def test_no_tensor_of_tokens_by_latents_is_made():
     )  # fmt: skip
     tally = Tally(d_sae, ActivityConfig(examples=2, before=4, after=4))
     with Largest() as seen:
-        tally.add(
-            acts, torch.zeros(tokens).long(),
-            torch.arange(documents).repeat_interleave(length), length,
-        )  # fmt: skip
+        numbers = torch.arange(documents).repeat_interleave(length)
+        tally.add(acts, torch.zeros(tokens).long(), numbers, unique(numbers, length), length)
     # In-place operations give the tally's own tables back, the largest of them the histogram.
     assert seen.numel <= max(t.numel() for t in tally.tensors().values())
     assert seen.numel < tokens * d_sae / 8
@@ -293,6 +325,7 @@ def test_documents_of_one_token_are_documents():
     tally = Tally(2, SMALL)
     batch = PhasedBatch(torch.ones(3, 1).long(), torch.zeros(3, 1).long(), torch.arange(3)[:, None])
     acts = sparse(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
-    tally.add(acts, batch.phases.flatten(), batch.documents.flatten(), 1)
+    numbers = batch.documents.flatten()
+    tally.add(acts, batch.phases.flatten(), numbers, unique(numbers, 1), 1)
     assert tally.top_documents.tolist() == [[1, 0, -1], [2, -1, -1]]
     assert tally.windows[0, 0].tolist() == [0.0, 0.0, 2.0, 0.0]
