@@ -25,8 +25,9 @@ from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.discovery import seed_runs
 from resa_lens.pipeline.sae_training import train_run
-from resa_lens.pipeline.saes import SaeRun, sae_run
+from resa_lens.pipeline.saes import SaeRun
 from resa_lens.saes.baselines import random_weights_model
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.train import SaeConfig
@@ -183,8 +184,8 @@ def _other_seed(
             "other seed: these SAEs came without their training; give SAEs of this workspace"
         )
         return None
-    run = _find_other_seed(ctx, model, saes, layers)
-    if run is None:
+    runs = [run for run in seed_runs(ctx, model, saes, layers) if run.folder != saes.folder]
+    if not runs:
         sae, corpus = training
         ctx.reporter.note(f"another seed's SAEs: none; training seed {sae.seed + 1}")
         run = train_run(
@@ -195,6 +196,7 @@ def _other_seed(
             replace(corpus, seed=corpus.seed + 1),
         )
     else:
+        run = runs[0]
         ctx.reporter.note(f"another seed's SAEs: using {run.folder}")
     theirs = run.coders(model, layers)
     found = count_features(model, theirs, counts.config)
@@ -234,34 +236,6 @@ def _training(saes: SaeRun) -> tuple[SaeConfig, CorpusConfig] | None:
     if made is None or made.kind != "saes" or made.config["sae"].get("mode") != "scratch":
         return None
     return SaeConfig(**made.config["sae"]), CorpusConfig(**made.config["corpus"])
-
-
-def _find_other_seed(
-    ctx: Context, model: Model, saes: SaeRun, layers: Sequence[int]
-) -> SaeRun | None:
-    """Return the newest run that differs from the given one in nothing but its seed and layers."""
-    assert saes.manifest is not None
-
-    def without_seed(sae: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in sae.items() if key != "seed"}
-
-    mine = saes.manifest
-    for folder, other in ctx.workspace.find(f"saes/{model.slug}", "saes"):
-        same = (
-            without_seed(other.config["sae"]) == without_seed(mine.config["sae"])
-            and without_seed(other.config["corpus"]) == without_seed(mine.config["corpus"])
-            and other.config["data"] == mine.config["data"]
-            and other.dtype == mine.dtype
-        )
-        held = {row["layer"] for row in other.results["layers"]}
-        if (
-            same
-            and other.config["sae"]["seed"] != mine.config["sae"]["seed"]
-            and held >= set(layers)
-        ):
-            points = [Hookpoint(layer, saes.points[0].site) for layer in sorted(held)]
-            return sae_run(folder, points, other, fresh=False)
-    return None
 
 
 def read_plain_texts(path: str) -> list[str]:
