@@ -39,7 +39,7 @@ def activity(
         typer.Option(help="Look at the model's own answers to so many questions.", min=0),
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Of one answer.", min=1)] = 256,
-    corpus_tokens: Annotated[int, typer.Option(help="Tokens of the documents.", min=1)] = 100_000,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the documents.", min=1)] = 100_000,
     examples: Annotated[int, typer.Option(help="Documents kept of each feature.", min=1)] = 8,
     threshold: ThresholdOption = 0.0,
     layers: LayersOption = None,
@@ -86,7 +86,7 @@ def activity(
         )  # fmt: skip
         made = activity_run(
             ctx, host, run, corpus, ActivityConfig(examples=examples, threshold=threshold),
-            layers=None if saes and layers is None else chosen, tokens=corpus_tokens,
+            layers=None if saes and layers is None else chosen, tokens=text_tokens,
             generations=generations, max_new_tokens=max_new_tokens,
             memory_limit_mb=None if memory_limit is None else memory_limit * 1024,
         )  # fmt: skip

@@ -181,7 +181,8 @@ def attribute(
         from resa_lens.corpora import CorpusConfig
         from resa_lens.features.exclusive import CountConfig
         from resa_lens.hookpoints import Hookpoint
-        from resa_lens.pipeline.ablation import attribute_run, counted_features
+        from resa_lens.pipeline.ablation import counted_features
+        from resa_lens.pipeline.attribution import attribute_run
         from resa_lens.saes.train import SaeConfig
 
         named = None if features in ("active", "counted") else _indices(features)

@@ -348,6 +348,7 @@ def recommend_layers(
         from resa_lens.corpora import CorpusConfig
         from resa_lens.features.exclusive import CountConfig
         from resa_lens.hookpoints import parse_layers
+        from resa_lens.pipeline.attribution import measure_effects
         from resa_lens.pipeline.discovery import discover
         from resa_lens.saes.train import SaeConfig
 
@@ -367,6 +368,7 @@ def recommend_layers(
             recipe=recipe,
             saes=saes,
             allow_mismatch=allow_site_mismatch,
+            causal=measure_effects(ctx, host, rule, CorpusConfig(source=data, seed=seed)),
         )
         made = found.recommendation
         values = {"model": host.name, "site": site, "rule": rule, **made.to_dict()}

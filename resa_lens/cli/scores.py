@@ -21,6 +21,7 @@ from resa_lens.cli.common import (
     SeedOption,
     SiteOption,
     ThreadsOption,
+    TokensOption,
     TopkOption,
     WorkspaceOption,
     YesOption,
@@ -48,7 +49,9 @@ def score_features(
             "same documents."
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Of text [16384].", min=1)] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the documents [16384].", min=1)
+    ] = None,
     words: Annotated[
         str | None,
         typer.Option(
@@ -64,6 +67,7 @@ def score_features(
         str, typer.Option(help="bh (false discovery rate) or holm (any false call).")
     ] = "bh",
     top: Annotated[int, typer.Option(help="Features shown of each score.", min=1)] = 20,
+    tokens: TokensOption = None,
     latents: LatentsOption = None,
     k: TopkOption = 32,
     allow_site_mismatch: MismatchOption = False,
@@ -96,13 +100,13 @@ def score_features(
         chosen = parse_layers(layers, host.n_layers)
         corpus = CorpusConfig(source=data, seed=seed)
         run = saes_for(
-            ctx, host, chosen, SaeConfig(site, latents, k, seed=seed), corpus, saes,
+            ctx, host, chosen, SaeConfig(site, latents, k, tokens=tokens, seed=seed), corpus, saes,
             allow_mismatch=allow_site_mismatch, only=None if layers is None else chosen,
         )  # fmt: skip
         config = ScoreConfig(
             scores=tuple(score) if score else None,
             other=other_data,
-            tokens=tokens or TOKENS,
+            tokens=text_tokens or TOKENS,
             words=None
             if words is None
             else tuple(w for w in map(str.strip, words.split(",")) if w),
@@ -176,7 +180,9 @@ def match_features(
     layers: LayersOption = None,
     site: SiteOption = "mlp_out",
     data: DataOption = "tiny",
-    tokens: Annotated[int | None, typer.Option(help="Of shared text [16384].", min=1)] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the shared documents [16384].", min=1)
+    ] = None,
     threshold: Annotated[
         float, typer.Option(help="A feature is found where its match is above it.")
     ] = 0.7,
@@ -216,7 +222,7 @@ def match_features(
             Side(m, open_run(ctx, m, name, site, chosen))
             for m, name in ((host, run_a), (other, run_b))
         )
-        config = MatchConfig(threshold, tokens or TOKENS, count)
+        config = MatchConfig(threshold, text_tokens or TOKENS, count)
         folder, rows = match_run(
             ctx, first, second, CorpusConfig(source=data, seed=seed), config, chosen
         )

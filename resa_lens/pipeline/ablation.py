@@ -14,12 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
 from resa_lens.evals.engines import Generation, GenerationConfig, HFEngine
 from resa_lens.evals.run import EvalConfig, EvalResult, evaluate, read_samples, write_samples
 from resa_lens.evals.tasks import EvalItem
-from resa_lens.features.attribution import attribute, mean_loss, model_forward
 from resa_lens.features.exclusive import RULES, CountConfig
 from resa_lens.features.interventions import (
     VALUED,
@@ -36,11 +34,11 @@ from resa_lens.features.interventions import (
 )
 from resa_lens.hookpoints import Hookpoint, describe_layer
 from resa_lens.models import Model
-from resa_lens.phases import PHASES, TOKENS, PhasedBatch, phased_batches, phased_texts
+from resa_lens.phases import PHASES, phased_batches
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.discovery import count_run
 from resa_lens.pipeline.dose_response import Rows, compare_shares, dose_response, outcome
-from resa_lens.pipeline.saes import SaeRun, fit_corpus, split_records
+from resa_lens.pipeline.saes import SaeRun
 from resa_lens.saes.coder import SparseCoder, hash_tensors
 from resa_lens.workspace import config_dict, digest, read_json, write_errors, write_json
 
@@ -391,100 +389,3 @@ class _Arms:
         if not any(self._active(mass, self.config.features).values()):
             return f"the features are never active at the chosen tokens; {sampling}"
         return f"{main['effect']['note']}; {sampling}"
-
-
-METRICS = {"loss": ("think", "answer"), "think": ("think",), "answer": ("answer",)}
-"""What is attributed: the mean loss over a document's tokens of these phases."""
-
-
-def document_batches(
-    model: Model, corpus: CorpusConfig, tokens: int, batch_tokens: int = 1024
-) -> list[PhasedBatch]:
-    """Return held-out documents of a corpus, with their steps where it has them."""
-    corpus = fit_corpus(corpus, model)
-    records = split_records(
-        load_records(
-            corpus.source,
-            question_column=corpus.question_column,
-            answer_column=corpus.answer_column,
-        )
-    )[1]
-    return phased_batches(
-        model.tokenizer,
-        phased_texts(records, corpus),
-        tokens=tokens,
-        longest=corpus.sequence,
-        batch_tokens=batch_tokens,
-    )
-
-
-def attribute_run(
-    ctx: Context,
-    model: Model,
-    saes: SaeRun,
-    point: Hookpoint,
-    corpus: CorpusConfig,
-    *,
-    metric: str = "loss",
-    features: tuple[int, ...] | None = None,
-    top: int = 20,
-    tokens: int = TOKENS,
-) -> tuple[Path, dict[str, Any]]:
-    """Attribute the loss to a layer's features, by gradient and by patching, or read the result.
-
-    Raises:
-        BadInputError: an unknown metric, no SAE at the place, or a feature out of range.
-    """
-    if metric not in METRICS:
-        raise BadInputError(f"metric {metric!r} is unknown; use {', '.join(METRICS)}")
-    if top < 1 or tokens < 1:
-        raise BadInputError(f"top is {top}, tokens {tokens}; both must be at least 1")
-    coders = saes.coders(model, [point.layer])
-    check_features(model, point, features or (), coders)
-    identity = {
-        "metric": metric,
-        "features": features,
-        "top": top,
-        "tokens": tokens,
-        "corpus": config_dict(corpus),
-        "sae": hash_tensors(coders[point]),
-        "layer": point.layer,
-        "dtype": model.dtype,
-        "seed": ctx.seed,
-    }
-    folder = ctx.workspace.path("attributions", model.slug, f"{point.site}-{digest(identity)}")
-    if ctx.done(folder):
-        ctx.reporter.note(f"attribution: done before, in {folder}")
-        return folder, read_json(folder / "results.json")
-    batches = document_batches(model, corpus, tokens)
-    with ctx.reporter.bar("attributing", len(batches)) as advance:
-        found = attribute(
-            model_forward(model, point),
-            coders[point],
-            batches,
-            mean_loss(METRICS[metric]),
-            features=features,
-            top=top,
-            seed=ctx.seed,
-            advance=advance,
-        )
-    results = {
-        "model": model.name,
-        "layer": point.layer,
-        "site": point.site,
-        "where": point.describe(model.n_layers),
-        "saes": str(saes.folder),
-        "metric": metric,
-        "warnings": list(saes.warnings),
-        **found.to_dict(),
-    }
-    manifest = ctx.manifest(
-        "attribution",
-        model,
-        config=identity,
-        parents=[ctx.workspace.relative(saes.folder)],
-        results={key: results[key] for key in ("layer", "site", "agreement", "documents")},
-    )
-    with ctx.workspace.artifact(folder, manifest) as target:
-        write_json(target / "results.json", results)
-    return folder, results

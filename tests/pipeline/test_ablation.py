@@ -23,9 +23,7 @@ from resa_lens.pipeline import ablation as module
 from resa_lens.pipeline.ablation import (
     AblationConfig,
     ablate_run,
-    attribute_run,
     counted_features,
-    document_batches,
 )
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.dose_response import POWER, detectable, dose_response
@@ -299,26 +297,6 @@ def test_features_that_are_never_active_say_so(ctx: Context, tiny: Any, tmp_path
     steered = config(features=(1, 2), kind="steer", controls=1)
     with pytest.raises(BadInputError, match="steer has no value to take; give one with --value"):
         ablate_run(ctx, tiny, run_of(tmp_path / "s"), ITEMS[:2], steered)
-
-
-def test_attribution_is_kept_and_read(ctx: Context, tiny: Any, sae_folder: Path) -> None:
-    from resa_lens.corpora import CorpusConfig
-
-    corpus = CorpusConfig(system_share=0.0)
-    folder, found = attribute_run(
-        ctx, tiny, run_of(sae_folder), POINT, corpus, top=4, tokens=400, metric="answer"
-    )
-    assert len(found["effects"]) == found["agreement"]["n"] == 4
-    assert found["metric"] == "answer"
-    assert found["documents"] == sum(
-        batch.ids.shape[0] for batch in document_batches(tiny, corpus, 400)
-    )
-    again, held = attribute_run(
-        ctx, tiny, run_of(sae_folder), POINT, corpus, top=4, tokens=400, metric="answer"
-    )
-    assert (again, held) == (folder, json.loads(json.dumps(found)))
-    with pytest.raises(BadInputError, match="metric 'logits' is unknown; use loss, think, answer"):
-        attribute_run(ctx, tiny, run_of(sae_folder), POINT, corpus, metric="logits")
 
 
 # Which features

@@ -207,7 +207,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     def start(workspace: str) -> subprocess.Popen[bytes]:
         command = [
             sys.executable, "-c", "from resa_lens.cli import main; main()", "activity",
-            "--layers", "3,6", "--saes", str(tmp_path / "saes"), "--corpus-tokens", "30000",
+            "--layers", "3,6", "--saes", str(tmp_path / "saes"), "--text-tokens", "30000",
             "--workspace", str(tmp_path / workspace), "--json",
         ]  # fmt: skip
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -157,7 +157,7 @@ def test_the_command_prints_one_object(cli, workspace, run):
     assert "rule 'some' is unknown" in wrong.stderr
     beyond = cli(
         "activity", "--layers", "4,7", "--k", "16", "--show", "4:512",
-        "--corpus-tokens", "2000", "--workspace", str(workspace),
+        "--text-tokens", "2000", "--workspace", str(workspace),
     )  # fmt: skip
     assert beyond.returncode == 2
     assert "out of range: its SAE has latents 0 to 511" in " ".join(beyond.stderr.split())

@@ -211,8 +211,9 @@ def test_refusals(trained: Any, tmp_path: Path) -> None:
 def test_the_command(trained: Any) -> None:
     ctx, _, run = trained
     options = [
-        "score-features", "--layers", "3,5", "--latents", "128", "--k", "8", "--tokens", "1200",
-        "--draws", "60", "--top", "2", "--workspace", str(ctx.workspace.root),
+        "score-features", "--layers", "3,5", "--latents", "128", "--k", "8",
+        "--text-tokens", "1200", "--draws", "60", "--top", "2",
+        "--workspace", str(ctx.workspace.root),
     ]  # fmt: skip
     done = CliRunner().invoke(app, [*options, "--score", "auc", "--score", "any", "--json"])
     assert done.exit_code == 0, done.output

@@ -185,7 +185,7 @@ def test_refusals(runs: Any) -> None:
 def test_the_command(runs: Any) -> None:
     ctx, _, a, b = runs
     options = [
-        "match-features", a.folder.name, str(b.folder), "--layers", "3", "--tokens", "1500",
+        "match-features", a.folder.name, str(b.folder), "--layers", "3", "--text-tokens", "1500",
         "--workspace", str(ctx.workspace.root),
     ]  # fmt: skip
     done = CliRunner().invoke(app, [*options, "--json"])
