@@ -33,6 +33,23 @@ from resa_lens.errors import BadInputError, RunFailedError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 DEFAULT_FOLDER = "resa-workspace"
+KINDS = (
+    "saes",
+    "quality",
+    "counts",
+    "stability",
+    "recommendation",
+    "activity",
+    "scores",
+    "falsification",
+    "effects",
+    "attribution",
+    "ablation",
+    "matches",
+    "adapter",
+    "eval",
+)
+"""Kinds of artifacts; a reader that meets another one is older than what wrote it."""
 _TEMPORARY = re.compile(r"\.tmp-(\d+)(\.old)?-(.+)")
 """A folder being filled by a process, or with `.old` the artifact that it is replacing."""
 _TRACKED = ("resa-lens", "torch", "transformers", "transformer-lens", "eai-sparsify", "peft")
@@ -45,7 +62,7 @@ class Manifest(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     kind: str
-    """saes, counts, recommendation, adapter or eval."""
+    """One of `KINDS`."""
     config: dict[str, Any]
     results: dict[str, Any] = Field(default_factory=dict)
     command: list[str] = Field(default_factory=lambda: [Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.workspace import (
+    KINDS,
     SCHEMA_VERSION,
     Manifest,
     Workspace,
@@ -456,3 +458,14 @@ def test_configs_become_plain_mappings():
     assert config_dict({"a": 1}) == {"a": 1}
     with pytest.raises(TypeError, match="list"):
         config_dict([1])
+
+
+def test_every_kind_that_is_written_is_known() -> None:
+    """The app and `runs` tell a kind that they do not know from a newer version's."""
+    source = Path(__file__).resolve().parents[1] / "resa_lens" / "pipeline"
+    written = {
+        kind
+        for file in source.glob("*.py")
+        for kind in re.findall(r'ctx\.manifest\(\s*"([a-z-]+)"', file.read_text())
+    }
+    assert written == set(KINDS)

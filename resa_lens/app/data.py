@@ -20,10 +20,9 @@ from resa_lens.errors import BadInputError
 from resa_lens.layers import MixtureFit, read_table
 from resa_lens.resources import data_path
 from resa_lens.stats import Interval, PairedComparison, compare_paired
-from resa_lens.workspace import MANIFEST, Manifest, Workspace
+from resa_lens.workspace import KINDS, MANIFEST, Manifest, Workspace
 
 DEMO = "resa-lens demo"
-KINDS = ("counts", "saes", "recommendation", "adapter", "eval")
 PAPER_TABLE = "paper/table6_hookpoints.csv"
 PAPER_MODELS = "paper/tables3_4_5_models.csv"
 PAPER_LAYERS = 28
