@@ -293,7 +293,9 @@ def count_features(
     common.run(job, as_json)
 
 
-def _show_recommendation(name: str, site: str, made: Recommendation) -> None:
+def _show_recommendation(
+    name: str, site: str, made: Recommendation, falsified: dict[str, Any] | None
+) -> None:
     from resa_lens.hookpoints import describe_layer
 
     rows = common.table(f"{name}, site {site}", "layer", "features", "")
@@ -302,11 +304,16 @@ def _show_recommendation(name: str, site: str, made: Recommendation) -> None:
         mark = f"recommended ({rank})" if rank else ""
         rows.add_row(describe_layer(layer, made.n_layers), f"{features:g}", mark)
     best = describe_layer(made.recommended[0], made.n_layers)
+    counted = int(sum(made.layers.values()))
+    tests = f"the {counted} counted features were not tested: resa-lens falsify"
+    if falsified is not None:
+        tests = f"falsification left {falsified['survivors']} of the {counted} counted features"
     common.show_all(
         rows,
         f"recommended: {best}, selector {made.selector}",
         f"verdict: {made.verdict}",
         made.reason,
+        *([tests] if counted else []),
         made.next_step,
     )
 
@@ -350,6 +357,7 @@ def recommend_layers(
         from resa_lens.hookpoints import parse_layers
         from resa_lens.pipeline.attribution import measure_effects
         from resa_lens.pipeline.discovery import discover
+        from resa_lens.pipeline.falsification import survivors_of
         from resa_lens.saes.train import SaeConfig
 
         ctx = common.context(workspace, seed, device, dtype, force, threads)
@@ -372,8 +380,9 @@ def recommend_layers(
         )
         made = found.recommendation
         values = {"model": host.name, "site": site, "rule": rule, **made.to_dict()}
-        values |= {"folder": str(found.folder), "saes": str(found.saes.folder)}
-        return values, lambda: _show_recommendation(host.slug, site, made)
+        left = survivors_of(ctx, host, found.counts_folder, rule)
+        values |= {"folder": str(found.folder), "saes": str(found.saes.folder), "falsified": left}
+        return values, lambda: _show_recommendation(host.slug, site, made, left)
 
     common.run(job, as_json)
 
