@@ -11,6 +11,7 @@ from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import FeatureCounts, count_features
 from resa_lens.features.falsify import (
+    VERDICTS,
     Counterpart,
     FalsifyConfig,
     FeatureVerdict,
@@ -82,6 +83,7 @@ def falsify_run(
     """
     identity = {
         "falsify": config_dict(config),
+        "verdicts": list(VERDICTS),
         "plain_texts": digest(list(plain_texts)),
         "counts": ctx.workspace.relative(counts_folder),
         "saes": ctx.workspace.relative(saes.folder),
@@ -236,6 +238,18 @@ def _training(saes: SaeRun) -> tuple[SaeConfig, CorpusConfig] | None:
     if made is None or made.kind != "saes" or made.config["sae"].get("mode") != "scratch":
         return None
     return SaeConfig(**made.config["sae"]), CorpusConfig(**made.config["corpus"])
+
+
+def survivors_of(
+    ctx: Context, model: Model, counts_folder: Path, rule: str
+) -> dict[str, Any] | None:
+    """Return what falsification left of a rule's count on these counts; None if it was not run."""
+    counts = ctx.workspace.relative(counts_folder)
+    for _, manifest in ctx.workspace.find(f"falsified/{model.slug}", "falsification"):
+        if manifest.config["counts"] == counts:
+            rules = manifest.results["summary"]["rules"]
+            return next(tally for tally in rules if tally["rule"] == rule)
+    return None
 
 
 def read_plain_texts(path: str) -> list[str]:
