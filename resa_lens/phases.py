@@ -41,6 +41,11 @@ class PhasedBatch(NamedTuple):
     """Number of the document, over all batches: the unit of standard errors."""
 
 
+def tokens_within(offsets: Sequence[tuple[int, int]], first: int, end: int) -> tuple[int, ...]:
+    """Return the tokens that share a character with text[first:end]."""
+    return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > first)
+
+
 def tag_spans(
     text: str, tag: str, offsets: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], ...]:
@@ -57,7 +62,7 @@ def tag_spans(
     found, start = [], text.find(tag)
     while start >= 0:
         end = start + len(tag)
-        found.append(tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start))
+        found.append(tokens_within(offsets, start, end))
         start = text.find(tag, end)
     return tuple(found)
 

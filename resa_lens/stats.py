@@ -149,8 +149,9 @@ def mcnemar_exact(b_only: int, a_only: int) -> float:
 def permutation_p_value(observed: float, null_draws: ArrayLike) -> float:
     """(1 + number of null draws at least as large) / (1 + number of draws)."""
     null = np.asarray(null_draws, dtype=np.float64)
-    # Equal statistics reached by another order of summation must count as ties.
-    slack = 1e-9 * max(1.0, abs(observed))
+    # Equal statistics reached by another order of summation must count as ties, in any unit.
+    finite = np.abs(null[np.isfinite(null)])
+    slack = 1e-9 * max(abs(observed), float(finite.max(initial=0.0)))
     return float((1 + np.count_nonzero(null >= observed - slack)) / (1 + null.size))
 
 
@@ -353,6 +354,47 @@ def compare_paired(
         p_value = sign_flip_p_value(differences, draws, seed)
         note = "sign-flip permutation test over questions"
     return PairedComparison(difference, ci, p_value, gained + lost, gained, lost, n, note)
+
+
+@dataclass(frozen=True)
+class SetDifference:
+    """How far one set lies from random sets that were measured on the same units."""
+
+    value: float
+    """Mean of the set minus the mean of the random sets."""
+    se: float
+    """Standard error over units and over random sets."""
+    freedom: float
+    """Its degrees of freedom (Welch and Satterthwaite)."""
+    p_value: float
+    """Two-sided, of the set being one more random one: Student's t."""
+
+
+def difference_from_sets(target: ArrayLike, random: ArrayLike) -> SetDifference:
+    """Compare a set's values [n] with those of random sets [sets, n] on the same units.
+
+    Random sets differ from each other too, and units do not average that away: taken as fixed, any
+    set would lie beyond them once there are units enough.
+
+    Raises:
+        BadInputError: fewer than two units or random sets, or other shapes.
+    """
+    own, others = np.asarray(target, dtype=np.float64), np.asarray(random, dtype=np.float64)
+    if own.ndim != 1 or others.ndim != 2 or others.shape[1:] != own.shape or min(others.shape) < 2:
+        raise BadInputError(
+            f"a set {own.shape} and random sets {others.shape}: give [n] and [sets, n], two or more"
+        )
+    sets, n = others.shape
+    beyond = own - others.mean(axis=0)
+    value = float(beyond.mean())
+    over_units = float(beyond.var(ddof=1)) / n
+    over_sets = float(others.mean(axis=1).var(ddof=1)) * (1 + 1 / sets)
+    total = over_units + over_sets
+    if total <= 0:
+        return SetDifference(value, 0.0, n - 1.0, 1.0 if value == 0 else 0.0)
+    freedom = total**2 / (over_units**2 / (n - 1) + over_sets**2 / (sets - 1))
+    p_value = 2 * float(stats.t.sf(abs(value) / np.sqrt(total), freedom))
+    return SetDifference(value, float(np.sqrt(total)), float(freedom), p_value)
 
 
 def expected_maximum(n: int) -> float:

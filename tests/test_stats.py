@@ -129,9 +129,55 @@ def test_multinomial_and_permutation_draws():
     assert len(np.unique(shuffled, axis=0)) > 15
 
 
+def test_permutation_p_value_does_not_depend_on_the_unit():
+    """With a slack of 1e-9 whatever the size, p of the small figures would be 1."""
+    null = np.random.default_rng(0).normal(size=199)
+    p_values = [stats.permutation_p_value(2.5 * unit, unit * null) for unit in (1.0, 1e-10, 1e10)]
+    assert p_values[0] < 0.05
+    assert p_values == [p_values[0]] * 3
+    small = 1e-11 * (1 + np.arange(20.0))
+    assert stats.sign_flip_p_value(small) < 0.001
+    assert stats.permutation_p_value(0.0, np.zeros(9)) == 1.0
+
+
+def test_a_random_set_among_random_sets_is_no_effect():
+    """Units enough make any two sets differ; the sets' own spread says what chance gives."""
+    rng = np.random.default_rng(1)
+    found, fixed = [], []
+    # Every set does something of its own, the same at all of 50 documents but for some noise.
+    drawn = rng.normal(size=(400, 7, 1)) + 0.5 * rng.normal(size=(400, 7, 50))
+    for own in drawn:
+        found.append(stats.difference_from_sets(own[0], own[1:]).p_value)
+        beyond = own[0] - own[1:].mean(0)
+        fixed.append(reference.ttest_1samp(beyond, 0).pvalue)
+    assert (np.array(fixed) <= 0.05).mean() > 0.8
+    alarms = (np.array(found) <= 0.05).sum()
+    assert alarms / 400 > 0.01
+    assert stats.clopper_pearson(int(alarms), 400, 0.99)[0] < 0.05
+    first = drawn[0]
+    far = stats.difference_from_sets(first[0] + 9, first[1:])
+    assert far.p_value < 0.01
+    assert far.value == pytest.approx((first[0] + 9 - first[1:].mean(0)).mean())
+
+
+def test_difference_from_sets_of_equal_sets_is_the_paired_t_test():
+    """Sets that do not differ add nothing: what is left is the t test over units."""
+    rng = np.random.default_rng(2)
+    target, other = rng.normal(size=(2, 30))
+    found = stats.difference_from_sets(target, np.tile(other, (4, 1)))
+    t = reference.ttest_rel(target, other)
+    assert found.p_value == pytest.approx(t.pvalue)
+    assert found.freedom == pytest.approx(29)
+    same = stats.difference_from_sets(other, np.tile(other, (4, 1)))
+    assert (same.value, same.se, same.p_value) == (0.0, 0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: stats.difference_from_sets([1.0, 2.0], [[1.0, 2.0]]),
+        lambda: stats.difference_from_sets([1.0], [[1.0], [2.0]]),
+        lambda: stats.difference_from_sets([1.0, 2.0], [[1.0], [2.0]]),
         lambda: stats.wilson_interval(5, 4),
         lambda: stats.clopper_pearson(0, 0),
         lambda: stats.bootstrap_mean_interval([]),

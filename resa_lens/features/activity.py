@@ -25,6 +25,7 @@ from torch import Tensor
 
 from resa_lens.activations import check_hookpoints, stream_activations
 from resa_lens.errors import BadInputError
+from resa_lens.features.checks import check_features
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.phases import PHASES, PhasedBatch
@@ -324,12 +325,8 @@ def measure_activity(
     check_hookpoints(model, list(coders))
     if not batches:
         raise BadInputError("no document was given; activity needs at least one")
-    for point, coder in coders.items():
-        if coder.d_in != model.d_model:
-            raise BadInputError(
-                f"the SAE at {point.describe(model.n_layers)} has width {coder.d_in}, the model's "
-                f"is {model.d_model}"
-            )
+    for point in coders:
+        check_features(model, point, (), coders)
     tallies = {
         point: Tally(int(coder.num_latents or 0), config, model.device)
         for point, coder in coders.items()

@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
+from resa_lens.features.checks import check_features
 from resa_lens.features.interventions import (
     EncodedBatch,
-    check_features,
     encode_batches,
     listed,
     matched_controls,
@@ -43,6 +43,8 @@ from resa_lens.stats import (
     Interval,
     bootstrap_mean_interval,
     clopper_pearson,
+    difference_from_sets,
+    holm,
     permutation_p_value,
     sign_flip_p_value,
     spearman,
@@ -125,6 +127,8 @@ class FeatureEffect:
     """Of `patching`, by bootstrap over documents."""
     p_value: float
     """Of no change, by flipping the documents' signs."""
+    p_corrected: float
+    """After Holm's correction over the features listed."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +186,14 @@ def attribute(
         advance: told the number of batches that are finished.
 
     Raises:
-        BadInputError: no document has the metric, or no feature is active.
+        BadInputError: no document has the metric, no feature is active, or there is none of an
+            index.
     """
+    if outside := [f for f in features or () if not 0 <= f < coder.num_latents]:
+        raise BadInputError(
+            f"feature {outside[0]} is out of range: the SAE has features 0 to "
+            f"{coder.num_latents - 1}"
+        )
     read = [_read(forward, coder, batch, metric) for batch in batches]
     clean = np.concatenate([r.clean for r in read]) if read else np.zeros(0)
     if not np.isfinite(clean).any():
@@ -207,6 +217,8 @@ def attribute(
         advance(1)
     kept = np.isfinite(clean)
     by_gradient, by_patching = (np.concatenate(x, axis=1)[:, kept] for x in (gradient, patched))
+    p_values = [sign_flip_p_value(row, seed=seed) for row in by_patching]
+    corrected = holm(p_values)
     effects = tuple(
         FeatureEffect(
             feature=int(feature),
@@ -216,7 +228,8 @@ def attribute(
             gradient=float(by_gradient[row].mean()),
             patching=float(by_patching[row].mean()),
             ci=bootstrap_mean_interval(by_patching[row], seed=seed),
-            p_value=sign_flip_p_value(by_patching[row], seed=seed),
+            p_value=p_values[row],
+            p_corrected=float(corrected[row]),
         )
         for row, feature in enumerate(features)
     )
@@ -250,7 +263,7 @@ def _read(forward: Forward, coder: SparseCoder, batch: PhasedBatch, metric: Metr
     with torch.enable_grad():
         values = metric(forward(batch.ids, leaf), batch.ids, batch.phases)
         known = values[~values.isnan()]
-        (grad,) = torch.autograd.grad(known.sum(), held) if len(known) else [torch.zeros(())]
+        (grad,) = torch.autograd.grad(known.sum(), held) if len(known) else held[0].new_zeros(1)
     x = held[0].detach().flatten(0, 1)
     acts = encode(coder, x.to(coder.dtype))
     assert coder.W_dec is not None, "the coder was loaded without its decoder"
@@ -347,7 +360,9 @@ class Effect:
     value: float
     """Change with the features ablated minus that with random ones; mean over documents, nats."""
     se: float
-    """Standard error over documents; the random sets are taken as fixed."""
+    """Standard error, for other documents and for other random sets."""
+    freedom: float
+    """Degrees of freedom of `se` (Welch and Satterthwaite)."""
     n: int
     """Documents."""
     control: float
@@ -355,7 +370,7 @@ class Effect:
     target: float
     """Change with the features ablated."""
     p_value: float
-    """Of `value` being 0, by flipping the documents' signs."""
+    """Two-sided, of the features being one more random set: Student's t of value / se."""
     rank_p: float
     """(1 + random sets that change the loss at least as much) / (1 + sets)."""
     features: int
@@ -384,8 +399,9 @@ def causal_effects(
         features: by layer, for example those that a rule counts.
         batches: documents.
         phases: the loss is the mean over a document's tokens of these phases.
-        controls: random sets a layer (`interventions.matched_controls`).
-        seed: of the sets and of the p-value.
+        controls: random sets a layer (`interventions.matched_controls`), two or more: how far they
+            differ among themselves is what chance gives.
+        seed: of the sets.
         advance: told the number of layers that are finished.
 
     Returns:
@@ -397,8 +413,8 @@ def causal_effects(
     """
     metric = mean_loss(phases)
     points = {point.layer: point for point in coders}
-    if controls < 1:
-        raise BadInputError(f"controls is {controls}; use at least 1 random set")
+    if controls < 2:
+        raise BadInputError(f"controls is {controls}; use at least 2 random sets")
     for layer, chosen in features.items():
         place = points.get(layer) or Hookpoint(layer, next(iter(coders)).site)
         check_features(model, place, chosen, coders)
@@ -434,20 +450,21 @@ def _effect(
     if n < 2:
         raise BadInputError("one document gives no standard error; give two or more")
     if not chosen:
-        return Effect(0.0, 0.0, n, 0.0, 0.0, 1.0, 1.0, 0, 0)
+        return Effect(0.0, 0.0, n - 1.0, n, 0.0, 0.0, 1.0, 1.0, 0, 0)
     sets = matched_controls(sum_masses(encoded, coder), chosen, draws=controls, seed=seed)
     target = (_losses(forward, coder, encoded, metric, chosen) - clean)[kept]
     random = np.stack(
         [(_losses(forward, coder, encoded, metric, drawn) - clean)[kept] for drawn in sets]
     )
-    beyond = target - random.mean(0)
+    beyond = difference_from_sets(target, random)
     return Effect(
-        value=float(beyond.mean()),
-        se=float(beyond.std(ddof=1) / math.sqrt(n)),
+        value=beyond.value,
+        se=beyond.se,
+        freedom=beyond.freedom,
         n=n,
         control=float(random.mean()),
         target=float(target.mean()),
-        p_value=sign_flip_p_value(beyond, seed=seed),
+        p_value=beyond.p_value,
         rank_p=permutation_p_value(abs(float(target.mean())), np.abs(random.mean(1))),
         features=len(chosen),
         controls=controls,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import TaggedPrompt
+from resa_lens.phases import tokens_within
 from resa_lens.saes.coder import SparseActs
 
 REASONING_WORDS = (
@@ -202,8 +203,7 @@ def word_windows(
     marked = torch.zeros(len(words), len(offsets), dtype=torch.bool)
     for row, word in enumerate(words):
         for found in _pattern(word).finditer(text):
-            own = [i for i, (a, b) in enumerate(offsets) if a < found.end() and b > found.start()]
-            if own:
+            if own := tokens_within(offsets, *found.span()):
                 marked[row, max(0, own[0] - window[0]) : own[-1] + window[1] + 1] = True
     return marked
 

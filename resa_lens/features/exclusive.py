@@ -19,6 +19,7 @@ from torch import Tensor
 from resa_lens import prompts
 from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
+from resa_lens.features.checks import check_features
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.phases import tag_spans
@@ -203,15 +204,12 @@ def count_features(
     config = config or CountConfig()
     prompt = tag_prompt(model, config)
     ids = torch.tensor([prompt.ids])
+    for point in coders:
+        check_features(model, point, (), coders)
     layers = []
     batch = next(iter(stream_activations(model, [ids], list(coders))))
     for point, coder in sorted(coders.items()):
         x: Float[Tensor, "position d_model"] = batch.acts[point][0].float()
-        if x.shape[1] != coder.d_in:
-            raise BadInputError(
-                f"the SAE at layer {point.layer} has width {coder.d_in}, "
-                f"the model's is {x.shape[1]}"
-            )
         acts = encode(coder, x)
         features = exclusive_features(
             acts, prompt, threshold=config.threshold, ignore_first=config.ignore_first

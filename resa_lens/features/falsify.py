@@ -7,35 +7,46 @@ when it is active at one or more of the places of a tag at which it was counted.
     test         what is measured                                        it falls if it
     injection    share of plain texts in which it fires at the tags      fires: token detector
     shuffle      share of orders of the prompt's words, likewise         fires: token detector
+    plain        share of plain texts without any tag, same places       fires: prompt artefact
     neutral      share of other tags in the same places                  fires: prompt artefact
     paraphrase   share of other prompts that ask for the same            does not: prompt artefact
-    other seed   whether an SAE of another seed has it                   is not: prompt artefact
+    other seed   whether an SAE of another seed has one like it          has not: prompt artefact
 
-"Fires" is a share of at least `fires`; for the injection also one that exceeds the share at the
-same places before the tags came in (McNemar's exact test, Holm's correction over the features).
-What passes all tests survives: it has not been refuted, no more.  How many would survive by chance
-is told by the SAE of a random-weights model put through the tests on texts (`summarise`).
+"Fires" is a share of at least `fires`; for the injection also one above the share at the same
+places before the tags came in.  Whether the tags made the difference is told by a p-value beside it
+(McNemar's exact test, Holm's correction over the features); it acquits no feature, for one that
+fires in plain text is refuted either way, and with few texts no p-value is small.  What passes all
+tests survives: it has not been refuted, no more.  How many would survive by chance is
+told by the SAE of a random-weights model put through the tests on texts (`summarise`).
+
+The injected texts share their sentences, and a shuffled prompt all its words: p-values and
+intervals are about further texts of this kind.  The test on another seed is a weak one: by
+direction it is strict, but any two features that answer to the same tag correlate over the trials'
+places.  So beside that correlation stands the one with the other SAE's other layers: on
+tiny-reasoner 48 % of layer 5's counted features found such a partner at the same layer of another
+seed, and 43 and 38 % at its layers 3 and 8 (and none a direction).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from resa_lens import stats
 from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
+from resa_lens.features.checks import check_features
 from resa_lens.features.exclusive import RULES, LayerCount
 from resa_lens.features.matching import best_matches
 from resa_lens.features.stimuli import Trial
-from resa_lens.hookpoints import Hookpoint, describe_layer
+from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
 from resa_lens.stats import Interval
@@ -45,10 +56,10 @@ VERDICTS = (DETECTOR, ARTEFACT, SURVIVES)
 PLACES = ("open", "close")
 """Where a feature may have been counted; the order of `Trial.places`."""
 OTHER_SEED = "other seed"
-TESTS = ("injection", "shuffle", "neutral", "paraphrase", OTHER_SEED)
+TESTS = ("injection", "shuffle", "plain", "neutral", "paraphrase", OTHER_SEED)
 ALPHA = 0.05
 FOUND_AGAIN = 0.7
-"""Decoder cosine, or correlation over the trials' places, from which a feature is the same."""
+"""Decoder cosine, or correlation over the trials' places, from which a feature is alike."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +112,19 @@ class Counterpart:
     """Largest correlation of activations at the trials' places, over the features that it counts;
     None where it counts none or nothing varies."""
     correlated: int | None
+    elsewhere: float | None = None
+    """The same correlation at the other SAE's other layers, the median of them: what features that
+    cannot be the same have in common by answering to one tag.  None with one layer."""
 
     @property
     def found(self) -> bool:
-        """Whether either is large enough for the same feature."""
-        return self.cosine >= FOUND_AGAIN or (self.correlation or 0.0) >= FOUND_AGAIN
+        """Whether either is large enough for a feature alike."""
+        return self.same_direction or (self.correlation or 0.0) >= FOUND_AGAIN
+
+    @property
+    def same_direction(self) -> bool:
+        """Whether the decoder direction is there, which chance does not give."""
+        return self.cosine >= FOUND_AGAIN
 
 
 @dataclass(frozen=True)
@@ -178,17 +197,7 @@ def respond(
     """
     wanted = {point: tuple(features.get(point, ())) for point in sorted(coders)}
     for point, listed in wanted.items():
-        size = int(coders[point].num_latents or 0)
-        if coders[point].d_in != model.d_model:
-            raise BadInputError(
-                f"the SAE at layer {point.layer} has width {coders[point].d_in}, the model's is "
-                f"{model.d_model}"
-            )
-        if outside := [f for f in listed if not 0 <= f < size]:
-            raise BadInputError(
-                f"feature {outside[0]} at {describe_layer(point.layer, model.n_layers)} is out of "
-                f"range: its SAE has latents 0 to {size - 1}"
-            )
+        check_features(model, point, listed, coders)
     values = {p: torch.zeros(len(trials), len(PLACES), len(f)) for p, f in wanted.items()}
     points = [point for point, listed in wanted.items() if listed]
     batches = (torch.tensor([trial.ids]) for trial in trials)
@@ -262,8 +271,8 @@ def judge(
             for kind in ("injected", "plain", "shuffled", "neutral", "paraphrase")
         }
         twin = other_seed[point].get(feature) if other_seed and point in other_seed else None
-        failed = _failed(shares, float(p), twin, config.fires)
-        verdict, reason = _verdict(failed, shares, twin)
+        failed = _failed(shares, twin, config.fires)
+        verdict, reason = _verdict(failed, shares, float(p), twin)
         found.append(
             FeatureVerdict(
                 point.layer, feature, named[0], named, verdict, reason,
@@ -274,12 +283,12 @@ def judge(
     return found
 
 
-def _failed(
-    shares: Mapping[str, Share], p: float, twin: Counterpart | None, fires: float
-) -> tuple[str, ...]:
+def _failed(shares: Mapping[str, Share], twin: Counterpart | None, fires: float) -> tuple[str, ...]:
+    injected, plain = shares["injected"].share, shares["plain"].share
     tests = {
-        "injection": shares["injected"].share >= fires and p < ALPHA,
+        "injection": injected >= fires and injected > plain,
         "shuffle": shares["shuffled"].share >= fires,
+        "plain": plain >= fires,
         "neutral": shares["neutral"].share >= fires,
         "paraphrase": shares["paraphrase"].share < fires,
         OTHER_SEED: twin is not None and not twin.found,
@@ -288,22 +297,33 @@ def _failed(
 
 
 def _verdict(
-    failed: Sequence[str], shares: Mapping[str, Share], twin: Counterpart | None
+    failed: Sequence[str],
+    shares: Mapping[str, Share],
+    p: float,
+    twin: Counterpart | None,
 ) -> tuple[str, str]:
     def of(kind: str) -> str:
         return f"{shares[kind].fired} of {shares[kind].n}"
 
+    answers = ""
+    if twin is not None and twin.correlation is not None:
+        beside = "" if twin.elsewhere is None else f"; {twin.elsewhere:.2f} at other layers"
+        answers = f"one that answers to these tags alike (r = {twin.correlation:.2f}{beside})"
     reasons = {
         "injection": (
             f"it fires at the tags in {of('injected')} plain texts ({of('plain')} without them)"
+            + ("" if p < ALPHA else f", too few to be sure of the tags' part (p = {p:.2g})")
         ),
         "shuffle": f"it fires at the tags in {of('shuffled')} random orders of the prompt's words",
+        "plain": f"it fires at these places of {of('plain')} plain texts without any tag",
         "neutral": f"it fires at {of('neutral')} other tags in the same places",
         "paraphrase": f"it fires in {of('paraphrase')} other prompts that ask for the same",
-        OTHER_SEED: "the SAE of another seed has no such feature",
+        OTHER_SEED: "the SAE of another seed has none of its direction or its answers",
     }
     if not failed:
-        seed = "" if twin is None else "; another seed's SAE has it too"
+        seed = ""
+        if twin is not None:
+            seed = f"; another seed's SAE has {'its direction' if twin.same_direction else answers}"
         return SURVIVES, (
             f"it fires in {of('paraphrase')} other prompts, and in {of('injected')} plain texts "
             f"and {of('shuffled')} shuffled prompts with the tags{seed}"
@@ -314,48 +334,58 @@ def _verdict(
 
 @torch.no_grad()
 def counterparts(
-    coders: Mapping[Hookpoint, SparseCoder],
     responses: Responses,
-    other_coders: Mapping[Hookpoint, SparseCoder],
     other: Responses,
+    directions: Callable[[Hookpoint], tuple[Tensor, Tensor]],
 ) -> dict[Hookpoint, dict[int, Counterpart]]:
     """Look for each feature in the SAEs of another seed: by decoder direction, and by activity.
 
     Args:
-        coders: the SAEs, with their decoders.
         responses: of the features in question.
-        other_coders: of another seed, with their decoders.
         other: responses to the same trials of the features that the other SAEs count.
+        directions: gives both SAEs' decoders [d_sae, d_in] at a place; asked for one place after
+            the other, because those of a large model fill a machine together.
     """
     found: dict[Hookpoint, dict[int, Counterpart]] = {}
     for point, listed in responses.features.items():
-        if not listed or point not in other_coders:
+        if not listed or point not in other.features:
             continue
-        mine, theirs = coders[point].W_dec, other_coders[point].W_dec
-        assert mine is not None, "the coder was loaded without its decoder"
-        assert theirs is not None, "the coder was loaded without its decoder"
+        mine, theirs = directions(point)
         matches, cosines = best_matches(mine[list(listed)], theirs)
         names = other.features[point]
-        together = _correlations(responses.values[point], other.values[point])
+        values = responses.values[point]
+        best, where = _best_correlations(values, other.values[point])
+        others = [
+            _best_correlations(values, there)[0] for q, there in other.values.items() if q != point
+        ]
+        elsewhere = torch.stack(others).nanmedian(0).values if others else None
         found[point] = {}
         for i, feature in enumerate(listed):
-            best = together[i] if names and bool(together[i].isfinite().any()) else None
-            top = None if best is None else int(best.nan_to_num(-2.0).argmax())
+            known = bool(best[i].isfinite())
+            beside = None if elsewhere is None or elsewhere[i].isnan() else float(elsewhere[i])
             found[point][feature] = Counterpart(
                 float(cosines[i]),
                 int(matches[i]),
-                None if best is None or top is None else float(best[top]),
-                None if top is None else int(names[top]),
+                float(best[i]) if known else None,
+                int(names[int(where[i])]) if known else None,
+                beside,
             )
     return found
 
 
-def _correlations(
+def _best_correlations(
     a: Float[Tensor, "trial place m"], b: Float[Tensor, "trial place n"]
-) -> Float[Tensor, "m n"]:
-    """Return Pearson's correlation over all places of all trials; NaN where one does not vary."""
+) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Return each feature's largest Pearson correlation, over all places of all trials, and whose.
+
+    NaN where it does not vary, or nothing of b does.
+    """
+    if not b.shape[2]:
+        return torch.full(a.shape[2:], torch.nan).double(), torch.zeros(a.shape[2:]).long()
     x, y = (side.flatten(0, 1).double() - side.flatten(0, 1).double().mean(0) for side in (a, b))
-    return (x.mT @ y) / (x.norm(dim=0)[:, None] * y.norm(dim=0))
+    r = (x.mT @ y) / (x.norm(dim=0)[:, None] * y.norm(dim=0))
+    best, where = r.nan_to_num(-2.0).max(1)
+    return best.masked_fill(best < -1.5, torch.nan), where
 
 
 @dataclass(frozen=True)
@@ -371,14 +401,15 @@ class Tally:
     active: int
     """Features active on the prompt: what could have been counted."""
     by_texts: int
-    """Features that fall at none of the tests on texts: the null faces those, but no other seed."""
+    """Features that pass all tests on texts: the null faces those, but no other seed."""
     null_counted: int | None = None
     """None, as the next ones, where no random-weights SAE was given."""
     null_by_texts: int | None = None
     null_active: int | None = None
     p_value: float | None = None
     """Fisher's exact test, one-sided: a larger share of the active features passes the tests on
-    texts than of the random-weights model's SAE."""
+    texts than of the random-weights model's SAE.  As if features were independent, which those of
+    one SAE are not, and one model with random weights were all of them: p is too small."""
     p_counted: float | None = None
     """Likewise for the count itself."""
 
@@ -453,4 +484,5 @@ def _reason(tallies: Sequence[Tally], verdicts: Sequence[FeatureVerdict]) -> str
         f"random-weights model {widest.null_by_texts} of {widest.null_active}"
     )
     told = "more than" if widest.p_value < ALPHA else "not more than"
-    return f"{text}; {told} chance gives (p = {widest.p_value:.2g}): {chance}"
+    counted = f"p = {widest.p_value:.2g}, features counted as independent"
+    return f"{text}; {told} the random-weights SAE gives ({counted}): {chance}"

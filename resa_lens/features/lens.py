@@ -47,7 +47,8 @@ def logit_lens(model: Model, directions: Float[Tensor, "direction d_model"], top
     norm, unembed = model.bridge.ln_final, model.bridge.unembed
     # Logits are asked for by two positions: TransformerLens' parts take [batch, position, d_model].
     dtype = model.model.dtype
-    zero = unembed(norm(directions.new_zeros(1, 1, model.d_model, dtype=dtype))).float()
+    nothing = torch.zeros(1, 1, model.d_model, dtype=dtype, device=model.device)
+    zero = unembed(norm(nothing)).float()
     vocabulary = zero.shape[-1]
     if not 1 <= top <= vocabulary:
         raise BadInputError(f"top {top}: the vocabulary has {vocabulary} tokens")

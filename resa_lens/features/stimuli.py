@@ -1,7 +1,7 @@
 """What a counted feature is tried on: the same tags in other surroundings, and other tags.
 
     injected     both tags put into plain text that reasons about nothing
-    plain        the words that stand at those places before the tags come: the base rate
+    plain        what stands at those places before the tags come, as many tokens: the base rate
     neutral      the prompt with other tags in the same places
     shuffled     the prompt's words in random order, the tags among them
     paraphrase   other system prompts that ask for the same
@@ -20,6 +20,7 @@ from resa_lens import prompts
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import CountConfig, tag_text
 from resa_lens.models import Model
+from resa_lens.phases import tokens_within
 
 NEUTRAL_TAGS: tuple[tuple[str, str], ...] = (
     ("<note>", "</note>"),
@@ -171,7 +172,7 @@ def _trial(model: Model, kind: str, text: str, config: CountConfig) -> Trial:
 def _injected(
     model: Model, rng: random.Random, plain_texts: Sequence[str], config: CountConfig
 ) -> list[Trial]:
-    """Put both tags before two words of a text; the words themselves are the other trial."""
+    """Put both tags before two words of a text; what begins there without is the other trial."""
     words = " ".join(rng.sample(list(plain_texts), 2)).split()
     first, second = sorted(rng.sample(range(1, len(words)), 2))
     opens, closes = config.open_tag, config.close_tag
@@ -182,16 +183,17 @@ def _injected(
     encoded = tokenizer(plain, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
 
-    def word(index: int) -> tuple[int, ...]:
+    injected = _trial(model, "injected", " ".join(tagged), bare)
+
+    def place(index: int, size: int) -> tuple[int, ...]:
+        # As many tokens as the tag has: more of them would fire more often.
         begin = len(" ".join(words[:index])) + 1
-        end = begin + len(words[index])
-        return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > begin)
+        return tokens_within(offsets, begin, len(plain))[:size]
 
     ids = tuple(int(i) for i in encoded["input_ids"])
-    return [
-        _trial(model, "injected", " ".join(tagged), bare),
-        Trial("plain", plain, ids, (word(first), word(second))),
-    ]
+    sizes = map(len, injected.places)
+    places = tuple(place(i, n) for i, n in zip((first, second), sizes, strict=True))
+    return [injected, Trial("plain", plain, ids, (places[0], places[1]))]
 
 
 def _all(spans: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

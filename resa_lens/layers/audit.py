@@ -17,16 +17,15 @@ from scipy import special
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
+from resa_lens.layers.checkpoints import CheckpointTable, plain_name
 from resa_lens.layers.granularity import (
     AMBIGUOUS,
     EXCHANGED,
     NEITHER,
-    CheckpointTable,
     GranularityTest,
     RowVerdict,
     granularity_test,
     places,
-    plain_name,
     printed_counts,
 )
 from resa_lens.stats import Floats, Interval, OneWay
@@ -225,7 +224,7 @@ def audit(
     """Audits a table; the table itself is never changed.
 
     Args:
-        table: from `granularity.read_checkpoints`.
+        table: from `checkpoints.read_checkpoints`.
         discordance: share of the questions on which two models differ, for paired comparisons.
         baseline: "benchmark=percent" each, or the name of one group.
         draws: of permutations, bootstraps and noise.

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy import special
+from scipy import stats as distributions
 from scipy.stats import rankdata
 
 from resa_lens import stats
@@ -39,8 +39,9 @@ __all__ = [
     "regrets_of_selectors",
 ]
 
-Effect = float | tuple[float, float]
-"""Of a layer: a value, or a value beyond its control with its standard error."""
+Effect = float | tuple[float, float] | tuple[float, float, float]
+"""Of a layer: a value, or a value beyond its control with its standard error and, where they are
+few, the degrees of freedom of that error."""
 TOP = 3  # a ranking's candidates: as many as the paper's mixture has
 NOT_TESTED = "not tested"
 
@@ -196,9 +197,9 @@ def _causal(tables: Tables) -> Choice:
     if effects is None:
         plain = {layer: float(np.ravel(v)[0]) for layer, v in (tables.causal or {}).items()}
         return _ranked(plain, "causal", "largest causal effect", 1.0, tables.n_layers)
-    layers, values, errors = effects
-    z = np.divide(values, errors, out=np.zeros_like(values), where=errors > 0)
-    p = stats.holm(special.ndtr(-z))
+    layers, values, errors, freedom = effects
+    t = np.divide(values, errors, out=np.zeros_like(values), where=errors > 0)
+    p = stats.holm(distributions.t.sf(t, freedom))
     order = sorted(range(len(layers)), key=lambda i: (-values[i], layers[i]))
     found = [i for i in order if p[i] <= ALPHA]
     test = f"one-sided, Holm's correction for {len(layers)} layers"
@@ -217,8 +218,8 @@ def _causal(tables: Tables) -> Choice:
 
 def _effects(
     table: Mapping[int, Effect] | None,
-) -> tuple[list[int], np.ndarray, np.ndarray] | None:
-    """Layers, values [L] and standard errors [L]; None where the table has no standard errors."""
+) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray] | None:
+    """Layers, values, standard errors and their freedom, each [L]; None without standard errors."""
     pairs = {layer: v for layer, v in (table or {}).items() if isinstance(v, Sequence)}
     if not pairs:
         return None
@@ -227,18 +228,20 @@ def _effects(
             f"causal, layer {missing[0]} (0-based) has no standard error: give all or none"
         )
     for layer, pair in pairs.items():
-        if len(pair) != 2:
+        if len(pair) not in (2, 3) or min(pair[2:], default=1.0) <= 0:
             raise BadInputError(
-                f"causal, layer {layer} (0-based): {pair} is no (effect, standard error)"
+                f"causal, layer {layer} (0-based): {pair} is no (effect, standard error), or these "
+                "with degrees of freedom above 0"
             )
-        value, error = pair
+        value, error = pair[:2]
         if error < 0 or (error == 0 and value != 0):
             raise BadInputError(
                 f"causal, layer {layer} (0-based): standard error {error:g} of the effect "
                 f"{value:g}: give one above 0"
             )
-    values, errors = np.array(list(pairs.values()), dtype=np.float64).T
-    return list(pairs), values, errors
+    rows = [(*pair, np.inf)[:3] for pair in pairs.values()]
+    values, errors, freedom = np.array(rows, dtype=np.float64).T
+    return list(pairs), values, errors, freedom
 
 
 def _blend(tables: Tables) -> Choice:
@@ -307,8 +310,8 @@ def recommend(
         recipe: of the mixture.
         seed: of the mixture and its draws.
         quality: {layer: change of the loss}, for "quality" and "blend".
-        causal: {layer: effect}, or {layer: (effect beyond its control, standard error)}, for
-            "causal" and "blend".
+        causal: {layer: effect}, or {layer: (effect beyond its control, standard error)} with or
+            without the error's degrees of freedom, for "causal" and "blend".
         draws: of each null and of the bootstrap.
 
     Returns:

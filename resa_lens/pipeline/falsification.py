@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import FeatureCounts, count_features
@@ -103,17 +105,21 @@ def falsify_run(
         plain_texts=plain_texts,
         seed=config.seed,
     )
-    layers = [item.layer for item in counts.layers if union_of_rules(item)]
+    # Every layer, also where nothing is counted: the null has all of them too.
+    layers = [item.layer for item in counts.layers]
+    counted = any(union_of_rules(item) for item in counts.layers)
     skipped: list[str] = []
-    tried = _try(ctx, model, saes.coders(model, layers), counts, made, "counted features")
+    coders = saes.coders(model, layers, decoder=False)
+    tried = _try(ctx, model, coders, counts, made, "counted features")
+    del coders
     others = None
-    if layers and other_seed:
+    if counted and other_seed:
         others = _other_seed(ctx, model, saes, counts, made, layers, tried, skipped)
     verdicts = judge(
         tried.responses, tried.rules, config, threshold=counts.config.threshold, other_seed=others
     )
     null = None
-    if layers and random_weights:
+    if counted and random_weights:
         null = _random_weights(ctx, model, saes, counts, made, layers, config, skipped)
     summary = asdict(summarise(verdicts, tried.active, null))
     features = [verdict.to_dict() for verdict in verdicts]
@@ -200,10 +206,18 @@ def _other_seed(
     else:
         run = runs[0]
         ctx.reporter.note(f"another seed's SAEs: using {run.folder}")
-    theirs = run.coders(model, layers)
+    theirs = run.coders(model, layers, decoder=False)
     found = count_features(model, theirs, counts.config)
     other = _try(ctx, model, theirs, found, made, "features of another seed's SAEs")
-    return counterparts(saes.coders(model, layers), tried.responses, theirs, other.responses)
+    del theirs
+
+    def directions(point: Hookpoint) -> tuple[Tensor, Tensor]:
+        mine, others = (side.coders(model, [point.layer])[point].W_dec for side in (saes, run))
+        assert mine is not None
+        assert others is not None
+        return mine, others
+
+    return counterparts(tried.responses, other.responses, directions)
 
 
 def _random_weights(
@@ -225,7 +239,7 @@ def _random_weights(
     host = random_weights_model(model, ctx.seed, weights=RANDOM_WEIGHTS)
     ctx.reporter.note(f"SAEs of a model with random weights ({host.slug}), the null:")
     run = train_run(replace(ctx, force=False), host, layers, *training)
-    coders = run.coders(host, layers)
+    coders = run.coders(host, layers, decoder=False)
     found = count_features(host, coders, counts.config)
     tried = _try(ctx, host, coders, found, made, "features of the random-weights model's SAEs")
     threshold = counts.config.threshold

@@ -103,6 +103,14 @@ def test_on_a_linear_model_both_are_the_analytic_answer() -> None:
     assert found.agreement.p_value < 0.01
     assert found.agreement.signs == 1.0
     assert (found.documents, found.tokens) == (6, 42)
+    # Six documents allow no p below 2^-5: of so many features none stands out.
+    p_values = np.array([(effect.p_value, effect.p_corrected) for effect in found.effects])
+    assert p_values[:, 0].min() < 0.05
+    assert p_values[:, 1].min() == pytest.approx(min(1.0, len(p_values) * p_values[:, 0].min()))
+    assert p_values[:, 1].min() > 0.05
+    for feature in (-1, 24):
+        with pytest.raises(BadInputError, match=f"feature {feature} is out of range.* 0 to 23"):
+            attribute(linear(vectors, readout), coder, made, first_logits, features=(feature,))
 
 
 def test_where_the_model_bends_they_part_and_patching_is_right() -> None:
@@ -226,6 +234,8 @@ def test_a_planted_feature_costs_more_than_random_ones(
     assert effect.value > effect.se > 0
     assert effect.target > 10 * abs(effect.control)
     assert effect.rank_p == pytest.approx(1 / 9)
+    assert 0 < effect.p_value < 1
+    assert effect.freedom > 1
     assert (effect.n, effect.features, effect.controls) == (5, 1, 8)
     # Nothing was counted at layer 7.
     assert (found[7].value, found[7].se, found[7].p_value, found[7].n) == (0.0, 0.0, 1.0, 5)
@@ -264,6 +274,19 @@ def test_documents_without_the_phase_are_left_out(tiny: Model) -> None:
     assert math.isfinite(found.loss)
 
 
+def test_a_batch_without_the_phase_moves_nothing(tiny: Model) -> None:
+    """Its documents have no gradient; the others keep theirs."""
+    mixed = phased_batches(tiny.tokenizer, [*TEXTS[:2], "What is 3+4? It is 7."])
+    alone = phased_batches(tiny.tokenizer, TEXTS[:2])
+    coder, forward = coder_of(128), model_forward(tiny, POINT)
+    a, b = (
+        attribute(forward, coder, some, mean_loss(("think",)), features=(1, 4, 9))
+        for some in (mixed, alone)
+    )
+    assert [e.gradient for e in a.effects] == pytest.approx([e.gradient for e in b.effects])
+    assert any(e.gradient for e in a.effects)
+
+
 def test_bad_input(tiny: Model, batches: list[PhasedBatch]) -> None:
     coder = coder_of(128)
     with pytest.raises(BadInputError, match="phase 'thought' is unknown"):
@@ -279,8 +302,8 @@ def test_bad_input(tiny: Model, batches: list[PhasedBatch]) -> None:
     one = phased_batches(tiny.tokenizer, TEXTS[:1])
     with pytest.raises(BadInputError, match="one document gives no standard error"):
         causal_effects(tiny, {POINT: coder}, {5: (1,)}, one)
-    with pytest.raises(BadInputError, match="controls is 0"):
-        causal_effects(tiny, {POINT: coder}, {5: (1,)}, batches, controls=0)
+    with pytest.raises(BadInputError, match="controls is 1"):
+        causal_effects(tiny, {POINT: coder}, {5: (1,)}, batches, controls=1)
     silent: Any = coder_of(128)
     with torch.no_grad():
         silent.encoder.bias.fill_(-1e6)

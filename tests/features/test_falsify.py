@@ -68,14 +68,12 @@ def planted(tiny, made):
         [torch.cat(wanted[i :: len(PLANTED)]) for i in range(len(PLANTED))], 1
     ).double()
     ones = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
-    ridge = ones.mT @ ones + 1e-4 * torch.eye(ones.shape[1]).double()
     # Few places fire and many do not: each side has half of the weight.
     weights = []
     for column in targets.mT:
         w = torch.where(column > 0, (column < 0).sum() / (column > 0).sum(), 1.0)
         gram = ones.mT @ (w[:, None] * ones) + 1e-4 * torch.eye(ones.shape[1]).double()
         weights.append(torch.linalg.solve(gram, ones.mT @ (w * column)))
-    assert ridge.isfinite().all()
     solved = torch.stack(weights).float()
     return assemble(
         {
@@ -144,6 +142,20 @@ def test_an_injected_text_differs_from_its_pair_by_the_tags_alone(made):
         assert left == plain.text
 
 
+def test_the_base_rate_is_taken_over_as_many_tokens(tiny):
+    """A tag of several tokens has more chances to fire than a short word."""
+    config = CountConfig("Put it in <reasoning> a </reasoning> b.", open_tag="<reasoning>",
+                         close_tag="</reasoning>")  # fmt: skip
+    pairs = [(a, b) for a, b in pairwise(trials(tiny, config, texts=20)) if a.kind == "injected"]
+    sizes = [[len(place) for place in trial.places] for pair in pairs for trial in pair]
+    assert min(sizes[0]) > 2
+    # Only the end of the text can cut a place short.
+    last = [place[-1] == len(b.ids) - 1 for _, b in pairs for place in b.places]
+    equal = [len(x) == len(y) for a, b in pairs for x, y in zip(a.places, b.places, strict=True)]
+    assert all(same or cut for same, cut in zip(equal, last, strict=True))
+    assert sum(equal) >= 36
+
+
 def test_a_shuffled_prompt_has_the_same_words(tiny, made):
     words = sorted(made[0].text.split())
     shuffled = [t for t in made if t.kind == "shuffled"]
@@ -198,8 +210,12 @@ RULES_OF_ONE = {POINT: {7: ("either",)}}
         ({"neutral": 0.5, "paraphrase": 1}, ARTEFACT, ("neutral",)),
         ({"paraphrase": 0.45}, ARTEFACT, ("paraphrase",)),
         ({"paraphrase": 0.5, "injected": 0.45, "shuffled": 0.45, "neutral": 0.45}, SURVIVES, ()),
-        # It fires at these places with the tags and without: that tells nothing of the tags.
-        ({"injected": 1, "plain": 1, "paraphrase": 1}, SURVIVES, ()),
+        # It fires at these places with the tags and without: no detector, and no reasoning either.
+        ({"injected": 1, "plain": 1, "paraphrase": 1}, ARTEFACT, ("plain",)),
+        ({"injected": 0, "plain": 0.5, "paraphrase": 1}, ARTEFACT, ("plain",)),
+        ({"injected": 1, "plain": 0.55, "paraphrase": 1}, DETECTOR, ("injection", "plain")),
+        # Hardly more often than before: its part in plain text refutes it all the same.
+        ({"injected": 0.5, "plain": 0.45, "paraphrase": 1}, DETECTOR, ("injection",)),
         ({"injected": 1, "shuffled": 1, "neutral": 1}, DETECTOR,
          ("injection", "shuffle", "neutral", "paraphrase")),
     ],
@@ -211,6 +227,17 @@ def test_verdict_of_each_pattern(fired, verdict, failed):
         assert found.shares[kind].share == pytest.approx(share)
         assert found.shares[kind].n == 20
         assert found.shares[kind].ci[0] <= share <= found.shares[kind].ci[1]
+
+
+def test_few_texts_acquit_nobody():
+    """A perfect detector in 4 of 4 texts has p = 0.125: it falls, and the reason says how sure."""
+    (found,) = judge(synthetic({"injected": 1, "paraphrase": 1}, n=4), RULES_OF_ONE)
+    assert found.injection_p == pytest.approx(0.125)
+    assert (found.verdict, found.failed) == (DETECTOR, ("injection",))
+    said = "4 of 4 plain texts (0 of 4 without them), too few to be sure of the tags' part"
+    assert said in found.reason
+    (sure,) = judge(synthetic({"injected": 1, "paraphrase": 1}), RULES_OF_ONE)
+    assert "too few" not in sure.reason
 
 
 def test_the_share_that_counts_as_firing_is_an_option():
@@ -249,9 +276,21 @@ def test_another_seed_decides_last():
     kept = {POINT: {7: Counterpart(0.3, 1, 0.9, 4)}}
     (found,) = judge(synthetic({"paraphrase": 1}), RULES_OF_ONE, other_seed=kept)
     assert found.verdict == SURVIVES
+    # Any two features of one tag correlate: that is not said to be the same feature.
+    assert found.reason.endswith(
+        "another seed's SAE has one that answers to these tags alike (r = 0.90)"
+    )
     assert found.to_dict()["other_seed"]["found"] is True
+    same = {POINT: {7: Counterpart(0.8, 1, 0.9, 4)}}
+    (found,) = judge(synthetic({"paraphrase": 1}), RULES_OF_ONE, other_seed=same)
+    assert found.reason.endswith("another seed's SAE has its direction")
     assert Counterpart(0.71, 1, None, None).found
     assert not Counterpart(0.69, 1, None, None).found
+
+
+def decoders(a, b):
+    """Both SAEs' decoders, at any place."""
+    return lambda point: (a.W_dec, b.W_dec)
 
 
 def test_counterparts_of_a_permuted_sae_are_found(tiny, made, planted):
@@ -269,15 +308,46 @@ def test_counterparts_of_a_permuted_sae_are_found(tiny, made, planted):
     some = made[:30]
     mine = respond(tiny, {POINT: planted}, {POINT: (0, 1)}, some)
     theirs = respond(tiny, {POINT: moved}, {POINT: (1, 3)}, some)
-    found = counterparts({POINT: planted}, mine, {POINT: moved}, theirs)[POINT]
+    found = counterparts(mine, theirs, decoders(planted, moved))[POINT]
     assert [found[f].feature for f in (0, 1)] == [1, 3]
     assert [found[f].cosine for f in (0, 1)] == pytest.approx([1.0, 1.0], abs=1e-5)
     assert [found[f].correlated for f in (0, 1)] == [1, 3]
     assert [found[f].correlation for f in (0, 1)] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert found[0].elsewhere is None
     none = respond(tiny, {POINT: moved}, {POINT: ()}, some)
-    alone = counterparts({POINT: planted}, mine, {POINT: moved}, none)[POINT][0]
+    alone = counterparts(mine, none, decoders(planted, moved))[POINT][0]
     assert alone.correlation is None
     assert alone.found
+
+
+def test_features_of_one_tag_correlate_at_every_layer(planted):
+    """Twins by their answers: the number for layers where none can be the same stands beside."""
+    far, third = Hookpoint(3, "resid_post"), Hookpoint(5, "resid_post")
+    trials_ = [Trial("plain", "", (0,), ((0,), (0,)))] * 40
+    rng = torch.Generator().manual_seed(0)
+    tag = (torch.rand(40, 2, 1, generator=rng) < 0.4).float()
+
+    noise = torch.rand(40, 2, 3, generator=rng)
+    mine = Responses(trials_, {POINT: torch.cat([tag, noise[:, :, :1]], 2)}, {POINT: (0, 1)})
+    theirs = Responses(
+        trials_,
+        {POINT: 2 * tag, far: torch.cat([tag, 0 * tag], 2), third: noise[:, :, 1:2]},
+        {POINT: (3,), far: (5, 6), third: (7,)},
+    )  # fmt: skip
+    found = counterparts(mine, theirs, decoders(planted, planted))[POINT]
+    assert found[0].correlation == pytest.approx(1.0)
+    assert found[0].correlated == 3
+    by_hand = np.corrcoef(tag.flatten(), noise[:, :, 1].flatten())[0, 1]
+    # Of two other layers the lower one is the median.
+    assert found[0].elsewhere == pytest.approx(by_hand)
+    theirs.values.pop(third)
+    alike = counterparts(mine, theirs, decoders(planted, planted))[POINT]
+    assert alike[0].elsewhere == pytest.approx(1.0)
+    (verdict,) = judge(
+        synthetic({"paraphrase": 1}), RULES_OF_ONE, other_seed={POINT: {7: replace(alike[0],
+        cosine=0.1)}},
+    )  # fmt: skip
+    assert verdict.reason.endswith("(r = 1.00; 1.00 at other layers)")
 
 
 def test_respond_reads_what_a_dense_pass_reads(tiny, made, planted):
@@ -293,7 +363,7 @@ def test_respond_reads_what_a_dense_pass_reads(tiny, made, planted):
 
 @pytest.mark.parametrize("feature", [4, -1])
 def test_a_feature_beyond_the_latents_is_refused(tiny, made, planted, feature):
-    with pytest.raises(BadInputError, match=r"out of range: its SAE has latents 0 to 3"):
+    with pytest.raises(BadInputError, match=r"feature -?\d is out of range.* features 0 to 3"):
         respond(tiny, {POINT: planted}, {POINT: (feature,)}, made[:1])
 
 
@@ -338,9 +408,10 @@ def test_summary_sets_survivors_against_the_random_weights():
     table = [[12, 88], [1, 99]]
     assert either.p_value == pytest.approx(fisher_exact(table, alternative="greater").pvalue)
     assert summary.tests["injection"] == 8
-    assert "more than chance" in summary.reason
+    assert "more than the random-weights SAE" in summary.reason
+    assert "counted as independent" in summary.reason
     flat = summarise(verdicts, 100, (verdicts, 100))
-    assert "not more than chance" in flat.reason
+    assert "not more than the random-weights SAE" in flat.reason
     assert flat.rules[-1].p_value > 0.5
     assert summary.rules[0].counted == 0
     assert summary.rules[0].ci == (0.0, 1.0)
@@ -353,7 +424,7 @@ def test_summary_of_nothing_says_so():
 
 
 def test_injection_is_corrected_for_all_features():
-    """One feature alone would pass at p = 0.03; among many such tests it does not."""
+    """One feature alone has p = 0.008; among thirty such tests that is nothing."""
     held = synthetic({"paraphrase": 1}, n=20)
     kinds = [t.kind for t in held.trials]
     injected = [i for i, k in enumerate(kinds) if k == "injected"]
@@ -367,11 +438,10 @@ def test_injection_is_corrected_for_all_features():
         {POINT: {0: ("either",)}},
     )
     assert alone[0].injection_p == pytest.approx(2 * 0.5**8)
-    assert alone[0].failed == ("injection",)
+    assert "too few" not in alone[0].reason
     together = judge(responses, {POINT: dict.fromkeys(range(30), ("either",))})
     assert together[0].injection_p == pytest.approx(30 * 2 * 0.5**8)
-    assert together[0].failed == ()
-    assert np.mean([v.verdict == SURVIVES for v in together]) == 1.0
+    assert "too few to be sure of the tags' part (p = 0.23)" in together[0].reason
 
 
 def test_plain_texts_reason_about_nothing():

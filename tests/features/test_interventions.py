@@ -420,7 +420,7 @@ def test_masses_are_sums_by_phase_of_what_ablation_takes_away() -> None:
     coder = coder_of(16)
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
     phases = torch.tensor([0] * 20 + [1] * 25 + [2] * 5)
-    found = mass_of(encode(coder, x), phases, coder)
+    found = mass_of(encode(coder, x), phases, coder.W_dec.norm(dim=1).double())
     alone = Intervention(POINT, (7,))
     gone = (x - intervene(x, coder, alone)).norm(dim=1)
     for phase in range(3):
@@ -434,6 +434,29 @@ def test_masses_are_sums_by_phase_of_what_ablation_takes_away() -> None:
     inside = phases != 1
     known = gone[inside].sum() / (gone[inside] > 0).sum() / coder.W_dec[7].norm()
     assert values == pytest.approx([float(known)], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ablate", "scale", "clamp", "steer"])
+def test_rows_where_nothing_is_active(kind: str) -> None:
+    """BatchTopK leaves whole rows, and whole batches, without an active latent."""
+    coder = coder_of(16)
+    with torch.no_grad():
+        coder.encoder.bias.fill_(-1e6)
+        coder.W_dec[2] = 0.0  # a dead latent's direction
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    values = (1.0, 1.0) if kind in ("clamp", "steer") else ()
+    for keep in (True, False):
+        found = intervene(
+            x, coder, Intervention(POINT, (2, 7), kind, keep_error=keep, values=values)
+        )
+        base = x if keep else coder.b_dec.expand(5, -1)
+        moved = (coder.W_dec[7] / (coder.W_dec[7].norm() if kind == "steer" else 1)) * bool(values)
+        torch.testing.assert_close(found, base + moved)
+    acts = encode(coder, x)
+    assert acts.values.numel() == 0
+    mass = mass_of(acts, torch.zeros(5, dtype=torch.long), coder.W_dec.norm(dim=1).double())
+    assert mass.sums.sum() == mass.active.sum() == 0
+    assert mass.mean_active([2, 7]) == [0.0, 0.0]
 
 
 def test_controls_are_the_twins_of_the_features() -> None:

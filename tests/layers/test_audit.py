@@ -14,7 +14,7 @@ from resa_lens import stats
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.layers.audit import Audit, audit, group_variance, selection_bias
-from resa_lens.layers.granularity import read_checkpoints
+from resa_lens.layers.checkpoints import read_checkpoints
 from resa_lens.resources import data_path
 
 LAYERS = str(data_path("paper/tables36_61_layer_checkpoints.csv"))

@@ -122,6 +122,22 @@ def test_causal_false_alarms_stay_at_their_level():
     assert 4 <= alarms <= 28  # 0.05 +- 3.3 standard errors
 
 
+def test_causal_with_few_controls_uses_students_t():
+    # Standard errors from 5 sets: read as if they were known, some layer would pass in 18 %.
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(300):
+        scale = np.sqrt(rng.chisquare(4, size=10) / 4)
+        effects = {
+            layer: (float(v), float(s), 4.0)
+            for layer, (v, s) in enumerate(zip(rng.normal(size=10), scale, strict=True), start=1)
+        }
+        result = recommend(dict.fromkeys(effects, 0), n_layers=12, selector="causal",
+                           causal=effects)  # fmt: skip
+        alarms += result.selector == "causal"
+    assert 4 <= alarms <= 28
+
+
 def test_blend_ranks_the_tables_that_say_something():
     quality = {layer: abs(layer - 8) / 10 for layer in LUMP}
     result = recommend(LUMP, n_layers=28, selector="blend", quality=quality, draws=50)
@@ -179,7 +195,8 @@ def test_few_layers_get_a_verdict(selector):
         ({1: (0.1, -1.0)}, "standard error -1"),
         ({1: (0.1, float("nan"))}, "nan"),
         ({1: (0.1, 0.1), 2: 0.3}, "layer 2 .* no standard error"),
-        ({1: (0.1, 0.1, 0.1)}, "no .effect, standard error."),
+        ({1: (0.1, 0.1, 0.1, 0.1)}, "no .effect, standard error."),
+        ({1: (0.1, 0.1, 0.0)}, "degrees of freedom above 0"),
     ],
 )
 def test_bad_effects(causal, match):

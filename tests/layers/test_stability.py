@@ -73,6 +73,24 @@ def test_lumps_that_move_with_the_seed_are_not():
     assert by["SAE seed"].same_first == 0
 
 
+def test_a_layer_that_one_seed_alone_puts_first_does_not_return():
+    """Four of six tables agree, but all of one SAE: the other seed's tables single out none."""
+    whole = lump(0)
+    # The same profile with a tenth of the features, too few to tell.
+    thin = {layer: round(count / 10) for layer, count in whole.items()}
+    tables, factors = {}, {}
+    for seed, prompts in ((0, "abcd"), (1, "ab")):
+        for prompt in prompts:
+            tables[f"{prompt}/{seed}"] = thin if seed else whole
+            factors[f"{prompt}/{seed}"] = {"prompt": prompt, "SAE seed": str(seed)}
+    found = judged(tables, factors)
+    assert list(found.first.values()) == [4]
+    assert found.between.spearman_p <= 0.05
+    assert found.between.answered == 0
+    assert found.verdict == "not stable"
+    assert "4 of 6 tables (4 single out a layer), all of one SAE seed" in found.reason
+
+
 def test_flat_tables_have_nothing_to_return():
     tables, factors = crossed(lambda prompt, seed: flat([seed, prompt == "r1"]))
     found = judged(tables, factors)
