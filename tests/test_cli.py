@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from resa_lens import __version__
-from resa_lens.cli import app
+from resa_lens.cli import app, common
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 TABLE_6 = str(PAPER / "table6_hookpoints.csv")
@@ -231,3 +233,87 @@ def test_interrupted_is_130_and_leaves_only_what_goes_on(tmp_path: Path) -> None
     for work in workspace.rglob(".work-*"):
         assert list(work.glob("group-*/checkpoint-*/state.json"))
         assert "the same command goes on" in rest
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_130() -> None:
+    """Import code may answer an interrupt with an exception of its own."""
+
+    def job() -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("could not import") from error
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit) as stopped:
+        common.run(job, False)
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def fails() -> Any:
+        raise ModuleNotFoundError("could not import")
+
+    with pytest.raises(ModuleNotFoundError):
+        common.run(fails, False)
+
+
+# What is printed
+
+
+def test_json_has_no_nan(capfd: pytest.CaptureFixture[str]) -> None:
+    value = {"a": [1.0, float("nan")], "b": {"c": (float("inf"), 2)}, "d": True, "e": None}
+    common.run(lambda: (value, lambda: None), True)
+    found = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": [1.0, None], "b": {"c": [None, 2]}, "d": True, "e": None}
+
+
+def test_layers_and_intervals_keep_their_line_in_a_narrow_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = common.table("title", "layer", "95 %", *["a header of several words"] * 5)
+    cells = ("layer 10 (0-based; 11th of 12)", "-1.8 to +1.8")
+    made.add_row(*cells, *["123"] * 5)
+    Console(width=100).print(made)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "123" in line]
+    assert all(cell in row for cell in cells)
+
+
+def test_unfinished_ablations_are_listed_by_their_arms(tmp_path: Path) -> None:
+    work = tmp_path / "w" / "ablations" / "model" / ".work-mlp_out-1"
+    work.mkdir(parents=True)
+    for name in ("plain", "target-1"):
+        (work / f"{name}.parquet").write_bytes(b"x")
+    (row,) = json.loads(invoke("runs", "--workspace", str(tmp_path / "w"), "--json").stdout)["runs"]
+    assert row["kind"] == "ablations, unfinished (2 arms)"
+    assert "unfinished (2 arms)" in invoke("runs", "--workspace", str(tmp_path / "w")).stdout
+
+
+def test_files_in_examples_are_there() -> None:
+    for name, command in COMMANDS.items():
+        example = " ".join((command.help or "").partition("Example:")[2].split())
+        for word in example.split():
+            if word.endswith((".csv", ".jsonl", ".parquet")):
+                assert (PAPER.parents[1] / word).is_file(), (name, word)
+
+
+def test_regret_refuses_fewer_layers_than_the_table_has() -> None:
+    done = invoke("regret", TABLE_6, "--column", "average", "--n-layers", "4")
+    assert done.exit_code == 2
+    assert "--n-layers 4: the table has layer 26 (0-based); give at least 27" in done.stderr
+    assert invoke("regret", TABLE_6, "--column", "average", "--n-layers", "27").exit_code == 0
+
+
+def test_a_wide_table_comes_in_parts_and_no_number_is_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = common.table("title", "layer", *[f"column {i}" for i in range(12)])
+    made.add_row("layer 10 (0-based; 11th of 12)", *[f"{i}23.456" for i in range(12)])
+    assert common.fitted(made, 200) == [made]
+    parts = common.fitted(made, 80)
+    assert len(parts) > 1
+    for part in parts:
+        Console(width=80).print(part)
+    said = capsys.readouterr().out
+    assert all(f"{i}23.456" in said for i in range(12))
+    assert said.count("layer 10 (0-based; 11th of 12)") == len(parts)
+    assert said.count("title") == 1

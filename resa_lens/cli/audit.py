@@ -58,12 +58,12 @@ def audit(
 ) -> None:
     """Test a table of checkpoints: exchanged columns, groups against noise, best-of-n, errors.
 
-    Example: resa-lens audit CHECKPOINTS.csv --group layer_1_indexed --questions mmlu=14042
+    Example: resa-lens audit data/paper/tables36_61_layer_checkpoints.csv --group layer_1_indexed
     """
 
     def job() -> tuple[dict[str, Any], Any]:
         from resa_lens.layers import audit as audits
-        from resa_lens.layers.granularity import read_checkpoints
+        from resa_lens.layers.checkpoints import read_checkpoints
         from resa_lens.progress import ConsoleReporter
 
         found = read_checkpoints(table, group=group, questions=_counts(questions or []))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -106,7 +110,14 @@ def run(job: Callable[[], tuple[dict[str, Any], Callable[[], None]]], as_json: b
         sys.stdout.flush()
         os.dup2(2, 1)
     try:
-        result, show = job()
+        with _noting_interrupts() as interrupted:
+            try:
+                result, show = job()
+            except Exception as error:
+                # Import code of some libraries turns an interrupt into an error of its own.
+                if interrupted and not isinstance(error, ResaLensError):
+                    raise KeyboardInterrupt from error
+                raise
     except ResaLensError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         typer.echo("error: " + "\n".join(lines[:3]), err=True)
@@ -122,9 +133,44 @@ def run(job: Callable[[], tuple[dict[str, Any], Callable[[], None]]], as_json: b
     if _silent_rank():
         return
     if as_json:
-        typer.echo(json.dumps(result, default=str))
+        typer.echo(json.dumps(finite(result), default=str, allow_nan=False))
     else:
         show()
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Yield a list that holds the interrupts so far."""
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield seen
+        return
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def finite(value: Any) -> Any:
+    """Return a result with None for numbers that JSON has not: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+WHOLE = ("layer", "by", "95 %", "F (df)", "created (UTC)")
+"""Columns whose cells keep their line in a narrow terminal; the headers of others wrap first."""
 
 
 def table(title: str, *columns: str) -> Table:
@@ -135,18 +181,60 @@ def table(title: str, *columns: str) -> Table:
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         # A folded path can still be copied; a cut one cannot.
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        whole = column in WHOLE
+        made.add_column(
+            column, justify="left" if index == 0 else "right", no_wrap=whole,
+            overflow="ellipsis" if whole else "fold",
+        )  # fmt: skip
     return made
+
+
+def _needed(column: Any) -> int:
+    """Return the width below which words of a column's cells, as numbers are, would be cut."""
+    cells = [str(cell) for cell in column.cells]
+    words = cells if column.no_wrap else [word for cell in cells for word in cell.split()]
+    words += str(column.header).split()
+    # Paths may fold.
+    return min(max(map(len, words), default=0), 30)
+
+
+def fitted(whole: Table, width: int) -> list[Table]:
+    """Return a table in parts that fit a terminal, each with the first column."""
+    first, *rest = whole.columns
+    groups: list[list[Any]] = [[]]
+    for column in rest:
+        if groups[-1] and 4 + sum(_needed(c) + 2 for c in (first, *groups[-1], column)) > width:
+            groups.append([])
+        groups[-1].append(column)
+    if len(groups) == 1:
+        return [whole]
+    parts = []
+    for index, group in enumerate(groups):
+        part = table("")
+        part.title = whole.title if index == 0 else None
+        for column in (first, *group):
+            part.add_column(
+                column.header, justify=column.justify, no_wrap=column.no_wrap,
+                overflow=column.overflow,
+            )  # fmt: skip
+        for row in zip(first.cells, *(column.cells for column in group), strict=True):
+            part.add_row(*row)
+        parts.append(part)
+    return parts
 
 
 def show_all(*parts: Any) -> None:
     """Print tables and lines to stdout."""
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for part in parts:
         if isinstance(part, str):
             console.print(part, markup=False, soft_wrap=True)
+        elif isinstance(part, Table):
+            for piece in fitted(part, console.width):
+                console.print(piece)
         else:
             console.print(part)
 

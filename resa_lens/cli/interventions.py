@@ -98,10 +98,16 @@ def ablate(
         from resa_lens.evals.run import EvalConfig
         from resa_lens.features.exclusive import CountConfig
         from resa_lens.hookpoints import Hookpoint
-        from resa_lens.pipeline.ablation import AblationConfig, ablate_run, counted_features
+        from resa_lens.pipeline.ablation import (
+            AblationConfig,
+            ablate_run,
+            check_rule,
+            counted_features,
+        )
         from resa_lens.pipeline.scores import load_eval_items
         from resa_lens.saes.train import SaeConfig
 
+        check_rule(rule)
         # Refused before anything is loaded: any feature will do.
         named = None if features == "counted" else _indices(features)
         counted_by = rule if named is None else None
@@ -181,11 +187,13 @@ def attribute(
         from resa_lens.corpora import CorpusConfig
         from resa_lens.features.exclusive import CountConfig
         from resa_lens.hookpoints import Hookpoint
-        from resa_lens.pipeline.ablation import counted_features
-        from resa_lens.pipeline.attribution import attribute_run
+        from resa_lens.pipeline.ablation import check_rule, counted_features
+        from resa_lens.pipeline.attribution import attribute_run, check_metric
         from resa_lens.saes.train import SaeConfig
 
-        named = None if features in ("active", "counted") else _indices(features)
+        check_rule(rule)
+        check_metric(metric)
+        named = None if features in ("active", "counted") else _indices(features, "active, counted")
         ctx = common.context(workspace, seed, device, dtype, force, threads)
         host = ctx.model(model)
         at = _layer(layer, host.n_layers)
@@ -207,14 +215,14 @@ def attribute(
     common.run(job, as_json)
 
 
-def _indices(text: str) -> tuple[int, ...]:
+def _indices(text: str, words: str = "counted") -> tuple[int, ...]:
     from resa_lens.errors import BadInputError
 
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise BadInputError(
-            f'features {text!r} are neither indices nor "counted"; use for example "3,17,40"'
+            f'features {text!r} are no indices; use {words} or for example "3,17,40"'
         ) from error
 
 
@@ -302,7 +310,7 @@ def _show_ablation(name: str, found: dict[str, Any], folder: Any) -> None:
         f"{max(masses):.2f}"
         if masses
         else "the features have no activation mass at these tokens",
-        f"in {folder}",
+        f"in {folder}; figure: dose_response.html",
     )
 
 

@@ -27,6 +27,12 @@ from resa_lens.cli.common import (
     YesOption,
 )
 
+SHOWN = 20
+"""Counted features in the terminal's table; the JSON and the file have all."""
+
+
+BY = ("cosine", "cosine_firing", "correlation")
+
 
 def score_features(
     model: ModelOption = "tiny-reasoner",
@@ -90,15 +96,16 @@ def score_features(
         from resa_lens.features.exclusive import CountConfig
         from resa_lens.features.scores import check_scores
         from resa_lens.hookpoints import parse_layers
-        from resa_lens.pipeline.feature_scores import TOKENS, ScoreConfig, score_run
+        from resa_lens.pipeline.feature_scores import TOKENS, ScoreConfig, check_text, score_run
         from resa_lens.pipeline.sae_training import saes_for
         from resa_lens.saes.train import SaeConfig
 
         check_scores(score or ())
+        corpus = CorpusConfig(source=data, seed=seed)
+        check_text(corpus, other_data)
         ctx = common.context(workspace, seed, device, dtype, force, threads)
         host = ctx.model(model)
         chosen = parse_layers(layers, host.n_layers)
-        corpus = CorpusConfig(source=data, seed=seed)
         run = saes_for(
             ctx, host, chosen, SaeConfig(site, latents, k, tokens=tokens, seed=seed), corpus, saes,
             allow_mismatch=allow_site_mismatch, only=None if layers is None else chosen,
@@ -239,23 +246,21 @@ def match_features(
 def _show_matches(name: str, found: dict[str, Any]) -> None:
     made = common.table(
         f"Features of {name} found again (above {found['threshold']:g})",
-        "layer", "by", "n", "share", "95 %", "null", "mean", "null mean", "agreement (chance)",
+        "layer", "by", "n", "share %", "95 %", "null %", "mean", "null mean",
     )  # fmt: skip
     for row in found["layers"]:
-        for by in ("cosine", "cosine_firing", "correlation"):
+        for by in BY:
             if (part := row[by]) is None:
                 continue
-            agree = row["agreement"] if by == "correlation" else None
             made.add_row(
                 row["name"],
-                f"{part['method']}{', firing' if by == 'cosine_firing' else ''}",
+                by.replace("_", ", "),
                 str(part["n"]),
-                f"{100 * part['share']:.1f} %",
-                f"{100 * part['ci'][0]:.1f} to {100 * part['ci'][1]:.1f} %",
-                f"{100 * part['null_share']:.2g} %",
+                f"{100 * part['share']:.1f}",
+                f"{100 * part['ci'][0]:.1f} to {100 * part['ci'][1]:.1f}",
+                f"{100 * part['null_share']:.2g}",
                 f"{part['mean']:.3f}",
                 f"{part['null_mean']:.3f}",
-                f"{agree['share']:.2f} ({agree['chance']:.2g}, n {agree['n']})" if agree else "",
             )
     followed = common.table(
         "Counted features, followed",
@@ -263,7 +268,7 @@ def _show_matches(name: str, found: dict[str, Any]) -> None:
         "correlation", "match", "counted there",
     )  # fmt: skip
     for row in found["layers"]:
-        for item in row["features"]:
+        for item in row["features"][: SHOWN - followed.row_count]:
             cells = []
             for by in ("cosine", "correlation"):
                 keys = (by, f"{by}_match", f"{by}_counted")
@@ -272,10 +277,21 @@ def _show_matches(name: str, found: dict[str, Any]) -> None:
                 cells += ["" if none else f"{value:.3f}", "" if none else str(match)]
                 cells.append("" if none else "yes" if counted else "no")
             followed.add_row(row["name"], str(item["feature"]), item["rule"], *cells)
+    methods = {row[by]["method"] for row in found["layers"] for by in BY if row[by]}
+    same = [
+        f"layer {row['layer']}: {100 * agree['share']:.1f} % of {agree['n']} "
+        f"(chance {100 * agree['chance']:.2g} %)"
+        for row in found["layers"]
+        if (agree := row["agreement"])
+    ]
+    more = sum(len(row["features"]) for row in found["layers"]) - followed.row_count
     reasons = sorted({row["cosine_reason"] for row in found["layers"] if row["cosine_reason"]})
     common.show_all(
         made,
+        f"matched by: {'; '.join(sorted(methods))}",
+        *([f"both name the same feature: {'; '.join(same)}"] if same else []),
         *([followed] if followed.row_count else ["no feature of RUN_A is counted by any rule"]),
+        *([f"and {more} more, in matches.json and with --json"] if more else []),
         *reasons,
         f"every feature in {found['folder']}",
     )

@@ -223,6 +223,11 @@ def regret(
             read_replicates(checkpoints, column) if checkpoints else read_table(table, column)
         )
         size = n_layers or max(scores) + 2
+        if max(scores) >= size:
+            raise BadInputError(
+                f"--n-layers {size}: the table has layer {max(scores)} (0-based); give at least "
+                f"{max(scores) + 1}"
+            )
         effects: dict[int, Effect] | None = None
         if effect_column:
             effects = dict(read_table(table, effect_column))

@@ -40,9 +40,11 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
         for work in sorted(ctx.workspace.root.glob("*/*/.work-*")):
             held = [read_state(group) for group in sorted(work.glob("group-*"))]
             steps = max((state["step"] for state in held if state), default=0)
+            arms = len(list(work.glob("*.parquet")))
+            far = f"{arms} arm{'' if arms == 1 else 's'}" if not held else f"step {steps}"
             rows.append(
                 {
-                    "kind": f"{work.parents[1].name}, unfinished (step {steps})",
+                    "kind": f"{work.parents[1].name}, unfinished ({far})",
                     "path": ctx.workspace.relative(work),
                     "created": "",
                     "megabytes": round(
@@ -53,10 +55,14 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
             )
 
         def show() -> None:
-            made = common.table("Runs", "kind", "created", "MB", "seconds", "path")
+            made = common.table("Runs", "kind", "created (UTC)", "MB", "seconds", "path")
+            made.columns[-1].justify = "left"
             for row in rows:
-                cells = (row["created"], f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}")
-                made.add_row(row["kind"], *cells, row["path"])
+                # The state stands in the column of the time: paths keep their room.
+                kind, _, state = row["kind"].partition(", ")
+                created = row["created"][:16].replace("T", " ") or state
+                seconds = f"{row['seconds']:.0f}" if row["created"] else ""
+                made.add_row(kind, created, f"{row['megabytes']:.1f}", seconds, row["path"])
             common.show_all(made if rows else "the workspace is empty; begin with: resa-lens demo")
 
         return {"runs": rows}, show

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ from resa_lens.saes.coder import SparseCoder, hash_tensors
 from resa_lens.workspace import config_dict, digest, read_json, write_errors, write_json
 
 WORK = ".work-"
+FIGURE = "dose_response.html"
+TIMES = "seconds.json"
 DOSES = (0.25, 0.5, 1.0, 2.0)
 MASS_TOKENS = 16_384
 """Of the base run's answers, on which random features are matched."""
@@ -88,6 +90,8 @@ class AblationConfig:
             if not math.isfinite(strength):
                 raise BadInputError(f"strength {strength} is not finite; 0 is the identity")
         self.intervention(1.0, self.features, (1.0,) * len(self.features))
+        if self.value is not None and not math.isfinite(self.value):
+            raise BadInputError(f"value {self.value} is not finite; give a number, or none")
         if self.value is not None and self.kind not in VALUED:
             raise BadInputError(f"kind {self.kind!r} takes no value; use clamp or steer with it")
 
@@ -111,6 +115,12 @@ class AblationConfig:
         )
 
 
+def check_rule(rule: str) -> None:
+    """Raise BadInputError where a rule is unknown."""
+    if rule not in RULES:
+        raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
+
+
 def counted_features(
     ctx: Context,
     model: Model,
@@ -125,8 +135,7 @@ def counted_features(
         BadInputError: an unknown rule, a layer without SAE, or the rule counts none; another rule
             is never taken in its place.
     """
-    if rule not in RULES:
-        raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
+    check_rule(rule)
     if layer is not None and layer not in {point.layer for point in saes.points}:
         held = ", ".join(str(point.layer) for point in saes.points)
         raise BadInputError(
@@ -232,8 +241,50 @@ def ablate_run(
         for file in work.glob("*.parquet"):
             shutil.copy2(file, target)
         write_json(target / "results.json", results)
+        write_figure(target / FIGURE, results)
     shutil.rmtree(work, ignore_errors=True)
     return folder, results
+
+
+def write_figure(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the dose-response figure as a page that needs nothing else.
+
+    Args:
+        path: of the page.
+        results: of `ablate_run`.
+    """
+    from resa_lens.plots import dose_response_figure
+    from resa_lens.report import Table, write_page
+
+    n = len(results["features"])
+    what = f"{results['kind']} {n} feature{'' if n == 1 else 's'}"
+    header = ("strength", "accuracy", "effect, points", "95 %", "p", "beyond random", "95 %", "p")
+    rows = [("0", f"{100 * results['base']['accuracy']:.1f} %", *[""] * 6)]
+    for dose in results["doses"]:
+        cells = _cells(dose["effect"])
+        cells += _cells(dose["control"]["beyond"]) if dose["control"] else ("", "", "")
+        rows.append((f"{dose['strength']:g}", f"{100 * dose['accuracy']:.1f} %", *cells))
+    lead = (
+        f"{results['model']}, {results['where']}, site {results['site']}, at "
+        f"{', '.join(results['phases'])} tokens; {results['n']} questions. At strength "
+        f"{results['strength']:g}: {results['note']}."
+    )
+    named = ", ".join(map(str, results["features"]))
+    by = f"counted by rule {results['rule']}" if results["rule"] else "named"
+    write_page(
+        path,
+        f"Dose and response: {what}",
+        lead,
+        [
+            ("Accuracy by strength", [dose_response_figure(results["doses"], what)]),
+            ("Figures", [Table(header, rows), f"Features, {by}: {named}."]),
+        ],
+    )
+
+
+def _cells(share: Mapping[str, Any]) -> tuple[str, str, str]:
+    low, high = (f"{100 * bound:+.1f}" for bound in share["ci"])
+    return f"{100 * share['difference']:+.1f}", f"{low} to {high}", f"{share['p_value']:.3g}"
 
 
 class _Arms:
@@ -251,7 +302,13 @@ class _Arms:
         self.ctx, self.model, self.coder, self.items = ctx, model, coder, list(items)
         self.config, self.work = config, work
         self.engine = HFEngine(model.model, model.tokenizer)
-        self.seconds = 0.0
+        self.taken: dict[str, float] = read_json(work / TIMES) if (work / TIMES).is_file() else {}
+        """Seconds by arm, of those too that an earlier call ran."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all finished arms."""
+        return sum(self.taken.values())
 
     def run(self) -> dict[str, Any]:
         """Run what is missing and return the figures."""
@@ -266,12 +323,11 @@ class _Arms:
                 f"{config.kind} has no value to take; give one with --value"
             )
         with_controls = config.strengths if config.all_doses else (config.strength,)
-        arms = len(config.strengths) + len(sets) * len(with_controls) + (not config.keep_error)
+        arms = 1 + len(config.strengths) + len(sets) * len(with_controls) + (not config.keep_error)
+        held = len(self.taken)
         self.ctx.reporter.note(
-            f"{arms} more arms of {len(self.items) * config.eval.samples} answers, about "
-            f"{arms * max(self.seconds, 0.0):.0f} s"
-            if self.seconds
-            else f"{arms} more arms of {len(self.items) * config.eval.samples} answers"
+            f"expected: about {(arms - held) * self.seconds / max(held, 1):.0f} s for "
+            f"{arms - held} more arms of {len(self.items) * config.eval.samples} answers"
         )
         if not config.keep_error:
             # Strength 0 is the SAE's reconstruction: what the features do is beside that.
@@ -325,14 +381,16 @@ class _Arms:
 
     def _arm(self, name: str, wanted: Intervention | None) -> Rows:
         file = self.work / f"{name}.parquet"
-        if file.is_file():
+        if file.is_file() and name in self.taken:
             return read_samples(file)
         total = len(self.items) * self.config.eval.samples
         with self.ctx.reporter.bar(f"arm {name}", total) as advance:
             result = self._evaluate(wanted, advance)
-        self.seconds += result.seconds
+        self.taken[name] = round(result.seconds, 3)
         with write_errors(self.work):
             write_samples(result, file)
+            # Behind the samples: an arm that has no time here is run anew.
+            write_json(self.work / TIMES, self.taken)
         return result.samples
 
     def _evaluate(self, wanted: Intervention | None, advance: Callable[[int], None]) -> EvalResult:

@@ -229,17 +229,25 @@ def read_feature(
     """Return one feature's row and its examples, the strongest first.
 
     Raises:
-        BadInputError: the feature never fired there, or the layer was not measured.
+        BadInputError: the feature never fired there, the layer was not measured, or a damaged file.
     """
-    wanted = [("layer", "=", layer), ("feature", "=", feature)]
-    rows = pq.read_table(folder / FEATURES, filters=wanted).to_pylist()
+
+    def read(name: str) -> list[dict[str, Any]]:
+        wanted = [("layer", "=", layer), ("feature", "=", feature)]
+        try:
+            return pq.read_table(folder / name, filters=wanted).to_pylist()
+        except (pa.ArrowInvalid, FileNotFoundError) as error:
+            raise BadInputError(
+                f"{folder / name} is missing or damaged; --force makes it anew"
+            ) from error
+
+    rows = read(FEATURES)
     if not rows:
         raise BadInputError(
             f"feature {feature} at layer {layer} (0-based) fired on none of the documents of "
             f"{folder}, or its layer was not measured"
         )
-    examples = pq.read_table(folder / EXAMPLES, filters=wanted).to_pylist()
-    return rows[0], sorted(examples, key=lambda row: row["rank"])
+    return rows[0], sorted(read(EXAMPLES), key=lambda row: row["rank"])
 
 
 def histogram_edges(folder: Path) -> list[float]:

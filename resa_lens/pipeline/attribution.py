@@ -9,8 +9,8 @@ from typing import Any
 from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
 from resa_lens.features.attribution import attribute, causal_effects, mean_loss, model_forward
+from resa_lens.features.checks import check_features
 from resa_lens.features.exclusive import RULES, FeatureCounts
-from resa_lens.features.interventions import check_features
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.phases import TOKENS, PhasedBatch, phased_batches, phased_texts
@@ -48,6 +48,12 @@ def document_batches(
     )
 
 
+def check_metric(metric: str) -> None:
+    """Raise BadInputError where a metric is unknown."""
+    if metric not in METRICS:
+        raise BadInputError(f"metric {metric!r} is unknown; use {', '.join(METRICS)}")
+
+
 def attribute_run(
     ctx: Context,
     model: Model,
@@ -65,8 +71,7 @@ def attribute_run(
     Raises:
         BadInputError: an unknown metric, no SAE at the place, or a feature out of range.
     """
-    if metric not in METRICS:
-        raise BadInputError(f"metric {metric!r} is unknown; use {', '.join(METRICS)}")
+    check_metric(metric)
     if top < 1 or tokens < 1:
         raise BadInputError(f"top is {top}, tokens {tokens}; both must be at least 1")
     coders = saes.coders(model, [point.layer])
@@ -150,6 +155,7 @@ def effects_run(
         "corpus": config_dict(corpus),
         "tokens": tokens,
         "controls": controls,
+        "error": "documents and sets",
         "dtype": model.dtype,
         "seed": ctx.seed,
     }
@@ -186,10 +192,18 @@ def effects_run(
 
 
 def measure_effects(ctx: Context, model: Model, rule: str, corpus: CorpusConfig) -> MeasureEffects:
-    """Return what the selectors causal and blend ask for: (effect beyond control, se) by layer."""
+    """Return what the selectors causal and blend ask for: effect, se and its freedom by layer."""
 
-    def measure(saes: SaeRun, counts: FeatureCounts) -> dict[int, tuple[float, float]]:
+    def measure(saes: SaeRun, counts: FeatureCounts) -> dict[int, tuple[float, float, float]]:
+        if not any(item.features[rule] for item in counts.layers):
+            totals = {name: sum(len(x.features[name]) for x in counts.layers) for name in RULES}
+            others = ", ".join(f"{name} counts {n}" for name, n in totals.items() if name != rule)
+            ctx.reporter.note(
+                f"causal effects: none to measure, rule {rule!r} counts no feature at any layer; "
+                f"{others}: name one with --rule"
+            )
+            return {item.layer: (0.0, 0.0, 1.0) for item in counts.layers}
         _, found = effects_run(ctx, model, saes, counts, rule, corpus, tokens=EFFECT_TOKENS)
-        return {layer: (effect["value"], effect["se"]) for layer, effect in found.items()}
+        return {layer: (e["value"], e["se"], e["freedom"]) for layer, e in found.items()}
 
     return measure

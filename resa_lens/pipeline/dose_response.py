@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import (
     clopper_pearson,
     compare_paired,
+    difference_from_sets,
     paired_bootstrap,
     permutation_p_value,
     sign_flip_p_value,
@@ -93,8 +95,9 @@ def dose_response(
     """Compare every dose with the base, and with random features at the same dose.
 
     Questions are paired.  `beyond` compares the features with the mean of the random sets, question
-    by question: its p-value is over questions, the sets taken as fixed.  `rank_p` is over the sets:
-    (1 + sets whose effect is at least as large) / (1 + sets), so with 5 sets never below 1/6.
+    by question; its p-value and interval are over questions and over sets, which differ from each
+    other too (`stats.difference_from_sets`; one set alone is taken as fixed).  `rank_p` is over the
+    sets: (1 + sets whose effect is at least as large) / (1 + sets), so with 5 never below 1/6.
 
     Args:
         base: samples at strength 0.
@@ -137,6 +140,23 @@ def dose_response(
     return rows
 
 
+def _beyond(
+    every: np.ndarray, after: np.ndarray, drawn: Sequence[np.ndarray], seed: int
+) -> dict[str, Any]:
+    """Compare the features with all random sets [question, sample]."""
+    found = compare_shares(every, after, seed)
+    if len(drawn) < 2 or len(after) < 2 or not found["changed"]:
+        return found
+    against = difference_from_sets(after.mean(1), np.stack([one.mean(1) for one in drawn]))
+    reach = float(t.ppf(0.975, against.freedom)) * against.se
+    return {
+        **found,
+        "ci": [against.value - reach, against.value + reach],
+        "p_value": against.p_value,
+        "note": "t over questions and random sets",
+    }
+
+
 def _against(
     before: Outcome, after: Outcome, drawn: Sequence[Outcome], seed: int
 ) -> dict[str, Any]:
@@ -152,7 +172,7 @@ def _against(
         "sets": len(drawn),
         "effect": compare_shares(before.correct, correct, seed),
         "each": each,
-        "beyond": compare_shares(correct, after.correct, seed),
+        "beyond": _beyond(correct, after.correct, [one.correct for one in drawn], seed),
         "rank_p": permutation_p_value(abs(effect), np.abs(each)),
         "tokens": _lengths(before.tokens, tokens, seed),
         "each_tokens": each_tokens,

@@ -13,6 +13,7 @@ from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import FeatureCounts, count_features
 from resa_lens.features.falsify import (
+    SURVIVES,
     VERDICTS,
     Counterpart,
     FalsifyConfig,
@@ -46,7 +47,8 @@ class Falsification:
 
     folder: Path
     features: list[dict[str, Any]]
-    """Of `FeatureVerdict.to_dict`."""
+    """Of `FeatureVerdict.to_dict`; under `random_weights` what the same rule counts at the layer of
+    the random-weights model, how many of these pass the texts, and of how many active ones."""
     summary: dict[str, Any]
     trials: dict[str, int]
     """Texts of each kind."""
@@ -60,7 +62,8 @@ class _Tried:
 
     rules: Mapping[Hookpoint, dict[int, tuple[str, ...]]]
     responses: Responses
-    active: int
+    active: Mapping[int, int]
+    """Features active on the prompt, by layer."""
 
 
 def falsify_run(
@@ -121,8 +124,9 @@ def falsify_run(
     null = None
     if counted and random_weights:
         null = _random_weights(ctx, model, saes, counts, made, layers, config, skipped)
-    summary = asdict(summarise(verdicts, tried.active, null))
-    features = [verdict.to_dict() for verdict in verdicts]
+    chance = None if null is None else (null[0], sum(null[1].values()))
+    summary = asdict(summarise(verdicts, sum(tried.active.values()), chance))
+    features = [{**v.to_dict(), "random_weights": _at_layer(null, v)} for v in verdicts]
     kinds = [trial.kind for trial in made]
     held = {
         "features": features,
@@ -172,7 +176,7 @@ def _try(
     total = sum(map(len, listed.values()))
     with ctx.reporter.bar(f"trying {total} {what} on {len(made)} texts", len(made)) as advance:
         responses = respond(model, coders, listed, made, advance)
-    active = sum(by_layer[point.layer].active for point in coders)
+    active = {point.layer: by_layer[point.layer].active for point in coders}
     return _Tried(rules, responses, active)
 
 
@@ -229,7 +233,7 @@ def _random_weights(
     layers: Sequence[int],
     config: FalsifyConfig,
     skipped: list[str],
-) -> tuple[list[FeatureVerdict], int] | None:
+) -> tuple[list[FeatureVerdict], Mapping[int, int]] | None:
     training = _training(saes)
     if training is None:
         skipped.append(
@@ -244,6 +248,21 @@ def _random_weights(
     tried = _try(ctx, host, coders, found, made, "features of the random-weights model's SAEs")
     threshold = counts.config.threshold
     return judge(tried.responses, tried.rules, config, threshold=threshold), tried.active
+
+
+def _at_layer(
+    null: tuple[list[FeatureVerdict], Mapping[int, int]] | None, verdict: FeatureVerdict
+) -> dict[str, int] | None:
+    """Return what the feature's rule counts at its layer of the random-weights model."""
+    if null is None:
+        return None
+    verdicts, active = null
+    here = [v for v in verdicts if v.layer == verdict.layer and verdict.rule in v.rules]
+    return {
+        "counted": len(here),
+        "pass": sum(v.verdict == SURVIVES for v in here),
+        "active": active[verdict.layer],
+    }
 
 
 def _training(saes: SaeRun) -> tuple[SaeConfig, CorpusConfig] | None:

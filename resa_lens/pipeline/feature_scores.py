@@ -144,7 +144,7 @@ def score_run(
     chosen = sorted(p.layer for p in run.points if layers is None or p.layer in layers)
     identity = {
         "score": {
-            **config_dict(config),
+            **{key: value for key, value in config_dict(config).items() if key != "top"},
             "words": words,
             "count": {**asdict(config.count), "prompt": resolve_system_prompt(config.count.prompt)},
         },
@@ -157,8 +157,13 @@ def score_run(
     }
     folder = ctx.workspace.path("scores", model.slug, f"{run.points[0].site}-{digest(identity)}")
     if run.manifest and not run.warnings and ctx.done(folder, run.folder):
-        ctx.reporter.note(f"scores: done before, in {folder}")
-        return folder, read_json(folder / "summary.json")
+        held = read_json(folder / "summary.json")
+        # Fewer are shown than were kept; more need their intervals.
+        if held["top"] >= config.top:
+            ctx.reporter.note(f"scores: done before, in {folder}")
+            for score in held["scores"]:
+                score["top"] = score["top"][: config.top]
+            return folder, {**held, "top": config.top}
     batches = labelled_batches(model, groups, corpus, config.tokens, words, config.window)
     names, left_out = _possible(config.scores, words, batches)
     for name, reason in left_out.items():
@@ -186,6 +191,7 @@ def score_run(
         **sizes,
         "correction": config.correction,
         "draws": config.draws,
+        "top": config.top,
         "words": list(words),
         "left_out": left_out,
         "scores": [_summary(table, name, bounds, config) for name in names],
@@ -208,6 +214,15 @@ def score_run(
         pq.write_table(table, target / "scores.parquet")
         write_json(target / "summary.json", summary)
     return folder, summary
+
+
+def check_text(corpus: CorpusConfig, other: str | None = None) -> None:
+    """Refuse text that cannot be scored, before SAEs are trained on it.
+
+    Raises:
+        BadInputError: no record has steps, or a source cannot be read.
+    """
+    _records(corpus, other)
 
 
 def _records(corpus: CorpusConfig, other: str | None) -> list[list[Record]]:

@@ -212,7 +212,8 @@ def find_saes(
 
     What the caller left at its default matches any run; what was asked for must be so, and so must
     k, whose default is a figure like another, and the dtype of the model.  A run of the caller's
-    seed comes before newer ones of other seeds: those may be there for comparison alone.
+    seed, then one on the caller's data, comes before newer ones: those may be there for comparison
+    alone.
     """
     site, plain = config.site, SaeConfig()
     asked = {
@@ -221,7 +222,12 @@ def find_saes(
         if (value := getattr(config, key)) != getattr(plain, key) or key == "k"
     }
     runs = ctx.workspace.find(f"saes/{model.slug}", "saes")
-    runs.sort(key=lambda run: run[1].config["sae"]["seed"] != config.seed)
+    runs.sort(
+        key=lambda run: (
+            run[1].config["sae"]["seed"] != config.seed,
+            run[1].config["corpus"]["source"] != corpus.source,
+        )
+    )
     for folder, manifest in runs:
         made, data = manifest.config["sae"], manifest.config["corpus"]["source"]
         if manifest.results.get("site") != site or any(made[k] != v for k, v in asked.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.dose_response import POWER, detectable, dose_response
 from resa_lens.pipeline.saes import SaeRun
 from resa_lens.plots import dose_response_figure
-from resa_lens.progress import SILENT
+from resa_lens.progress import SILENT, Reporter
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.formats import save_coder
 from resa_lens.workspace import Workspace
@@ -87,6 +88,26 @@ def test_a_planted_effect_comes_out() -> None:
     assert row["finished"]["difference"] == -0.1
     assert beside["beyond_tokens"]["difference"] == 0.5
     assert beside["rank_p_tokens"] == pytest.approx(1 / 6)
+
+
+def test_random_sets_that_differ_from_each_other_widen_the_interval() -> None:
+    """Taken as fixed, their mean would make one more such set look beyond them."""
+    base = samples(wrong_at(0))
+    sizes = (0, 4, 8, 12)
+    controls = {1.0: [samples(wrong_at(size)) for size in sizes]}
+    (row,) = dose_response(base, {1.0: samples(wrong_at(14))}, controls)
+    beyond = row["control"]["beyond"]
+    after = np.array(wrong_at(14))
+    drawn = np.array([wrong_at(size) for size in sizes])
+    fixed = after - drawn.mean(0)
+    by_units = float(fixed.std(ddof=1)) / math.sqrt(N)
+    assert abs(float(fixed.mean())) > 3 * by_units
+    error = math.sqrt(by_units**2 + float(drawn.mean(1).var(ddof=1)) * (1 + 1 / 4))
+    low, high = beyond["ci"]
+    assert (low + high) / 2 == pytest.approx(float(fixed.mean()))
+    assert high - low > 2 * 1.96 * error
+    assert beyond["p_value"] > 0.05
+    assert beyond["note"] == "t over questions and random sets"
 
 
 def test_as_much_as_random_features_is_nothing() -> None:
@@ -161,7 +182,38 @@ def test_the_figure_holds_every_dose_and_every_set() -> None:
     assert "&lt;b&gt;" in figure.layout.title.text
 
 
+def test_the_figures_page_needs_nothing_else(tmp_path: Path) -> None:
+    base = samples(wrong_at(0))
+    doses = dose_response(
+        base,
+        {0.5: base, 1.0: samples(wrong_at(10))},
+        {1.0: [samples(wrong_at(1)), samples(wrong_at(2))]},
+    )
+    results = {
+        "model": "a <b>model</b>", "where": "layer 5", "site": "mlp_out", "rule": "either",
+        "features": [3, 17], "kind": "ablate", "strength": 1.0, "phases": ["think"],
+        "base": {"accuracy": 1.0}, "doses": doses, "n": N, "note": "greedy",
+    }  # fmt: skip
+    module.write_figure(tmp_path / "page.html", results)
+    text = (tmp_path / "page.html").read_text()
+    assert "Plotly.newPlot" in text
+    assert len(text) > 1_000_000  # Plotly itself
+    assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.(?:https?:)?//", text)
+    assert "a &lt;b&gt;model&lt;/b&gt;" in text
+    assert "Features, counted by rule either: 3, 17." in text
+    shown = [f"{100 * x:+.1f}" for x in doses[1]["effect"]["ci"]]
+    assert f"<td>-25.0</td><td>{' to '.join(shown)}</td>" in text
+
+
 # Runs on the bundled model
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +295,14 @@ def test_a_killed_run_goes_on_with_the_next_arm(
     with pytest.raises(KeyboardInterrupt):
         ablate_run(ctx, tiny, run_of(sae_folder), ITEMS[:2], config())
     assert not list(ctx.workspace.root.rglob("results.json"))
-    _, found = ablate_run(ctx, tiny, run_of(sae_folder), ITEMS[:2], config())
+    ctx.reporter = Notes()
+    folder, found = ablate_run(ctx, tiny, run_of(sae_folder), ITEMS[:2], config())
     assert calls[0] == 5  # plain and target, the one that was killed, two controls
+    (expected,) = [line for line in ctx.reporter.lines if "more arms" in line]
+    assert "for 2 more arms of 2 answers" in expected
+    manifest = ctx.workspace.manifest(folder)
+    assert manifest is not None
+    assert manifest.seconds > 0
     ctx.force = True
     _, anew = ablate_run(ctx, tiny, run_of(sae_folder), ITEMS[:2], config())
     assert calls[0] == 9
@@ -346,6 +404,7 @@ def test_the_layer_is_where_the_rule_counts_most(
         ({"kind": "remove"}, "kind 'remove' is unknown"),
         ({"phases": ("thinking",)}, "phase 'thinking' is unknown"),
         ({"value": 1.0}, "kind 'ablate' takes no value"),
+        ({"kind": "steer", "value": math.nan}, "value nan is not finite"),
     ],
 )
 def test_configurations_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
@@ -383,12 +442,17 @@ def test_ablate_prints_one_object(tmp_path: Path, sae_folder: Path) -> None:
     assert all(isinstance(found[key], float) for key in ("effect", "control", "p_value"))
     table = invoke(*args)
     assert "random features" in " ".join(table.stdout.split())
+    page = Path(found["folder"]) / "dose_response.html"
+    assert page.name in table.stdout
+    assert page.is_file()
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--features", "most"), "features 'most' are neither indices nor"),
+        (("--features", "most"), "features 'most' are no indices; use counted or"),
+        (("--rule", "most", "--features", "3"), "rule 'most' is unknown; use all, any, either"),
+        (("--kind", "steer", "--value", "nan"), "value nan is not finite"),
         (("--doses", "a"), "doses 'a' are no numbers"),
         (("--kind", "kill"), "kind 'kill' is unknown"),
         (("--phases", "thoughts"), "phase 'thoughts' is unknown"),

@@ -194,6 +194,11 @@ def test_features_that_are_none(ctx, tiny, saes):
         feature_page(tiny, saes, run, 5, 0)
     with pytest.raises(BadInputError, match="has no SAE at layer 3"):
         feature_page(tiny, saes, run, 3, 0)
+    whole = (run.folder / "features.parquet").read_bytes()
+    (run.folder / "features.parquet").write_bytes(whole[:500])
+    with pytest.raises(BadInputError, match=r"features\.parquet is missing or damaged; --force"):
+        feature_page(tiny, saes, run, 2, 7)
+    (run.folder / "features.parquet").write_bytes(whole)
     assert parse_feature("3rd:7", 12) == (2, 7)
     for wrong in ("5", "5:", "5:x", ":3", "99:1"):
         with pytest.raises(BadInputError, match=r"LAYER:FEATURE|is not a layer|out of range"):

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from resa_lens.cli import app
 from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import RULES, CountConfig
@@ -131,3 +133,35 @@ def test_the_command_takes_the_causal_selector(cli, workspace, run):
     found = json.loads(done.stdout)
     assert found["requested"] == "causal"
     assert found["recommended"]
+
+
+def test_where_the_rule_counts_nothing_it_says_so_and_measures_nothing(ctx, tiny, run):
+    saes, counts = run
+    none = replace(
+        counts,
+        layers=tuple(
+            replace(item, features={**item.features, "all": ()}) for item in counts.layers
+        ),
+    )
+    found = measure_effects(ctx, tiny, "all", CORPUS)(saes, none)
+    assert found == {4: (0.0, 0.0, 1.0), 7: (0.0, 0.0, 1.0)}
+    said = ctx.reporter.lines[-1]
+    assert "rule 'all' counts no feature at any layer; any counts 40, either counts 40" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("--rule", "most", "use all, any, either"),
+        ("--metric", "logits", "use loss, think, answer"),
+        ("--features", "most", "use active, counted or"),
+    ],
+)
+def test_attribute_refuses_before_it_loads(tmp_path, option, value, right):
+    place = tmp_path / "w"
+    done = CliRunner().invoke(app, ["attribute", option, value, "--workspace", str(place)])
+    assert done.exit_code == 2
+    assert f"'{value}'" in done.stderr
+    assert right in done.stderr
+    assert "model" not in done.stderr
+    assert not place.exists()

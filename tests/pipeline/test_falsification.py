@@ -89,6 +89,10 @@ def test_the_summary_has_the_null_beside_it(run):
     assert either["null_active"] > 0
     assert 0 < either["p_value"] <= 1
     assert "random-weights model" in made.summary["reason"]
+    by_layer = {f["layer"]: f["random_weights"] for f in made.features if f["rule"] == "either"}
+    assert sum(null["active"] for null in by_layer.values()) <= either["null_active"]
+    assert sum(null["counted"] for null in by_layer.values()) <= either["null_counted"]
+    assert all(null["pass"] <= null["counted"] <= null["active"] for null in by_layer.values())
 
 
 def test_a_finished_run_is_read(ctx, tiny, run):

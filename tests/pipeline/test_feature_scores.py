@@ -150,6 +150,34 @@ def test_a_finished_artifact_is_read(trained: Any, monkeypatch: pytest.MonkeyPat
         score_run(ctx, model, run, CorpusConfig(), replace(config, draws=61), [3])
 
 
+def test_fewer_are_shown_of_what_was_kept_and_more_are_made(trained: Any) -> None:
+    ctx, model, run = trained
+    config = replace(QUICK, scores=("frequency_ratio",))
+
+    def top(count: int) -> tuple[Path, list[dict[str, Any]]]:
+        asked = replace(config, top=count)
+        folder, summary = score_run(ctx, model, run, CorpusConfig(), asked, [3])
+        return folder, summary["scores"][0]["top"]
+
+    folder, three = top(3)
+    made = (folder / "scores.parquet").stat().st_mtime_ns
+    assert top(2) == (folder, three[:2])
+    assert (folder / "scores.parquet").stat().st_mtime_ns == made
+    assert top(4)[0] == folder
+    assert top(4)[1][:3] == three
+    assert len(top(4)[1]) == 4
+    assert (folder / "scores.parquet").stat().st_mtime_ns > made
+
+
+def test_text_without_steps_is_refused_before_saes_are_trained_on_it(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain.jsonl", [{"question": "Add 2 and 3.", "answer": "5"}] * 4)
+    place = tmp_path / "w"
+    done = CliRunner().invoke(app, ["score-features", "--data", plain, "--workspace", str(place)])
+    assert done.exit_code == 2
+    assert "has no steps" in done.stderr
+    assert not place.exists()
+
+
 def test_groups_of_saes_give_what_all_at_once_give(
     trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

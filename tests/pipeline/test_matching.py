@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from resa_lens.cli import app
+from resa_lens.cli import app, scores
 from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import RULES, count_features
@@ -182,7 +182,7 @@ def test_refusals(runs: Any) -> None:
         match_run(ctx, sides[0], Side(stranger, b), CorpusConfig(), QUICK)
 
 
-def test_the_command(runs: Any) -> None:
+def test_the_command(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ctx, _, a, b = runs
     options = [
         "match-features", a.folder.name, str(b.folder), "--layers", "3", "--text-tokens", "1500",
@@ -196,6 +196,16 @@ def test_the_command(runs: Any) -> None:
     assert (Path(found["folder"]) / "matches.parquet").exists()
     shown = CliRunner().invoke(app, options)
     assert "found again (above 0.7)" in shown.stdout
+    assert "matched by: correlation; cosine, " in shown.stdout
+    item: dict[str, Any] = {"feature": 7, "rule": "either"}
+    for by in ("cosine", "correlation"):
+        item |= {by: 0.5, f"{by}_match": 9, f"{by}_counted": True}
+    found["layers"][0]["features"] = [item] * 33
+    capsys.readouterr()
+    scores._show_matches("name", found)
+    said = capsys.readouterr().out
+    assert said.count("either") == scores.SHOWN
+    assert f"and {33 - scores.SHOWN} more, in matches.json" in said
     wrong = CliRunner().invoke(app, [*options[:2], "absent", *options[3:]])
     assert wrong.exit_code == 2
     assert "'absent' is no folder" in wrong.output

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.pipeline import saes as module
 from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.saes import SaeRun, open_saes
+from resa_lens.pipeline.saes import SaeRun, find_saes, open_saes
 from resa_lens.progress import SILENT
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.formats import save_coder
+from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import Workspace
 
 LAYERS = (3, 5)
@@ -101,3 +105,29 @@ def test_large_saes_are_checked_a_few_at_a_time(
     assert groups == [2, 1, 1]
     assert parts.quality == whole.quality
     assert parts.warnings == whole.warnings
+
+
+def test_saes_on_the_asked_data_come_before_newer_ones(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on a file of one's own is newer, and the default is the bundled questions."""
+    place = Workspace(str(tmp_path / "workspace"))
+    ctx = Context(place, SILENT, 0, "cpu", "auto", False, None)
+    for number, source in enumerate(("tiny", "mine.jsonl")):
+        manifest = ctx.manifest(
+            "saes", tiny,
+            config={"sae": asdict(SaeConfig()), "corpus": asdict(CorpusConfig(source))},
+            results={"site": "mlp_out", "layers": [{"layer": 3}], "tokens": 1},
+        )  # fmt: skip
+        with place.artifact(place.path("saes", tiny.slug, source), manifest):
+            pass
+        file = place.path("saes", tiny.slug, source) / "manifest.json"
+        os.utime(file, ns=(number * 10**9, number * 10**9))
+
+    def found(source: str) -> str | None:
+        run = find_saes(ctx, tiny, SaeConfig(), CorpusConfig(source), [3])
+        return run and run.folder.name
+
+    assert found("tiny") == "tiny"
+    assert found("mine.jsonl") == "mine.jsonl"
+    assert found("other.jsonl") is None
