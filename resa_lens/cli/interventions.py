@@ -302,7 +302,7 @@ def _show_ablation(name: str, found: dict[str, Any], folder: Any) -> None:
         rows,
         f"strength {found['strength']:g}: effect {_points(found['effect'])} points, random "
         f"features {_points(found['control'])} ({sets} sets), p {found['p_value']:.3g} over "
-        f"{found['n']} questions, {found['rank_p']:.3g} over the sets (never below "
+        f"{found['n']} questions and the sets, rank p {found['rank_p']:.3g} (never below "
         f"{1 / (1 + sets):.2g})",
         f"{found['note']}; a run like this finds {_points(found['detectable'], False)} points in "
         "80 % of cases",
@@ -318,13 +318,14 @@ def _show_attribution(name: str, found: dict[str, Any], folder: Any) -> None:
     rows = common.table(
         f"{name}, {found['where']}, {found['site']}: change of the {found['metric']} without a "
         "feature, 1e-3 nats",
-        "feature", "active tokens", "documents", "gradient", "patching", "95 %", "p",
+        "feature", "active tokens", "documents", "gradient", "patching", "95 %", "p", "Holm",
     )  # fmt: skip
     for effect in found["effects"]:
         rows.add_row(
             str(effect["feature"]), str(effect["active"]), str(effect["documents"]),
             f"{1000 * effect['gradient']:+.4f}", f"{1000 * effect['patching']:+.4f}",
             " to ".join(f"{1000 * x:+.3f}" for x in effect["ci"]), f"{effect['p_value']:.2g}",
+            f"{effect['p_corrected']:.2g}",
         )  # fmt: skip
     agreed = found["agreement"]
     ranks = (

@@ -469,7 +469,7 @@ def fit_mixture(
             layers = ", ".join(map(str, made.recommended)) or "none"
             common.show_all(
                 rows if made.components else f"{title}: no component (flat)",
-                nulls,
+                *([nulls] if nulls.row_count else []),
                 facts,
                 f"recommended (0-based): {layers}",
                 f"verdict: {made.verdict}",

@@ -158,7 +158,8 @@ def _show_scores(name: str, n_layers: int, found: dict[str, Any]) -> None:
         if "named" in score:
             parts.append(
                 f"{score['score']} names {score['named']} of {score['tested']} features that are "
-                f"active on the prompt; tags at random places would {score['named_by_chance']:.2g}"
+                "active on the prompt; tags at random places would name "
+                f"{score['named_by_chance']:.3g}"
             )
         elif not score["significant"] and score["smallest_p"] * score["tested"] > 0.05:
             parts.append(
@@ -176,7 +177,7 @@ def _show_scores(name: str, n_layers: int, found: dict[str, Any]) -> None:
 
 def match_features(
     run_a: Annotated[
-        str, typer.Argument(help="A folder of SAEs, or a run's name in the workspace.")
+        str, typer.Argument(help="A folder of SAEs, a run's name in the workspace, or seed:0.")
     ],
     run_b: Annotated[str, typer.Argument(help="The SAEs in which RUN_A's features are sought.")],
     model: ModelOption = "tiny-reasoner",
@@ -208,7 +209,7 @@ def match_features(
 ) -> None:
     """Look for one run's features in another's, by direction and by activation, with nulls.
 
-    Example: resa-lens match-features 4c977ea6 3e7fec3f --model tiny-reasoner --layers 5,6
+    Example: resa-lens match-features seed:0 seed:1 --model tiny-reasoner --layers 5,6
     """
 
     def job() -> tuple[dict[str, Any], Any]:

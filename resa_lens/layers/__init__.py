@@ -249,6 +249,8 @@ def _rows(
     name = layer_column or next((option for option in known if option in header), known[0])
     if name not in known:
         raise BadInputError(f'"{name}" is no layer column: give layer (0-based) or layer_1_indexed')
+    if not header:
+        raise BadInputError(f"{source} is empty: give a CSV with a header and one row per layer")
     for needed in (name, column):
         if needed not in header:
             raise BadInputError(f'{source} has no column "{needed}": it has {", ".join(header)}')

@@ -202,6 +202,11 @@ def _causal(tables: Tables) -> Choice:
     p = stats.holm(distributions.t.sf(t, freedom))
     order = sorted(range(len(layers)), key=lambda i: (-values[i], layers[i]))
     found = [i for i in order if p[i] <= ALPHA]
+    if not errors.any():
+        reason = (
+            "no layer has a counted feature, so no layer's causal effect is above its control's."
+        )
+        return Choice((), reason, "Count by another rule, or use the middle layer.", FLAT)
     test = f"one-sided, Holm's correction for {len(layers)} layers"
     best = found[0] if found else int(p.argmin())
     name = describe_layer(layers[best], tables.n_layers)

@@ -22,7 +22,8 @@ from resa_lens.workspace import config_dict, digest, read_json, write_json
 
 EFFECT_TOKENS = 4096
 """Of the documents on which causal effects are measured."""
-CONTROLS = 5
+CONTROLS = 10
+"""Random sets beside a layer's features: with few of them little is beyond their spread."""
 METRICS = {"loss": ("think", "answer"), "think": ("think",), "answer": ("answer",)}
 """What is attributed: the mean loss over a document's tokens of these phases."""
 

@@ -36,7 +36,7 @@ RECIPES = ("robust", "paper")
 SAE_SEED = "SAE seed"
 Effects = Mapping[int, Effect]
 MeasureEffects = Callable[[SaeRun, FeatureCounts], Effects]
-"""Effects of the counted features by layer: (beyond their control, standard error)."""
+"""Effects of the counted features by layer: (beyond control, its standard error, its freedom)."""
 
 
 def count_run(

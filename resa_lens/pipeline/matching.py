@@ -78,7 +78,9 @@ class Side:
 def open_run(
     ctx: Context, model: Model, name: str, site: str, layers: Sequence[int] | None = None
 ) -> SaeRun:
-    """Open SAEs by the name of their run in the workspace, its last part, or by their folder.
+    """Open SAEs by the name of their run in the workspace, its last part, or their folder.
+
+    `seed:1` is the newest run of that seed.
 
     Raises:
         BadInputError: neither a folder nor the name of one run of this model and site.
@@ -91,6 +93,8 @@ def open_run(
         if manifest.results.get("site") == site
     ]
     named = [run for run in runs if run[0].name == name or run[0].name.endswith(f"-{name}")]
+    if name.startswith("seed:"):
+        named = [run for run in runs if str(run[1].config["sae"]["seed"]) == name[5:]][:1]
     if len(named) != 1:
         known = ", ".join(folder.name for folder, _ in runs) or "none"
         raise BadInputError(

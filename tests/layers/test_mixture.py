@@ -372,7 +372,7 @@ def test_read_table_is_zero_based(counts, tmp_path):
         ("layer,a\n1,2\n", "b", 'no column "b": it has layer, a'),
         ("depth,a\n1,2\n", "a", 'no column "layer"'),
         ("layer,a\n", "a", "no rows"),
-        ("", "a", "no column"),
+        ("", "a", "is empty: give a CSV"),
         ("layer,a\n1,x\n", "a", '"x" is no finite number'),
         ("layer,a\n1,\n", "a", "no finite number"),
         ("layer,a\n1\n", "a", "no finite number"),

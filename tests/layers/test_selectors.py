@@ -207,3 +207,12 @@ def test_bad_effects(causal, match):
 def test_blend_of_tables_without_a_common_layer():
     with pytest.raises(BadInputError, match="no layer in common"):
         recommend(LUMP, n_layers=40, selector="blend", quality={30: 1.0}, draws=50)
+
+
+def test_causal_effects_of_no_feature_at_all_say_that() -> None:
+    made = recommend(
+        {1: 0, 2: 0, 3: 0}, n_layers=5, selector="causal",
+        causal={1: (0.0, 0.0), 2: (0.0, 0.0), 3: (0.0, 0.0)},
+    )  # fmt: skip
+    assert made.selector == "middle"
+    assert "no layer has a counted feature" in made.reason

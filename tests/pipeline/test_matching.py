@@ -156,6 +156,10 @@ def test_runs_are_found_by_name(runs: Any, tmp_path: Path) -> None:
     name = a.folder.name
     for asked in (name, name.rsplit("-", 1)[1], str(a.folder)):
         assert open_run(ctx, model, asked, "mlp_out").folder == a.folder
+    for run, seed in ((a, 0), (b, 1)):
+        assert open_run(ctx, model, f"seed:{seed}", "mlp_out").folder == run.folder
+    with pytest.raises(BadInputError, match="'seed:7' is no folder and no run"):
+        open_run(ctx, model, "seed:7", "mlp_out")
     assert [p.layer for p in open_run(ctx, model, b.folder.name, "mlp_out").points] == [3, 4, 5]
     with pytest.raises(BadInputError, match=f"'absent' is no folder and no run .*{name}"):
         open_run(ctx, model, "absent", "mlp_out")
