@@ -208,7 +208,7 @@ def test_saes_that_are_not_there(refused: Refused, saes: Path, tmp_path: Path) -
         (("count-features", "--rule", "most"), "most"),
         (("recommend-layers", "--rule", "most"), "most"),
         (("recommend-layers", "--selector", "best"), "best"),
-        (("recommend-layers", "--selector", "causal"), "causal"),
+        (("recommend-layers", "--selector", "loudest"), "loudest"),
         (("recommend-layers", "--recipe", "secret"), "secret"),
         (("tune", *TUNE, "--preset", "best"), "best"),
         (("tune", *TUNE, "--site", "attn_out"), "attn_out"),
