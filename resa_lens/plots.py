@@ -373,3 +373,51 @@ def dose_response_figure(doses: Sequence[Mapping[str, Any]], title: str) -> go.F
         "change of the accuracy, points",
         "95 % intervals over questions; random features of equal activation mass",
     )
+
+
+VERDICT_COLOURS = {"token detector": VERMILION, "prompt artefact": ORANGE, "survives": GREEN}
+
+
+def verdict_figure(
+    verdicts: Mapping[int, Mapping[str, int]],
+    null: Mapping[int, int] | None = None,
+    *,
+    one_based: bool = False,
+) -> go.Figure:
+    """Counted features of each layer by their verdict (`features.falsify`), stacked.
+
+    Args:
+        verdicts: {0-based layer: {verdict: features}}.
+        null: {layer: features that the same rules count with a random-weights model}.
+        one_based: which numbering the axis shows.
+    """
+    figure, shift = go.Figure(), int(one_based)
+    layers = sorted(verdicts)
+    for name, colour in VERDICT_COLOURS.items():
+        figure.add_bar(
+            x=[layer + shift for layer in layers],
+            y=[verdicts[layer].get(name, 0) for layer in layers],
+            name=name,
+            marker={"color": colour},
+        )
+    if null:
+        figure.add_scatter(
+            x=[layer + shift for layer in sorted(null)],
+            y=[null[layer] for layer in sorted(null)],
+            mode="markers",
+            name="counted with random weights",
+            marker={"color": BLUE, "symbol": "line-ew-open", "size": 18, "line": {"width": 4}},
+        )
+    if not any(sum(found.values()) for found in verdicts.values()):
+        _empty(figure, "no rule counts a feature at these layers")
+    _layer_ticks(figure, len(layers))
+    highest = [sum(found.values()) for found in verdicts.values()]
+    _count_ticks(figure, max([*highest, *(null or {}).values()], default=0))
+    figure.update_layout(barmode="stack")
+    return _layout(
+        figure,
+        "Counted features by verdict",
+        _axis(one_based),
+        "features",
+        "union of all rules; a token detector fires at the tags in any text",
+    )

@@ -136,3 +136,17 @@ def test_bar_without_a_terminal_is_one_line(capsys: pytest.CaptureFixture[str]) 
         advance(2)
     out = capsys.readouterr()
     assert (out.out, out.err) == ("", "working ...\n")
+
+
+def test_verdicts_are_stacked_by_layer_in_either_numbering() -> None:
+    verdicts = {4: {"token detector": 5, "survives": 1}, 2: {"prompt artefact": 3}}
+    figure = plots.verdict_figure(verdicts, {2: 4, 4: 6}, one_based=True)
+    bars = {bar.name: (tuple(bar.x), tuple(bar.y)) for bar in figure.data if bar.type == "bar"}
+    assert bars["token detector"] == ((3, 5), (0, 5))
+    assert bars["prompt artefact"] == ((3, 5), (3, 0))
+    assert bars["survives"] == ((3, 5), (0, 1))
+    null = figure.data[-1]
+    assert (tuple(null.x), tuple(null.y)) == ((3, 5), (4, 6))
+    assert figure.layout.barmode == "stack"
+    none = plots.verdict_figure({1: dict.fromkeys(bars, 0)})
+    assert none.layout.annotations[0].text.startswith("no rule counts a feature")

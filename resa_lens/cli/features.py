@@ -299,5 +299,5 @@ def _show_verdicts(values: dict[str, Any], slug: str, n_layers: int) -> None:
         tallies,
         *[f"left out: {reason}" for reason in values["skipped"]],
         values["summary"]["reason"],
-        f"in {values['folder']}",
+        f"in {values['folder']}; figure: verdicts.html",
     )

@@ -26,7 +26,7 @@ from resa_lens.features.falsify import (
     union_of_rules,
 )
 from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.hookpoints import Hookpoint, describe_layer
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.discovery import seed_runs
@@ -37,6 +37,7 @@ from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import config_dict, digest, read_json, write_json
 
+PAGE = "verdicts.html"
 RANDOM_WEIGHTS = "matched"
 """Weights drawn with the trained ones' mean and spread: activations of a trained model's size."""
 
@@ -127,6 +128,12 @@ def falsify_run(
     chance = None if null is None else (null[0], sum(null[1].values()))
     summary = asdict(summarise(verdicts, sum(tried.active.values()), chance))
     features = [{**v.to_dict(), "random_weights": _at_layer(null, v)} for v in verdicts]
+    by_layer = {
+        layer: {name: sum(v.layer == layer and v.verdict == name for v in verdicts)
+                for name in VERDICTS}
+        for layer in layers
+    }  # fmt: skip
+    beside = null and {layer: sum(v.layer == layer for v in null[0]) for layer in layers}
     kinds = [trial.kind for trial in made]
     held = {
         "features": features,
@@ -152,7 +159,50 @@ def falsify_run(
     with ctx.workspace.artifact(folder, manifest) as target:
         write_json(target / "verdicts.json", held)
         write_json(target / "trials.json", [asdict(trial) for trial in made])
+        _write_page(target / PAGE, model, site, held, by_layer, beside)
     return _read(folder)
+
+
+def _write_page(
+    path: Path,
+    model: Model,
+    site: str,
+    held: Mapping[str, Any],
+    by_layer: Mapping[int, Mapping[str, int]],
+    null: Mapping[int, int] | None,
+) -> None:
+    """Write verdicts by layer, the tallies and what survives as a page that needs nothing else."""
+    from resa_lens.plots import verdict_figure
+    from resa_lens.report import Table, write_page
+
+    tallies = [
+        (
+            tally["rule"], str(tally["counted"]), *map(str, tally["verdicts"].values()),
+            f"{tally['by_texts']} of {tally['active']}",
+            "" if tally["null_active"] is None
+            else f"{tally['null_by_texts']} of {tally['null_active']}",
+            "" if tally["p_value"] is None else f"{tally['p_value']:.2g}",
+        )
+        for tally in held["summary"]["rules"]
+    ]  # fmt: skip
+    kept = [
+        (describe_layer(f["layer"], model.n_layers), str(f["feature"]), f["rule"], f["reason"])
+        for f in held["features"]
+        if f["verdict"] == SURVIVES
+    ]
+    kinds = ", ".join(f"{n} {kind}" for kind, n in held["trials"].items())
+    header = ("rule", "counted", *VERDICTS, "pass the texts", "with random weights", "p")
+    last = Table(("layer", "feature", "rule", "why"), kept) if kept else "No feature survives."
+    write_page(
+        path,
+        "What falsification leaves of the counts",
+        f"{model.name}, site {site}. {held['summary']['reason']}.",
+        [
+            ("By layer", [verdict_figure(by_layer, null)]),
+            ("By rule", [Table(header, tallies), f"Texts: {kinds}.", *held["skipped"]]),
+            ("What survives", [last]),
+        ],
+    )
 
 
 def _read(folder: Path) -> Falsification:

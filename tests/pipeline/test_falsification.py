@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 
@@ -93,6 +94,15 @@ def test_the_summary_has_the_null_beside_it(run):
     assert sum(null["active"] for null in by_layer.values()) <= either["null_active"]
     assert sum(null["counted"] for null in by_layer.values()) <= either["null_counted"]
     assert all(null["pass"] <= null["counted"] <= null["active"] for null in by_layer.values())
+
+
+def test_the_page_shows_the_verdicts_and_needs_no_network(run):
+    made = run[-1]
+    page = (made.folder / "verdicts.html").read_text()
+    assert made.summary["reason"] in html.unescape(page)
+    assert "counted with random weights" in page
+    assert 'src="http' not in page
+    assert "src='http" not in page
 
 
 def test_a_finished_run_is_read(ctx, tiny, run):
