@@ -8,8 +8,9 @@ from typing import Any
 
 from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
-from resa_lens.features.attribution import attribute, causal_effects, mean_loss, model_forward
+from resa_lens.features.attribution import attribute, mean_loss, model_forward
 from resa_lens.features.checks import check_features
+from resa_lens.features.effects import causal_effects
 from resa_lens.features.exclusive import RULES, FeatureCounts
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
@@ -140,7 +141,7 @@ def effects_run(
     """Measure what ablating each layer's counted features does to the loss, or read the result.
 
     Returns:
-        The folder, and {layer: the fields of `attribution.Effect`}.
+        The folder, and {layer: the fields of `effects.Effect`}.
 
     Raises:
         BadInputError: an unknown rule, or too few documents.

@@ -15,10 +15,10 @@ from resa_lens.features.attribution import (
     Edit,
     Forward,
     attribute,
-    causal_effects,
     mean_loss,
     model_forward,
 )
+from resa_lens.features.effects import causal_effects
 from resa_lens.features.interventions import Intervention, Tracker, intervening
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
