@@ -32,6 +32,10 @@ SAE = SaeConfig(latents=256, k=16, tokens=8192)
 CORPUS = CorpusConfig()
 
 
+def invoke(*args: str):
+    return CliRunner().invoke(app, list(args))
+
+
 class Notes(Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -124,13 +128,14 @@ def test_without_features_the_middle_layer_and_the_reason(ctx, tiny, run):
     assert "no layer's causal effect is above its control" in made.reason
 
 
-def test_the_command_takes_the_causal_selector(cli, workspace, run):
-    done = cli(
-        "recommend-layers", "--layers", "4,7", "--k", "16", "--rule", "either",
+def test_the_command_takes_the_causal_selector(workspace, run, monkeypatch):
+    monkeypatch.setattr("resa_lens.pipeline.attribution.EFFECT_TOKENS", 1000)
+    done = invoke(
+"recommend-layers", "--layers", "4,7", "--k", "16", "--rule", "either",
         "--selector", "causal", "--workspace", str(workspace), "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["requested"] == "causal"
     assert found["recommended"]
 

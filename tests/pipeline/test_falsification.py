@@ -7,7 +7,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
+from resa_lens.cli import app
 from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import RULES, CountConfig
@@ -25,6 +27,10 @@ LAYERS = [4, 7]
 SAE = SaeConfig(latents=512, k=16, tokens=16_384)
 CORPUS = CorpusConfig()
 FEW = FalsifyConfig(texts=10, shuffles=6)
+
+
+def invoke(*args: str):
+    return CliRunner().invoke(app, list(args))
 
 
 class Notes(Reporter):
@@ -155,25 +161,25 @@ def test_files_of_plain_texts(tmp_path):
     assert read_plain_texts(str(file)) == ["a first line", "a second one"]
 
 
-def test_the_command_prints_one_object(cli, workspace, run):
+def test_the_command_prints_one_object(workspace, run):
     made = run[-1]
-    done = cli(
-        "falsify", "--layers", "4,7", "--k", "16", "--texts", "10", "--shuffles", "6",
+    done = invoke(
+"falsify", "--layers", "4,7", "--k", "16", "--texts", "10", "--shuffles", "6",
         "--workspace", str(workspace), "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["folder"] == str(made.folder)
     assert {"layer", "feature", "rule", "verdict"} <= set(found["features"][0])
     assert len(found["features"]) == len(made.features)
-    wrong = cli("falsify", "--rule", "some", "--workspace", str(workspace))
-    assert wrong.returncode == 2
+    wrong = invoke("falsify", "--rule", "some", "--workspace", str(workspace))
+    assert wrong.exit_code == 2
     assert "rule 'some' is unknown" in wrong.stderr
-    beyond = cli(
-        "activity", "--layers", "4,7", "--k", "16", "--show", "4:512",
+    beyond = invoke(
+"activity", "--layers", "4,7", "--k", "16", "--show", "4:512",
         "--text-tokens", "2000", "--workspace", str(workspace),
     )  # fmt: skip
-    assert beyond.returncode == 2
+    assert beyond.exit_code == 2
     assert "out of range: its SAE has latents 0 to 511" in " ".join(beyond.stderr.split())
 
 
@@ -190,17 +196,17 @@ def test_saes_trained_for_comparison_are_not_taken_for_the_models_own(ctx, tiny,
     assert other.folder == runs[0][0]
 
 
-def test_a_recommendation_says_what_falsification_left(ctx, tiny, run, cli, workspace):
+def test_a_recommendation_says_what_falsification_left(ctx, tiny, run, workspace):
     _, folder, _, made = run
     either = survivors_of(ctx, tiny, folder, "either")
     assert either is not None
     assert either["survivors"] == made.summary["rules"][-1]["survivors"]
     assert survivors_of(ctx, tiny, folder.parent / "other", "either") is None
-    done = cli(
-        "recommend-layers", "--layers", "4,7", "--k", "16", "--rule", "either",
+    done = invoke(
+"recommend-layers", "--layers", "4,7", "--k", "16", "--rule", "either",
         "--workspace", str(workspace),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     counted = len(made.features)
     said = f"falsification left {either['survivors']} of the {counted} counted features"
     assert said in " ".join(done.stdout.split())
