@@ -39,7 +39,7 @@ def test_a_norm_with_a_bias_adds_nothing_of_its_own():
     plain = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         plain.transformer.ln_f.bias.normal_()
-    host = Model("toy", plain, None, None, "0" * 8, "cpu", "float32", "test")  # type: ignore[arg-type]
+    host = Model("toy", plain, None, None, "0" * 8, "cpu", "float32", "test")
     direction = torch.randn(1, 16)
     with torch.no_grad():
         head, norm = plain.lm_head, plain.transformer.ln_f

@@ -143,7 +143,7 @@ def test_layers_that_do_not_fit_are_measured_in_turn(ctx, tiny, saes, tmp_path, 
     monkeypatch.setattr(pipeline, "needed_bytes", lambda *a: 30 * 2**20)
     parted = activity_run(other, tiny, saes, CORPUS, CONFIG, tokens=2000, memory_limit_mb=limit)
     assert seen[3:] == [1, 1, 1]  # after three probes of one layer
-    assert any("in 3 passes" in line for line in other.reporter.lines)  # type: ignore[attr-defined]
+    assert any("in 3 passes" in line for line in other.reporter.lines)
     for a, b in zip(tables(whole.folder), tables(parted.folder), strict=True):
         assert a.equals(b)
 

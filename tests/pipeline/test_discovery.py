@@ -89,7 +89,7 @@ def test_blend_measures_quality_once_and_takes_effects(ctx: Context, found: Any)
     assert made.selector == "blend"
     assert "SAE quality" in made.reason
     assert "causal effect" in made.reason
-    said = ctx.reporter.said  # type: ignore[attr-defined]
+    said = ctx.reporter.said
     before = len(said)
     assert found(selector="blend", causal=measure).recommendation == made
     assert any("recommendation: done before" in line for line in said[before:])
