@@ -9,13 +9,16 @@ import typer
 from resa_lens import __version__
 from resa_lens.cli import (
     audit,
+    compare,
+    demo,
+    evals,
     features,
     interventions,
     layers,
-    models,
     saes,
     scores,
     stability,
+    tuning,
     workspace,
 )
 
@@ -45,10 +48,10 @@ def _root(
     pass
 
 
-app.command("demo")(models.demo)
+app.command("demo")(demo.demo)
 app.command("recommend-layers")(layers.recommend_layers)
 app.command("stability")(stability.stability)
-app.command("tune")(models.tune)
+app.command("tune")(tuning.tune)
 app.command("train-saes")(layers.train_saes)
 app.command("count-features")(layers.count_features)
 app.command("activity")(features.activity)
@@ -60,8 +63,8 @@ app.command("attribute")(interventions.attribute)
 app.command("fit-mixture")(layers.fit_mixture)
 app.command("regret")(stability.regret)
 app.command("audit")(audit.audit)
-app.command("eval")(models.evaluate)
-app.command("compare")(models.compare)
+app.command("eval")(evals.evaluate)
+app.command("compare")(compare.compare)
 app.command("convert")(saes.convert)
 app.command("runs")(workspace.runs)
 app.command("app")(workspace.explorer)

@@ -74,6 +74,13 @@ MismatchOption = Annotated[
 ]
 BaseOption = Annotated[str | None, typer.Option(help="Base model of an adapter folder.")]
 
+TasksOption = Annotated[
+    str, typer.Option("--tasks", help="tiny (levels 1 to 3) or a .jsonl/.parquet/.csv file.")
+]
+NewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.", min=1)
+]
+
 
 def context(
     workspace: str | None, seed: int, device: str, dtype: str, force: bool, threads: int | None

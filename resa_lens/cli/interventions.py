@@ -16,9 +16,11 @@ from resa_lens.cli.common import (
     LatentsOption,
     MismatchOption,
     ModelOption,
+    NewTokensOption,
     SaesOption,
     SeedOption,
     SiteOption,
+    TasksOption,
     ThreadsOption,
     TokensOption,
     TopkOption,
@@ -26,7 +28,6 @@ from resa_lens.cli.common import (
     YesOption,
 )
 from resa_lens.cli.layers import PromptOption
-from resa_lens.cli.models import NewTokensOption, TasksOption
 
 LayerOption = Annotated[
     str, typer.Option(help='auto (where the rule counts most), "4" (0-based) or "5th".')
