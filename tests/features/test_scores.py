@@ -207,7 +207,7 @@ def test_blocks_of_features_give_what_one_block_gives(monkeypatch: pytest.Monkey
         whole = [SCORES[name](evidence, 80, 0) for name in names]
         with monkeypatch.context() as patched:
             patched.setattr(module, "_ROWS", 2)
-            patched.setattr("resa_lens.stats._CHUNK", 1000)
+            patched.setattr("resa_lens.stats.arrays.CHUNK", 1000)
             parts = [SCORES[name](evidence, 80, 0) for name in names]
         for a, b in zip(whole, parts, strict=True):
             np.testing.assert_allclose(a.values, b.values)
