@@ -15,6 +15,10 @@ class BadInputError(ResaLensError, ValueError):
     exit_code = 2
 
 
+class TakenError(BadInputError):
+    """Another process is at this very work."""
+
+
 class RunFailedError(ResaLensError, RuntimeError):
     """The work began and could not go on: a non-finite loss, a full disk (exit code 1)."""
 

@@ -25,12 +25,13 @@ Refused = Callable[..., str]
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every path, and every file's time and content."""
+    """Every path, and every file's time and content; not what a failed run keeps to go on."""
     return {
         str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
         if p.is_file()
         else (0, b"")
         for p in folder.rglob("*")
+        if not any(part.startswith(".work-") for part in p.relative_to(folder).parts)
     }
 
 

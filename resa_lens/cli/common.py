@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resa_lens.errors import ResaLensError
+from resa_lens.errors import BadInputError, ResaLensError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,6 +165,20 @@ def _noting_interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def levels(text: str | None) -> tuple[int, ...] | None:
+    """Read the numbers of an option such as "1,2,3".
+
+    Raises:
+        BadInputError: they are none.
+    """
+    if not text:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInputError(f'levels {text!r} are no numbers; use for example "1,2"') from error
 
 
 def finite(value: Any) -> Any:

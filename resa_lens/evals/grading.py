@@ -1,22 +1,20 @@
 r"""Find the answer in a generated text and compare it with the gold answer.
 
-Strings decide first and math-verify only what they leave open, because it costs milliseconds, needs
-the main thread, and spends seconds on hostile input such as `9^{9^9}`.
+Strings decide first and math-verify only what they leave open, because it costs milliseconds, and
+seconds on hostile input such as `9^{9^9}`; it runs in a process of its own (see `judge`).
 """
 
 from __future__ import annotations
 
 import re
-import threading
 
+from resa_lens.evals.judge import JUDGE
 from resa_lens.prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 MAX_TEXT = 20_000
 """Characters of a text, counted from its end, in which the answer is looked for."""
 MAX_ANSWER = 1_000
 """Characters of an answer, counted from its end, that are compared."""
-TIMEOUT_S = 3
-"""Seconds for each of math-verify's three steps: it gives up and the answer counts as wrong."""
 
 _ANSWER = re.compile(
     f"{re.escape(ANSWER_OPEN)}((?:(?!{re.escape(ANSWER_OPEN)}).)*?)(?:{re.escape(ANSWER_CLOSE)}|$)",
@@ -40,14 +38,14 @@ def extract_answer(text: str) -> str | None:
     unfinished = closed < 0 and THINK_OPEN in text
     tail = text[closed + len(THINK_CLOSE) :] if closed >= 0 else text
     tail = tail[-MAX_TEXT:]
-    marked = _boxed(tail) + [(m.start(), m.group(1)) for m in _ANSWER.finditer(tail)]
+    marked = boxed(tail) + [(m.start(), m.group(1)) for m in _ANSWER.finditer(tail)]
     if marked:
         return _clean(max(marked)[1])
     lines = [] if unfinished else [line for line in tail.splitlines() if line.strip()]
     return _clean(lines[-1]) if lines else None
 
 
-def _boxed(text: str) -> list[tuple[int, str]]:
+def boxed(text: str) -> list[tuple[int, str]]:
     r"""Return (start, content) of every brace-matched `\boxed{}`, in one pass over the text."""
     found: list[tuple[int, str]] = []
     opened: list[tuple[int, int] | None] = []
@@ -90,8 +88,7 @@ def is_correct(prediction_text: str, gold: str) -> bool:
         gold: the right answer, with or without a box.
 
     Raises:
-        RuntimeError: math-verify is needed outside the main thread, where its time-outs cannot
-            work and version 0.5.2 silently calls every answer wrong.
+        RunFailedError: the process that compares answers does not start.
     """
     found = extract_answer(prediction_text)
     if found is None:
@@ -104,7 +101,7 @@ def is_correct(prediction_text: str, gold: str) -> bool:
         return False
     if _INTEGER.fullmatch(prediction) and _INTEGER.fullmatch(target):
         return _plain(prediction) == _plain(target)
-    return _equal_as_mathematics(found[-MAX_ANSWER:], wanted[-MAX_ANSWER:])
+    return JUDGE.equal(found[-MAX_ANSWER:], wanted[-MAX_ANSWER:])
 
 
 def _plain(integer: str) -> str:
@@ -113,15 +110,32 @@ def _plain(integer: str) -> str:
     return f"-{digits}" if integer.startswith("-") and digits else digits
 
 
-def _equal_as_mathematics(prediction: str, gold: str) -> bool:
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            f"grading {prediction[:40]!r} needs math-verify, which works in the main thread only; "
-            "grade there or in a subprocess"
-        )
-    # Imported here: it loads sympy, and most answers never need it.
-    from math_verify import parse, verify
+_OPTION = r"([A-Z])(?=\s{0,9}(?:$|[).:,;}\]$*<\n]))"
+"""A letter that stands alone: not the article of "A mass of 5"."""
+_LETTER = re.compile(
+    r"^[\s($*{\[]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:option\s+|choice\s+)?\(?"
+    + _OPTION,
+    re.IGNORECASE,
+)
+_SAID = re.compile(r"answer\s{0,9}(?:is|:)\s{0,9}[($*{]{0,9}" + _OPTION, re.IGNORECASE)
 
-    target = parse(f"\\boxed{{{gold}}}", parsing_timeout=TIMEOUT_S)
-    found = parse(f"\\boxed{{{prediction}}}", parsing_timeout=TIMEOUT_S)
-    return bool(verify(target, found, timeout_seconds=TIMEOUT_S))
+
+def extract_letter(text: str) -> str | None:
+    r"""Return the option that a generated text chooses, as a capital letter, or None.
+
+    The extracted answer counts where it begins with a letter that stands alone ("C", "(c)",
+    `\text{C}`, "C) the mass"), else the last "answer is C" or "Answer: C" in it.
+    """
+    answer = extract_answer(text)
+    if answer is None:
+        return None
+    found = _LETTER.match(answer)
+    if found is None:
+        said = list(_SAID.finditer(answer[-MAX_ANSWER:]))
+        found = said[-1] if said else None
+    return found.group(1).upper() if found else None
+
+
+def is_chosen(prediction_text: str, gold: str) -> bool:
+    """Return whether a generated text chooses the option with the gold letter."""
+    return extract_letter(prediction_text) == gold.strip().upper()

@@ -1,20 +1,25 @@
-"""Question sets: the bundled one by name, or any local table with questions and answers."""
+"""Question sets: the bundled one, the paper's benchmarks, or any local table of questions."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from resa_lens.corpora import ANSWER_COLUMNS, QUESTION_COLUMNS
 from resa_lens.errors import BadInputError
+from resa_lens.evals.benchmarks import BENCHMARKS, benchmark_rows, gold_answer, question_of
 from resa_lens.resources import data_path
 from resa_lens.tables import READERS, read_rows
 
 BUNDLED = "tiny"
+BUNDLED_LEVELS = (1, 2, 3)
+"""Of the bundled set what is asked unless levels are given: the model never saw level 4."""
 SPLITS = ("test", "train")
-REQUIRED = ("question", "answer")
+_OPTIONS = re.compile(r"(.*?)((?::(?:families|levels)=[^:]*)*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,41 +32,165 @@ class EvalItem:
     answer: str
     family: str | None = None
     level: int | None = None
+    task: str | None = None
+    """The set it comes from."""
+    query: str | None = None
+    """What is asked instead of the bare question: the question in a benchmark's prompt."""
+    choice: bool = False
+    """Whether the answer is the letter of an option."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task as `--tasks` names it: NAME, NAME=PLACE or PATH, with :families= and :levels=."""
+
+    name: str
+    """`tiny`, a benchmark, or a file's path."""
+    place: str | None = None
+    """Of a benchmark: the local file or folder to read instead of the hub's."""
+    families: tuple[str, ...] | None = None
+    levels: tuple[int, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name that scores are listed under."""
+        return self.name if self.name in (BUNDLED, *BENCHMARKS) else Path(self.name).stem
+
+
+def parse_tasks(text: str) -> list[TaskSpec]:
+    """Return the tasks of a list "tiny:families=sum+gcd,math500=FOLDER,questions.jsonl".
+
+    Raises:
+        BadInputError: an empty name, a level that is no number, or two tasks of one name.
+    """
+    parts = [text] if Path(text).is_file() else text.split(",")
+    specs = [_parse_task(part.strip()) for part in parts]
+    labels = [spec.label for spec in specs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise BadInputError(f"task {twice[0]!r} stands twice in {text!r}; name each once")
+    return specs
+
+
+def _parse_task(text: str) -> TaskSpec:
+    found = _OPTIONS.fullmatch(text)
+    assert found is not None  # it matches every text
+    name, options = found[1], dict(o.split("=", 1) for o in found[2].split(":") if o)
+    if not name:
+        raise BadInputError(f"task {text!r} has no name; use {_choices()}")
+    place = None
+    if "=" in name and name.split("=", 1)[0] in BENCHMARKS:
+        name, place = name.split("=", 1)
+    levels = options.get("levels")
+    if levels is not None and not all(part.isdecimal() for part in levels.split("+")):
+        raise BadInputError(f'levels {levels!r} of task {name!r} are no numbers; use "1+2"')
+    families = options.get("families")
+    return TaskSpec(
+        name,
+        place,
+        None if families is None else tuple(families.split("+")),
+        None if levels is None else tuple(map(int, levels.split("+"))),
+    )
+
+
+def load_tasks(
+    text: str,
+    *,
+    levels: Collection[int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[EvalItem]:
+    """Return the questions of one or several tasks, in the order they are named.
+
+    Args:
+        text: the tasks as in `parse_tasks`.
+        levels: only questions of these levels; by default all, of the bundled set 1 to 3.
+        limit: of each task at most so many, drawn as in `load_questions`.
+        seed: of that draw, and of the order of a choice's options.
+        question_column: of files, the column of the question.
+        answer_column: of files, the column of the answer.
+
+    Raises:
+        BadInputError: as `parse_tasks` and `load_questions`, or one id in two tasks.
+    """
+    items: list[EvalItem] = []
+    owner: dict[str, str] = {}
+    for spec in parse_tasks(text):
+        chosen = spec.levels or levels
+        if spec.name == BUNDLED and chosen is None:
+            chosen = BUNDLED_LEVELS
+        loaded = load_questions(
+            spec.name,
+            place=spec.place,
+            levels=chosen,
+            families=spec.families,
+            limit=limit,
+            seed=seed,
+            question_column=question_column,
+            answer_column=answer_column,
+        )
+        for item in loaded:
+            if item.id in owner:
+                raise BadInputError(
+                    f"id {item.id!r} stands in the tasks {owner[item.id]} and {spec.label}; "
+                    "rename one file, or give its rows an id column"
+                )
+            owner[item.id] = spec.label
+            items.append(replace(item, task=spec.label))
+    return items
 
 
 def load_questions(
     name_or_path: str | Path,
     *,
     split: str = "test",
+    place: str | None = None,
     levels: Collection[int] | None = None,
+    families: Collection[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    question_column: str | None = None,
+    answer_column: str | None = None,
 ) -> list[EvalItem]:
-    """Return the questions of the bundled set "tiny" or of a local .jsonl, .parquet or .csv file.
+    r"""Return the questions of the bundled set, a benchmark or a local table.
 
     Args:
-        name_or_path: the set's name or the file; columns question and answer, optional are id,
-            family and level.
+        name_or_path: "tiny", a name in `benchmarks.BENCHMARKS`, or a .jsonl, .parquet or .csv
+            file.  A file's question stands in the column question, problem or prompt, its answer
+            in answer, final_answer or solution; of a worked solution the last `\boxed{}` counts,
+            or what follows "####".  Optional are id, family and level.
         split: of the bundled set; a file has no splits.
+        place: of a benchmark, the local file or folder to read instead of the hub's.
         levels: only questions of these levels.
+        families: only questions of these families.
         limit: at most so many, drawn without order by `seed`: a smaller limit draws a part of
             what a larger one does.
-        seed: of that draw.
+        seed: of that draw, and of the order of a choice's options.
+        question_column: of a file, the column of the question.
+        answer_column: of a file, the column of the answer.
 
     Raises:
-        BadInputError: no such file, a format, column, value or level that does not exist, an id
-            twice, or no question left.
+        BadInputError: no such file, a format, column, value, family or level that does not exist,
+            an id twice, or no question left.
     """
-    path = _resolve(name_or_path, split)
-    rows = read_rows(path)
-    if not rows:
-        raise BadInputError(f"{path} holds no rows; give at least one question with its answer")
-    items = [_item(row, f"{path.stem}-{index}", index, path) for index, row in enumerate(rows)]
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise BadInputError(f"id {item.id!r} stands twice in {path}; ids must be unique")
-        seen.add(item.id)
+    if name_or_path in BENCHMARKS:
+        items = _benchmark_items(str(name_or_path), place, seed)
+    else:
+        path = _resolve(name_or_path, split)
+        rows = read_rows(path)
+        if not rows:
+            raise BadInputError(f"{path} holds no rows; give at least one question with its answer")
+        question = _column(rows[0], question_column, QUESTION_COLUMNS, path)
+        answer = _column(rows[0], answer_column, ANSWER_COLUMNS, path)
+        items = [_item(row, index, path, question, answer) for index, row in enumerate(rows)]
+        seen: set[str] = set()
+        for item in items:
+            if item.id in seen:
+                raise BadInputError(f"id {item.id!r} stands twice in {path}; ids must be unique")
+            seen.add(item.id)
+    if families is not None:
+        items = _of_families(items, families)
     return select(items, levels=levels, limit=limit, seed=seed)
 
 
@@ -89,8 +218,41 @@ def select(
     return chosen[:limit]
 
 
+def _of_families(items: list[EvalItem], families: Collection[str]) -> list[EvalItem]:
+    known = {item.family for item in items if item.family is not None}
+    if unknown := [family for family in families if family not in known]:
+        there = f"use {_listed(sorted(known))}" if known else "the questions have no families"
+        raise BadInputError(f"no question has family {unknown[0]!r}; {there}")
+    return [item for item in items if item.family in families]
+
+
+def _benchmark_items(name: str, place: str | None, seed: int) -> list[EvalItem]:
+    benchmark = BENCHMARKS[name]
+    items = []
+    for index, row in enumerate(benchmark_rows(benchmark, place)):
+        asked = question_of(benchmark, row, seed)
+        level = str(row.get(benchmark.level) or "") if benchmark.level else ""
+        number = re.fullmatch(r"\D*(\d+)", level)  # "Level 5" or 5
+        items.append(
+            EvalItem(
+                id=f"{name}-{index}",
+                question=asked.text,
+                answer=asked.gold,
+                family=str(row.get(benchmark.family) or "") or None if benchmark.family else None,
+                level=int(number[1]) if number else None,
+                query=asked.query,
+                choice=benchmark.kind == "choice",
+            )
+        )
+    return items
+
+
 def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
+
+
+def _choices() -> str:
+    return f"{BUNDLED!r}, {_listed(BENCHMARKS)} or the path of a {_listed(READERS)} file"
 
 
 def _resolve(name_or_path: str | Path, split: str) -> Path:
@@ -98,38 +260,45 @@ def _resolve(name_or_path: str | Path, split: str) -> Path:
         raise BadInputError(f"split is {split!r}; use one of {_listed(SPLITS)}")
     if name_or_path == BUNDLED:
         return data_path(f"{BUNDLED}/{split}.jsonl")
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if not path.is_file():
-        raise BadInputError(
-            f"{name_or_path} is no file and no bundled set; "
-            f"use {BUNDLED!r} or the path of a {_listed(READERS)} file"
-        )
+        raise BadInputError(f"{name_or_path} is no file and no known set; use {_choices()}")
     return path
 
 
-def _item(row: dict[str, Any], default_id: str, index: int, path: Path) -> EvalItem:
-    if missing := [name for name in REQUIRED if name not in row]:
-        raise BadInputError(
-            f"{path} has no column {_listed(missing)} in row {index}; "
-            f"it has {_listed(row)}, and question and answer are needed"
-        )
-    texts = {name: "" if row[name] is None else str(row[name]).strip() for name in REQUIRED}
-    if empty := [name for name in REQUIRED if not texts[name]]:
+def _column(row: dict[str, Any], asked: str | None, known: Sequence[str], path: Path) -> str:
+    names = [asked] if asked else known
+    if present := [name for name in names if name in row]:
+        return present[0]
+    raise BadInputError(
+        f"{path} has no column {' or '.join(names)} in row 0; it has {_listed(row)}.\n"
+        "Name the right ones by --question-column and --answer-column"
+    )
+
+
+def _item(row: dict[str, Any], index: int, path: Path, question: str, answer: str) -> EvalItem:
+    texts = {}
+    for name in (question, answer):
+        if name not in row:
+            raise BadInputError(
+                f"{path} has no column {name} in row {index}; it has {_listed(row)}"
+            )
+        texts[name] = "" if row[name] is None else str(row[name]).strip()
+    texts[answer] = gold_answer(texts[answer])
+    if empty := [name for name in texts if not texts[name]]:
         raise BadInputError(f"{path} has an empty {empty[0]} in row {index}; fill it or drop it")
     family, level, name = row.get("family"), row.get("level"), row.get("id")
     return EvalItem(
-        id=default_id if name in (None, "") else str(name),
-        question=texts["question"],
-        answer=texts["answer"],
+        id=f"{path.stem}-{index}" if name in (None, "") else str(name),
+        question=texts[question],
+        answer=texts[answer],
         family=None if family in (None, "") else str(family),
         level=None if level in (None, "") else _level(level, index, path),
     )
 
 
 def _level(value: Any, index: int, path: Path) -> int:
-    try:
-        return int(value)
-    except (ValueError, TypeError) as error:
-        raise BadInputError(
-            f"{path} has level {value!r} in row {index}; a level is a whole number"
-        ) from error
+    found = re.fullmatch(r"(?:level\s*)?(\d+)(?:\.0)?", str(value).strip(), re.IGNORECASE)
+    if found is None:
+        raise BadInputError(f"{path} has level {value!r} in row {index}; a level is a whole number")
+    return int(found[1])

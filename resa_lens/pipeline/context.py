@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,21 @@ class Context:
     threads: int | None = None
     models: dict[str, Model] = field(default_factory=dict)
 
-    def model(self, name: str, base: str | None = None) -> Model:
-        """Load a model once and say what it is and where it runs."""
-        key = f"{name}|{base or ''}"
+    def model(
+        self,
+        name: str,
+        base: str | None = None,
+        *,
+        adapters: Sequence[str] = (),
+        scale: float | Sequence[float] = 1.0,
+    ) -> Model:
+        """Load a model, with adapters on it, once and say what it is and where it runs."""
+        key = f"{name}|{base or ''}" + (f"|{list(adapters)}|{scale}" if adapters else "")
         if key not in self.models:
-            model = load_model(name, device=self.device, dtype=self.dtype, base=base)
+            model = load_model(
+                name, device=self.device, dtype=self.dtype, base=base, adapters=adapters,
+                scale=scale,
+            )  # fmt: skip
             threads = self.threads or (
                 1 if model.d_model <= NARROW else max(1, torch.get_num_threads())
             )

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from resa_lens.errors import BadInputError
+from resa_lens.errors import BadInputError, TakenError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.saes.kernels import kernel_path
 from resa_lens.saes.world import ALONE, World
@@ -50,7 +50,7 @@ def run_lock(folder: Path, doing: str = "training") -> Iterator[None]:
         doing: what another process is told that this one does.
 
     Raises:
-        BadInputError: another process holds it.
+        TakenError: another process holds it.
     """
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def run_lock(folder: Path, doing: str = "training") -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             stream.seek(0)
-            raise BadInputError(
+            raise TakenError(
                 f"process {stream.read().strip() or '?'} is {doing} into {folder}; wait for it, "
                 "or end it"
             ) from error

@@ -19,6 +19,7 @@ from transformers import (
 
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.evals.engines import GenerationConfig, HFEngine
+from resa_lens.evals.engines.hf import probe_threads
 
 PROMPTS = ["What is 3+4?", "x", "a much longer question, about 17 stones", "ab", "1+1", "<think>z"]
 EOS, PAD = "<eos>", "<pad>"
@@ -278,6 +279,40 @@ def test_progress_counts_documents(engine):
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+def test_answers_are_handed_over_as_they_end(engine, tokenizer):
+    by_hand = tokenizer.decode(greedy_by_hand(engine.model, tokenizer, PROMPTS[3], 20))
+    config = GenerationConfig(max_new_tokens=20, stop=(by_hand[4:6],), batch_size=4)
+    seen = {}
+    found = engine.generate(PROMPTS, config, answered=seen.__setitem__)
+    assert [seen[i] for i in range(len(PROMPTS))] == found
+    # In the order of their ends, not of the prompts.
+    assert list(seen) != sorted(seen)
+
+
+def test_a_document_that_takes_too_long_is_cut(engine):
+    (slow,) = engine.generate(["x"], GenerationConfig(max_new_tokens=10_000, stop=(), timeout=0.05))
+    assert (slow.timed_out, slow.finished) == (True, False)
+    assert 0 < slow.tokens < 10_000
+    (quick,) = engine.generate(["x"], GenerationConfig(max_new_tokens=3, stop=(), timeout=60))
+    assert (quick.timed_out, quick.finished, quick.tokens) == (False, False, 3)
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(1, 2), (2, 1)])
+def test_the_probe_takes_the_faster_number_of_threads(engine, monkeypatch, slow, expected):
+    now, threads = [0.0], [7]
+    monkeypatch.setattr("resa_lens.evals.engines.hf.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
+
+    def generate(prompts, config):
+        assert config.timeout == (None if threads[0] == 1 else 2 * (3.0 if slow == 1 else 1.0))
+        now[0] += 3.0 if threads[0] == slow else 1.0
+
+    monkeypatch.setattr(engine, "generate", generate)
+    assert probe_threads(engine, PROMPTS, 2)[0] == expected
+    assert threads == [7]
+
+
 def test_bad_input(engine):
     with pytest.raises(BadInputError, match="no tokens"):
         engine.generate(["x", ""], GenerationConfig())
@@ -298,6 +333,7 @@ def test_bad_input(engine):
         {"seed": -1},
         {"stop": "</answer>"},
         {"stop": ("",)},
+        {"timeout": 0.0},
     ],
 )
 def test_bad_generation_config(values):

@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import json
 
+import jinja2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from resa_lens.errors import BadInputError
 from resa_lens.evals.engines import Generation, GenerationConfig
 from resa_lens.evals.run import (
+    SAMPLE_SCHEMA,
+    SETTINGS,
     EvalConfig,
+    ask,
     build_prompt,
+    chat_prompt,
     evaluate,
     read_samples,
     write_samples,
@@ -175,6 +182,102 @@ def test_bad_configs():
         EvalConfig(samples=0)
     with pytest.raises(BadInputError, match="no questions"):
         evaluate(ScriptedEngine(right_below(1)), [], EvalConfig())
+
+
+def test_scores_of_several_tasks():
+    items = [
+        EvalItem("a0", "What is 1+1?", "2", "sum", None, "one"),
+        EvalItem("a1", "What is 2+1?", "9", "sum", None, "one"),
+        EvalItem("b0", "What is 3+1?", "4", None, None, "two"),
+    ]
+    result = evaluate(ScriptedEngine(right_below(9)), items, EvalConfig())
+    assert {k: (s.correct, s.n) for k, s in result.by_task.items()} == {
+        "one": (1, 2), "two": (1, 1), "one:sum": (1, 2),
+    }  # fmt: skip
+    alone = evaluate(ScriptedEngine(right_below(9)), items[2:], EvalConfig())
+    assert list(alone.by_task) == ["two"]
+
+
+def test_choices_are_graded_by_letter_and_asked_with_their_prompt():
+    item = EvalItem("c", "Which?", "B", query="Answer by letter.\n\nWhich?", choice=True)
+    engine = ScriptedEngine(lambda *_: " hm </think> <answer> Answer: (B) </answer>")
+    result = evaluate(engine, [item], EvalConfig())
+    assert (result.accuracy, result.samples[0]["answer"]) == (1.0, "B")
+    assert engine.asked[0][0] == "Problem: Answer by letter.\n\nWhich? <think>"
+
+
+def test_a_timed_out_answer_is_wrong_and_counted():
+    class Late(ScriptedEngine):
+        def generate(self, prompts, config, progress=None, *, streams=None):
+            right = Generation(" </think> <answer> 1 </answer>", (1,), 1, False, True)
+            return [right, *super().generate(prompts[1:], config, streams=streams[1:])]
+
+    result = evaluate(Late(right_below(9)), ITEMS[:4], EvalConfig())
+    assert (result.timed_out, result.unfinished, result.accuracy) == (1, 1, 0.75)
+    assert [row["timed_out"] for row in result.samples] == [True, False, False, False]
+
+
+class Chat:
+    """A tokenizer's part that makes chat prompts."""
+
+    bos_token, bos_token_id = "<s>", 1
+
+    def __init__(self, template, adds=True):
+        self.chat_template, self.adds = template, adds
+
+    def __call__(self, text):
+        return {"input_ids": [1] if self.adds else []}
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert not tokenize
+        assert add_generation_prompt
+        return jinja2.Template(self.chat_template).render(messages=messages, error=fail)
+
+
+def fail(message):
+    raise jinja2.TemplateError(message)
+
+
+TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[me]"
+
+
+def test_chat_template():
+    assert chat_prompt(Chat(TEMPLATE), "q") == "[user]q[me]"  # the tokenizer adds its own <s>
+    assert chat_prompt(Chat(TEMPLATE, adds=False), "q") == "<s>[user]q[me]"
+    assert chat_prompt(Chat(TEMPLATE), "q", "reason", "s") == "[system]s[user]q[me]"
+    thinking = Chat(TEMPLATE + "<think>\n")
+    assert chat_prompt(thinking, "q", "direct") == "[user]q[me]<think> </think> <answer>"
+    assert chat_prompt(Chat(TEMPLATE), "q", "direct").endswith("[me] <think> </think> <answer>")
+    config = EvalConfig(chat_template=True)
+    assert [a.opened for a in ask(ITEMS[:1], config, thinking)] == ["<think>"]
+    assert [a.opened for a in ask(ITEMS[:1], config, Chat(TEMPLATE))] == [""]
+
+
+def test_the_bundled_models_template(tiny):
+    (one,) = ask(ITEMS[:1], EvalConfig(chat_template=True), tiny.tokenizer)
+    assert (one.prompt, one.opened) == ("Problem: What is 0+1? <think>", "<think>")
+
+
+def test_no_chat_template_where_one_is_asked_for():
+    for tokenizer in (None, Chat(None)):
+        with pytest.raises(BadInputError, match="no chat template; leave out --chat-template"):
+            ask(ITEMS, EvalConfig(chat_template=True), tokenizer)
+    refusing = Chat("{{ error('no system role') }}")
+    with pytest.raises(BadInputError, match="no system role"):
+        chat_prompt(refusing, "q", "reason", "s")
+
+
+def test_the_papers_setting():
+    paper = SETTINGS["paper"]
+    assert (paper.temperature, paper.top_p, paper.max_new_tokens) == (0.6, 0.95, 32768)
+    assert (paper.samples, paper.chat_template) == (1, True)
+
+
+def test_samples_of_the_first_files_are_read(tmp_path):
+    result = evaluate(ScriptedEngine(right_below(9)), ITEMS, EvalConfig())
+    table = pa.Table.from_pylist(result.samples, schema=SAMPLE_SCHEMA)
+    pq.write_table(table.drop_columns(["task", "timed_out"]), tmp_path / "old.parquet")
+    assert read_samples(tmp_path / "old.parquet") == result.samples
 
 
 def test_prompts():

@@ -8,7 +8,7 @@ import pytest
 
 from resa_lens.errors import BadInputError
 from resa_lens.evals import tasks
-from resa_lens.evals.tasks import EvalItem, load_questions
+from resa_lens.evals.tasks import EvalItem, TaskSpec, load_questions, load_tasks, parse_tasks
 from resa_lens.tiny.questions import draw_unique
 
 ROWS = [
@@ -78,8 +78,14 @@ def test_limit_and_levels(tmp_path):
     [
         ("a.jsonl", "", "holds no rows"),
         ("a.csv", "question,answer\n", "holds no rows"),
-        ("a.jsonl", '{"question": "q", "solution": "1"}\n', "no column answer.*question, solution"),
-        ("a.csv", "problem,answer\nq,1\n", "no column question.*problem, answer"),
+        ("a.jsonl", '{"question": "q", "result": "1"}\n', "no column answer.*question, result"),
+        ("a.csv", "task,answer\nq,1\n", "no column question.*task, answer"),
+        ("a.jsonl", '{"question": "q", "solution": "\\\\boxed{}"}\n', "empty solution in row 0"),
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": "1"}\n{"answer": "2"}\n',
+            "no column question in row 1",
+        ),
         ("a.jsonl", '{"question": "q", "answer": ""}\n', "empty answer in row 0"),
         ("a.jsonl", '{"question": "q", "answer": null}\n', "empty answer in row 0"),
         ("a.csv", "question,answer\nq,1\nr,\n", "empty answer in row 1"),
@@ -101,7 +107,7 @@ def test_bad_files(tmp_path, name, content, message):
 
 def test_bad_arguments(tmp_path):
     path = jsonl(tmp_path / "q.jsonl", ROWS)
-    with pytest.raises(BadInputError, match=r"no-such-set is no file.*'tiny'"):
+    with pytest.raises(BadInputError, match=r"no-such-set is no file.*'tiny', aime24"):
         load_questions("no-such-set")
     with pytest.raises(BadInputError, match="split is 'dev'"):
         load_questions("tiny", split="dev")
@@ -113,3 +119,49 @@ def test_bad_arguments(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInputError, match="not readable as"):
         load_questions(binary)
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = [{"problem": "1+1?", "solution": "One and one: $\\boxed{2}$.", "level": "Level 3"}]
+    (item,) = load_questions(jsonl(tmp_path / "m.jsonl", rows))
+    assert (item.question, item.answer, item.level) == ("1+1?", "2", 3)
+    rows = [{"q": "1+1?", "answer": "no", "gold": "so 1+1=2\n#### 2"}]
+    path = jsonl(tmp_path / "g.jsonl", rows)
+    (item,) = load_questions(path, question_column="q", answer_column="gold")
+    assert (item.question, item.answer) == ("1+1?", "2")
+    with pytest.raises(BadInputError, match=r"no column x.*q, answer, gold"):
+        load_questions(path, question_column="x")
+
+
+def test_task_lists():
+    assert parse_tasks("tiny:families=chain_sum+count:levels=1+4, amc23,math500=a/b.jsonl") == [
+        TaskSpec("tiny", None, ("chain_sum", "count"), (1, 4)),
+        TaskSpec("amc23"),
+        TaskSpec("math500", "a/b.jsonl"),
+    ]
+    assert parse_tasks("x/my.set.csv")[0].label == "my.set"
+    for text, message in (
+        ("tiny,tiny:levels=1", "'tiny' stands twice"),
+        ("tiny,,amc23", "has no name"),
+        ("tiny:levels=one", "'one' of task 'tiny' are no numbers"),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            parse_tasks(text)
+
+
+def test_several_tasks(tmp_path):
+    a = jsonl(tmp_path / "a.jsonl", ROWS)
+    b = jsonl(tmp_path / "b.jsonl", ROWS[:3])
+    items = load_tasks(f"{a},{b},tiny:families=count", limit=4)
+    assert [item.task for item in items] == ["a"] * 4 + ["b"] * 3 + ["tiny"] * 4
+    assert {item.family for item in items[-4:]} == {"count"}
+    # One id names one question, whatever is asked beside it.
+    assert {i.id for i in items[4:7]} == {i.id for i in load_questions(b)}
+    assert {i.level for i in load_tasks("tiny")} == {1, 2, 3}
+    assert {i.level for i in load_tasks("tiny:levels=4")} == {4}
+    with pytest.raises(BadInputError, match=r"family 'sums'; use chain_sum, count"):
+        load_tasks("tiny:families=sums")
+    (tmp_path / "c").mkdir()
+    other = jsonl(tmp_path / "c" / "x.jsonl", [{"id": "a-0", "question": "q", "answer": "1"}])
+    with pytest.raises(BadInputError, match="'a-0' stands in the tasks a and x"):
+        load_tasks(f"{a},{other}")

@@ -1,4 +1,4 @@
-"""Generation behind one interface; here in process, so torch hooks on the model work.
+"""Generation with transformers in process, so torch hooks on the model work.
 
 The decoding loop is our own: a row that has ended leaves the batch, so one answer that never ends
 costs little; every document has its own random stream, so that its answer does not depend on its
@@ -7,10 +7,11 @@ neighbours; and neither the model's nor the tokenizer's settings are touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,95 +20,21 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.evals.engines.base import (
+    Answered,
+    Generation,
+    GenerationConfig,
+    GenerationHooks,
+    Progress,
+)
+from resa_lens.evals.engines.text import end_ids, finish, stopped, text_of
 from resa_lens.phases import PHASES, tag_phases
-from resa_lens.prompts import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN
-
-Progress = Callable[[int], None]
-"""Called with the number of finished documents."""
+from resa_lens.prompts import THINK_CLOSE, THINK_OPEN
 
 LIVE_SHARE = 0.8
 """A batch is cut down to its unfinished rows when their share is at most this."""
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to generate; temperature 0 is greedy."""
-
-    max_new_tokens: int = 160
-    temperature: float = 0.0
-    top_p: float = 1.0
-    batch_size: int = 64
-    seed: int = 0
-    stop: tuple[str, ...] = (ANSWER_CLOSE,)
-    """Generation ends after any of these strings, which stay in the text."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            BadInputError: a value is out of its range.
-        """
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise BadInputError(
-                f"max_new_tokens is {self.max_new_tokens}, batch_size {self.batch_size}; "
-                "both must be at least 1"
-            )
-        if not self.temperature >= 0:
-            raise BadInputError(f"temperature is {self.temperature}; use 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise BadInputError(f"top_p is {self.top_p}; use more than 0 and at most 1")
-        if self.seed < 0:
-            raise BadInputError(f"seed is {self.seed}; use 0 or more")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise BadInputError(f"stop is {self.stop!r}; use a tuple of strings that are not empty")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One generated text."""
-
-    text: str
-    """With its special tokens, without end-of-sequence and padding; cut after the stop string."""
-    token_ids: tuple[int, ...]
-    """The ids of the text, without end-of-sequence; uncut."""
-    tokens: int
-    """Generated tokens, the end-of-sequence token included."""
-    finished: bool
-    """False where `max_new_tokens` ended it."""
-
-
-class GenerationHooks(Protocol):
-    """Is told what each forward pass reads, so that hooks on the model know their tokens."""
-
-    def before_forward(
-        self,
-        rows: Sequence[int],
-        positions: Int[Tensor, "row position"],
-        phases: Int[Tensor, "row position"],
-    ) -> None:
-        """Take note of the next inputs.
-
-        Args:
-            rows: each row's prompt, as an index; rows leave once they have ended.
-            positions: of the inputs in their documents.
-            phases: index into `PHASES`; -1 for padding, and for a row that has ended.
-        """
-        ...
-
-
-class Engine(Protocol):
-    """What evaluation needs of an engine."""
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        progress: Progress | None = None,
-        *,
-        streams: Sequence[tuple[int, ...]] | None = None,
-    ) -> list[Generation]:
-        """Return one generation a prompt, in the prompts' order."""
-        ...
+PROBE_DOCUMENTS, PROBE_STEPS = 8, 4
+"""Of the threads' probe: few enough to take a second, where a step of a model takes 0.1 s."""
 
 
 class HFEngine:
@@ -121,7 +48,7 @@ class HFEngine:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._ends = _end_ids(model, tokenizer)
+        self._ends = end_ids(model, tokenizer)
         self._enders: dict[tuple[str, ...], Tensor] = {}
 
     def generate(
@@ -131,6 +58,7 @@ class HFEngine:
         progress: Progress | None = None,
         *,
         streams: Sequence[tuple[int, ...]] | None = None,
+        answered: Answered | None = None,
         hooks: GenerationHooks | None = None,
     ) -> list[Generation]:
         """Return one generation a prompt, in the prompts' order.
@@ -141,6 +69,7 @@ class HFEngine:
             progress: called with the number of finished documents whenever it grows.
             streams: what names each document's random stream besides the seed; its index by
                 default.  A trailing 0 changes nothing: (3,) and (3, 0) are the same stream.
+            answered: called with each document's index and generation as it ends.
             hooks: told before each forward pass what it reads.
 
         Raises:
@@ -169,6 +98,8 @@ class HFEngine:
                     watch = _Watch(hooks, self, rows, [prompts[i] for i in rows])
                 for row, generation in self._decode(batch, draws, config, watch):
                     results[rows[row]] = generation
+                    if answered is not None:
+                        answered(rows[row], generation)
                     if progress is not None:
                         progress(len(results))
         return [results[i] for i in range(len(prompts))]
@@ -190,6 +121,7 @@ class HFEngine:
         generated: list[list[int]] = [[] for _ in batch]
         rows = list(range(len(batch)))  # the batch's rows still computed
         live = set(rows)
+        began = time.monotonic()
         for step in range(config.max_new_tokens):
             if watch is not None:
                 watch.tell(rows, live, input_BS, position_BS)
@@ -203,17 +135,28 @@ class HFEngine:
             ).logits[:, -1]
             if step == 0 and bool(logits_BV.isnan().any()):
                 raise RunFailedError("the model's logits are NaN; its weights are not usable")
+            late = config.timeout is not None and time.monotonic() - began > config.timeout
             next_B = _choose(logits_BV, config, [draws[row][step] for row in rows])
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if row not in live:
                     continue
                 generated[row].append(token)
                 ended = token in self._ends or (
-                    bool(enders[token]) and self._stopped(generated[row], config.stop)
+                    bool(enders[token]) and stopped(self.tokenizer, generated[row], config.stop)
                 )
-                if ended or step + 1 == config.max_new_tokens:
+                if ended or late or step + 1 == config.max_new_tokens:
                     live.remove(row)
-                    yield row, self._finish(generated[row], config.stop, ended)
+                    yield (
+                        row,
+                        finish(
+                            self.tokenizer,
+                            generated[row],
+                            self._ends,
+                            config.stop,
+                            finished=ended,
+                            timed_out=late and not ended,
+                        ),
+                    )
             if not live:
                 return
             if len(live) <= LIVE_SHARE * len(rows):
@@ -237,25 +180,43 @@ class HFEngine:
             last = {text[-1] for text in stop} | {"\ufffd"}  # a character's last bytes
             possible = torch.zeros(size, dtype=torch.bool)
             for token in range(len(self.tokenizer) if stop else 0):
-                possible[token] = not last.isdisjoint(self._text([token]))
+                possible[token] = not last.isdisjoint(text_of(self.tokenizer, [token]))
             self._enders[stop] = possible
         return self._enders[stop]
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
 
-    def _stopped(self, ids: list[int], stop: tuple[str, ...]) -> bool:
-        # Twice the bytes: some tokens decode to nothing.
-        tail = self._text(ids[-2 * max(len(text.encode()) for text in stop) :])
-        return any(text in tail for text in stop)
+def probe_threads(
+    engine: HFEngine, prompts: Sequence[str], most: int
+) -> tuple[int, dict[int, float]]:
+    """Time a few steps with one thread and with `most`, and return the better number.
 
-    def _finish(self, ids: list[int], stop: tuple[str, ...], ended: bool) -> Generation:
-        kept = ids[:-1] if ids[-1] in self._ends else ids
-        text = self._text(kept)
-        cuts = [text.find(s) + len(s) for s in stop if s in text]
-        return Generation(text[: min(cuts)] if cuts else text, tuple(kept), len(ids), ended)
+    Where other processes keep the cores busy, threads that wait for each other can be ten times
+    slower than one, which no rule about the model's width can know.
+
+    Args:
+        engine: whose model runs; torch's number of threads is as before afterwards.
+        prompts: a few of them are begun.
+        most: threads that may be used.
+
+    Returns:
+        The number of threads, and the seconds measured by number of threads; a number that was
+        stopped for being too slow has the seconds it had until then.
+    """
+    before = torch.get_num_threads()
+    seconds: dict[int, float] = {}
+    few = list(prompts[:PROBE_DOCUMENTS])
+    config = GenerationConfig(max_new_tokens=PROBE_STEPS, stop=())
+    try:
+        for threads in sorted({1, most}):
+            torch.set_num_threads(threads)
+            began = time.perf_counter()
+            limit = 2 * seconds[1] if seconds else None
+            engine.generate(few, replace(config, timeout=limit))
+            seconds[threads] = time.perf_counter() - began
+    finally:
+        torch.set_num_threads(before)
+    # More threads must be worth it: a tie is noise, and one thread leaves cores to others.
+    return (most if seconds[most] < 0.9 * seconds[1] else 1), seconds
 
 
 class _Watch:
@@ -322,7 +283,7 @@ class _Watch:
             thinking = PHASES[phase] == "think"
             tag = THINK_CLOSE if thinking else THINK_OPEN
             # Twice the characters: some tokens decode to nothing.
-            if tag in self.engine._text(since[-2 * len(tag) :]):
+            if tag in text_of(self.engine.tokenizer, since[-2 * len(tag) :]):
                 self.states[row] = (PHASES.index("answer" if thinking else "think"), [])
         return phase
 
@@ -339,20 +300,6 @@ def _state(
     begins = closed + len(THINK_CLOSE) if closed >= 0 else begins
     since = [token for token, (first, _) in zip(ids, offsets, strict=True) if first >= begins]
     return PHASES.index("answer" if closed >= 0 else "think"), since
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the end-of-sequence ids of the tokenizer, the model and its generation config."""
-    found: list[int] = []
-    sources = (
-        tokenizer.eos_token_id,
-        getattr(model.config, "eos_token_id", None),
-        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
-    )
-    for value in sources:
-        ids = value if isinstance(value, list | tuple) else [value]
-        found += [i for i in ids if i is not None and i not in found]
-    return found
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""vLLM beside the in-process engine; in an environment made by benchmarks/install_engine.sh."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from resa_lens.errors import BadInputError
+from resa_lens.evals.engines import GenerationConfig, HFEngine
+from resa_lens.evals.engines.vllm import VLLMEngine, document_seed
+from resa_lens.evals.run import EvalConfig, ask, score
+from resa_lens.evals.tasks import load_questions
+from resa_lens.models import load_model
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vllm is not installed; benchmarks/install_engine.sh vllm FOLDER makes its environment",
+)
+QUESTIONS = 500
+
+
+def test_seeds_are_named_by_document_and_sample():
+    seeds = {document_seed(s, (d, n)) for s in range(3) for d in range(50) for n in range(4)}
+    assert len(seeds) == 600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert document_seed(5, (3,)) == document_seed(5, (3, 0))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_where_it_is_missing_it_says_how_to_get_it(tiny):
+    with pytest.raises(BadInputError, match=r"install_engine.sh vllm") as error:
+        VLLMEngine(tiny)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    items = load_questions("tiny", levels=(1, 2, 3), limit=QUESTIONS)
+    return ask(items, EvalConfig())
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter that changes many answers without ruining the model."""
+    torch.manual_seed(0)
+    model = load_model("tiny-reasoner", dtype="float32", device="cpu")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft = get_peft_model(model.model, LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    for name, value in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value.data, std=0.1)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.save_pretrained(str(folder))
+    return folder
+
+
+def answers(engine, asked):
+    return engine.generate([one.prompt for one in asked], GenerationConfig())
+
+
+@needs_vllm
+@pytest.mark.recorded
+def test_greedy_answers_equal_those_of_hf(prompts, adapter):
+    model = load_model("tiny-reasoner", dtype="float32", device="cpu")
+    hf = answers(HFEngine(model.model, model.tokenizer), prompts)
+    engine = VLLMEngine(model)
+    base = answers(engine, prompts)
+    equal = sum(a == b for a, b in zip(hf, base, strict=True))
+    print(f"base: {equal} of {len(hf)} greedy answers equal, "
+          f"{score(prompts, hf).accuracy} and {score(prompts, base).accuracy}")  # fmt: skip
+    assert equal == len(hf)
+
+    tuned = load_model("tiny-reasoner", dtype="float32", device="cpu", adapters=[str(adapter)])
+    peft = answers(HFEngine(tuned.model, tuned.tokenizer), prompts)
+    assert sum(a != b for a, b in zip(hf, peft, strict=True)) > 50  # or nothing was tested
+    for lora in ("request", "merged"):
+        found = answers(VLLMEngine(tuned, lora=lora), prompts)
+        equal = sum(a == b for a, b in zip(peft, found, strict=True))
+        changed = sum(a != b for a, b in zip(hf, found, strict=True))
+        print(f"adapter by {lora}: {equal} of {len(peft)} equal; {changed} differ from the base's")
+        # Merging rounds the sum of weight and adapter: an argmax may turn.
+        assert equal >= len(peft) - (0 if lora == "request" else 5)
+
+
+@needs_vllm
+@pytest.mark.recorded
+def test_seeds_stops_timeouts_and_order(prompts):
+    engine = VLLMEngine(load_model("tiny-reasoner", dtype="float32", device="cpu"))
+    texts = [one.prompt for one in prompts[:12]]
+    config = GenerationConfig(temperature=1.0, top_p=0.95, seed=3)
+    names = [one.stream for one in prompts[:12]]
+    seen = []
+    first = engine.generate(texts, config, streams=names, answered=lambda i, a: seen.append(i))
+    again = engine.generate(texts[::-1], config, streams=names[::-1])[::-1]
+    assert first == again
+    assert sorted(seen) == list(range(12))
+    assert len({g.text for g in engine.generate([texts[0]] * 16, config)}) > 1
+    assert all(g.text.endswith("</answer>") for g in first if g.finished)
+    endless = GenerationConfig(max_new_tokens=900, stop=(), timeout=0.01)
+    slow = engine.generate(texts[:3], endless)
+    assert {(g.timed_out, g.finished) for g in slow} == {(True, False)}
+    with pytest.raises(BadInputError, match="a prompt has"):
+        engine.generate(["1+1 " * 2000], config)

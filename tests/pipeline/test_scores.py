@@ -1,0 +1,317 @@
+"""Scoring in a workspace: kept answers, engines, tasks, and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
+
+from resa_lens.cli import app
+from resa_lens.errors import BadInputError, RunFailedError, TakenError
+from resa_lens.evals.engines import GenerationConfig
+from resa_lens.evals.run import EvalConfig, read_samples
+from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.scores import check_engine, eval_run, load_eval_items, read_eval
+from resa_lens.progress import Reporter
+from resa_lens.resources import data_path
+from resa_lens.saes.checkpoint import run_lock
+from resa_lens.workspace import Workspace
+
+CONFIG = EvalConfig(limit=24, generation=GenerationConfig(temperature=0.8, batch_size=8))
+ITEMS = load_eval_items("tiny", CONFIG)
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.said = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def context(place, **options) -> Context:
+    return Context(Workspace(place), Notes(), **options)
+
+
+def works(place):
+    return sorted(place.rglob(".work-*"))
+
+
+@pytest.fixture
+def breaking(tiny):
+    """Make the bundled model fail at its n-th forward pass."""
+    handles = []
+
+    def install(passes: int) -> None:
+        seen = [0]
+
+        def count(*_) -> None:
+            seen[0] += 1
+            if seen[0] > passes:
+                raise MemoryError("no more memory")
+
+        handles.append(tiny.model.register_forward_pre_hook(count))
+
+    def remove() -> None:
+        while handles:
+            handles.pop().remove()
+
+    install.remove = remove
+    yield install
+    remove()
+
+
+def test_after_a_crash_the_same_call_goes_on(tiny, breaking, tmp_path):
+    _, whole = eval_run(context(tmp_path / "whole"), tiny, ITEMS, CONFIG)
+    place = tmp_path / "w"
+    breaking(60)
+    with pytest.raises(RunFailedError, match=r"after \d+ of 24 answers \(MemoryError: no more"):
+        eval_run(context(place), tiny, ITEMS, CONFIG)
+    breaking.remove()
+    (work,) = works(place)
+    kept = len((work / "answers.jsonl").read_bytes().splitlines()) - 1
+    assert 0 < kept < 24
+    assert not list(place.rglob("manifest.json"))
+    ctx = context(place)
+    folder, result = eval_run(ctx, tiny, ITEMS, CONFIG)
+    assert f"{kept} of 24 answers are there; going on" in ctx.reporter.said
+    assert result.samples == whole.samples
+    assert (folder / "samples.parquet").read_bytes()
+    assert works(place) == []
+    again = read_eval(ctx, folder)
+    assert (again.accuracy, again.samples) == (whole.accuracy, whole.samples)
+
+
+def test_an_error_before_the_first_answer_leaves_nothing(tiny, breaking, tmp_path):
+    breaking(0)
+    with pytest.raises(RunFailedError, match="after 0 of 24"):
+        eval_run(context(tmp_path / "new"), tiny, ITEMS, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_forgets_kept_answers(tiny, breaking, tmp_path):
+    breaking(60)
+    with pytest.raises(RunFailedError):
+        eval_run(context(tmp_path), tiny, ITEMS, CONFIG)
+    breaking.remove()
+    ctx = context(tmp_path, force=True)
+    eval_run(ctx, tiny, ITEMS, CONFIG)
+    assert not any("going on" in line for line in ctx.reporter.said)
+
+
+def test_another_process_at_the_same_run_is_refused(tiny, breaking, tmp_path):
+    breaking(60)
+    with pytest.raises(RunFailedError):
+        eval_run(context(tmp_path), tiny, ITEMS, CONFIG)
+    breaking.remove()
+    (work,) = works(tmp_path)
+    with run_lock(work, "answering"), pytest.raises(TakenError, match="is answering"):
+        eval_run(context(tmp_path), tiny, ITEMS, CONFIG)
+    assert works(tmp_path) == [work]
+
+
+def test_runaway_answers_are_cut_and_counted(tiny, tmp_path):
+    config = replace(CONFIG, generation=GenerationConfig(900, stop=(), timeout=0.05))
+    ctx = context(tmp_path)
+    folder, result = eval_run(ctx, tiny, ITEMS[:3], config)
+    assert (result.timed_out, result.unfinished, result.accuracy) == (3, 3, 0.0)
+    assert "3 of 3 answers took more than 0.05 s and count as wrong" in ctx.reporter.said
+    assert read_eval(ctx, folder).timed_out == 3
+
+
+def test_new_options_leave_the_names_of_old_runs(tiny, tmp_path):
+    """A run is found by its configuration; what came later counts only where it is used."""
+    ctx = context(tmp_path)
+    folder, _ = eval_run(ctx, tiny, ITEMS[:2], EvalConfig(limit=2))
+    config = ctx.workspace.manifest(folder).config
+    assert set(config) == {"eval", "source", "model", "dtype", "questions"}
+    assert set(config["eval"]) == {
+        "limit", "levels", "generation", "prompt_style", "system_prompt", "samples",
+        "question_seed",
+    }  # fmt: skip
+    assert set(config["eval"]["generation"]) == {
+        "max_new_tokens", "temperature", "top_p", "batch_size", "seed", "stop",
+    }  # fmt: skip
+    late = replace(EvalConfig(limit=2), generation=GenerationConfig(timeout=600))
+    assert eval_run(ctx, tiny, ITEMS[:2], late)[0] != folder
+    assert eval_run(ctx, tiny, ITEMS[:2], EvalConfig(limit=2), engine="hf")[0] == folder
+
+
+def test_threads_are_recorded(tiny, tmp_path):
+    ctx = context(tmp_path)
+    folder, _ = eval_run(ctx, tiny, ITEMS[:2], EvalConfig(limit=2))
+    manifest = ctx.workspace.manifest(folder)
+    assert (manifest.threads, manifest.results["threads_probe"]) == (1, {})
+    assert manifest.results["engine"] == "hf"
+
+
+def test_a_wide_model_is_probed_once_and_keeps_its_threads(tiny, monkeypatch, tmp_path):
+    calls = []
+
+    def probe(engine, prompts, most):
+        calls.append(most)
+        return 1, {1: 0.5, 3: 4.0}
+
+    monkeypatch.setattr("resa_lens.pipeline.scores.NARROW", 0)
+    monkeypatch.setattr("resa_lens.pipeline.scores.probe_threads", probe)
+    monkeypatch.setattr("resa_lens.pipeline.scores._PROBED", {})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ctx = context(tmp_path)
+        folder, _ = eval_run(ctx, tiny, ITEMS[:2], EvalConfig(limit=2))
+        eval_run(ctx, tiny, ITEMS[:1], EvalConfig(limit=1))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [3]
+    assert "1 thread: 0.5 s with 1, 4.0 s with 3" in ctx.reporter.said
+    manifest = ctx.workspace.manifest(folder)
+    assert (manifest.threads, manifest.results["threads_probe"]) == (1, {"1": 0.5, "3": 4.0})
+    # What was asked for is not questioned.
+    eval_run(context(tmp_path, threads=1), tiny, ITEMS[:3], EvalConfig(limit=3))
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "lighteval"])
+def test_an_engine_that_is_not_installed(monkeypatch, engine):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInputError, match=f"engine {engine} is not installed") as error:
+        check_engine(engine)
+    assert f"benchmarks/install_engine.sh {engine} .venv-{engine}" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+    check_engine("hf")
+    with pytest.raises(BadInputError, match="'llama' is unknown; use hf, vllm, lighteval"):
+        check_engine("llama")
+
+
+def command(*args, code=0):
+    done = CliRunner().invoke(app, ["eval", *map(str, args)])
+    assert done.exit_code == code, (done.stderr, done.exception)
+    return json.loads(done.stdout) if code == 0 else done.stderr
+
+
+def test_several_tasks_by_command(tmp_path):
+    rows = [{"problem": "Which is even?", "solution": "It is \\boxed{2}"}, {
+        "problem": "Evaluate (10+2)*8-55.", "solution": "so \\boxed{41}"}]  # fmt: skip
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = command(
+        "--tasks", f"{mine},tiny:families=count,math500={mine}", "--limit", 2, "--json",
+        "--max-new-tokens", 80, "--workspace", tmp_path / "w",
+    )  # fmt: skip
+    assert found["n"] == 6
+    assert {k: v["n"] for k, v in found["by_task"].items()} == {
+        "mine": 2, "tiny": 2, "math500": 2, "tiny:count": 2,
+    }  # fmt: skip
+    rows = read_samples(tmp_path / "w" / found["folder"] / "samples.parquet")
+    assert rows[-1]["prompt"].startswith("Problem: Solve the following math problem")
+
+
+def test_the_papers_setting_by_command(tmp_path):
+    found = command(
+        "--setting", "paper", "--limit", 2, "--max-new-tokens", 60, "--json",
+        "--workspace", tmp_path / "w",
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "w" / found["folder"] / "manifest.json").read_text())
+    evaluated = manifest["config"]["eval"]
+    assert evaluated["chat_template"] is True
+    assert (evaluated["generation"]["temperature"], evaluated["generation"]["top_p"]) == (0.6, 0.95)
+    assert evaluated["generation"]["max_new_tokens"] == 60  # given, so not the setting's
+
+
+def test_bad_input_by_command(tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(data_path("tiny-reasoner"), plain)
+    (plain / "chat_template.jinja").unlink()
+    empty = tmp_path / "empty.csv"
+    empty.write_text("question,answer\n1+1?,2\n1+2?,\n")
+    place = ("--workspace", tmp_path / "w")
+    for args, says in (
+        (("--model", plain, "--chat-template"), "the model has no chat template"),
+        (("--tasks", empty), "empty answer in row 1"),
+        (("--setting", "best"), "'best' is unknown; use greedy or paper"),
+        (("--tasks", "tiny:families=sums"), "family 'sums'"),
+        (("--timeout", "0"), "timeout is 0"),
+        (("--engine", "tgi"), "'tgi' is unknown"),
+    ):
+        said = command(*args, *place, code=2)
+        error = said[said.index("error: ") :]
+        assert says in error
+        assert len(error.strip().splitlines()) <= 3
+    assert not (tmp_path / "w").exists()
+
+
+def save_adapter(folder, width):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=width, intermediate_size=352, num_hidden_layers=12,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    peft = get_peft_model(
+        Qwen2ForCausalLM(config),
+        LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    for name, value in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value.data)
+    peft.save_pretrained(str(folder))
+    return folder
+
+
+def test_adapters_by_command(tmp_path):
+    adapter = save_adapter(tmp_path / "fits", 128)
+    options = ("--limit", 4, "--workspace", tmp_path / "w", "--json")
+
+    def rows(*args):
+        found = command(*args, *options)
+        read = read_samples(tmp_path / "w" / found["folder"] / "samples.parquet")
+        return [row["generation"] for row in read]
+
+    base = rows()
+    assert rows("--adapter", adapter) != base
+    assert rows("--adapter", adapter, "--scale", 0) == base
+    # An adapter's own name is the same model.
+    assert rows("--model", adapter, "--base", "tiny-reasoner") == rows("--adapter", adapter)
+    wide = save_adapter(tmp_path / "wide", 192)
+    said = command("--adapter", wide, *options, code=2)
+    assert f"adapter {wide} does not fit the model" in said
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_to_the_same_answers(cli, tmp_path):
+    args = ["eval", "--limit", "120", "--temperature", "0.8", "--batch-size", "8", "--json"]
+    code = "from resa_lens.cli import main; main()"
+    place = tmp_path / "w"
+    kept = []
+    for enough in (25, 75):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *args, "--workspace", str(place)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None:
+            files = [work / "answers.jsonl" for work in works(place)]
+            kept_now = len(files[0].read_bytes().splitlines()) if files else 0
+            if kept_now > enough:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        kept.append(kept_now)
+    assert kept[0] < kept[1]
+    resumed = cli(*args, "--workspace", str(place))
+    whole = cli(*args, "--workspace", str(tmp_path / "whole"))
+    assert "answers are there; going on" in resumed.stderr
+    a, b = (json.loads(done.stdout)["folder"] for done in (resumed, whole))
+    files = (place / a / "samples.parquet", tmp_path / "whole" / b / "samples.parquet")
+    assert files[0].read_bytes() == files[1].read_bytes()
