@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
 
-BUNDLED = ("tiny-reasoner",)
+BUNDLED = ("tiny-reasoner", "tiny-reasoner-rl")
+CHECKPOINTS = "checkpoints"
+"""Of a bundled model: the folder of its adapters on the way, named step-<update>."""
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -76,6 +78,8 @@ def find_folder(name: str) -> Path:
     """
     if name in BUNDLED:
         return data_path(name)
+    if name.split("/")[0] in BUNDLED and not Path(name).exists():
+        return _bundled_checkpoint(name)
     if not name.strip():
         raise BadInputError(f"model {name!r} is empty; name a model, for example {BUNDLED[0]}")
     path = Path(name).expanduser()
@@ -102,6 +106,22 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
+def bundled_checkpoints(name: str) -> list[Path]:
+    """Return the adapters that a bundled model passed on its way, in the order of training."""
+    folders = (data_path(name) / CHECKPOINTS).glob("step-*")
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _bundled_checkpoint(name: str) -> Path:
+    """Return the folder of `tiny-reasoner-rl/step-<update>`."""
+    model, _, wanted = name.partition("/")
+    folders = {folder.name: folder for folder in bundled_checkpoints(model)}
+    if wanted not in folders:
+        held = f"it has {', '.join(folders)}" if folders else "it has none"
+        raise BadInputError(f"model {name!r}: {model} has no checkpoint {wanted!r}; {held}")
+    return folders[wanted]
+
+
 def _adapter_config(folder: Path) -> dict[str, Any]:
     file = folder / "adapter_config.json"
     try:
@@ -113,8 +133,12 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _base_hash(folder: Path) -> str | None:
-    """Return the hash of the base's weights that an adapter's manifest holds."""
+def trained_on(folder: Path) -> str | None:
+    """Return the hash of the base's weights that an adapter's manifest holds.
+
+    Raises:
+        BadInputError: the manifest is damaged.
+    """
     file = folder / "manifest.json"
     if not file.exists():
         return None
@@ -134,7 +158,7 @@ def resolve_base(folder: Path, base: str | None) -> Path:
     if base:
         return find_folder(base)
     named = config.get("base_model_name_or_path") or ""
-    wanted = _base_hash(folder)
+    wanted = trained_on(folder)
     candidates = [named] if named else []
     candidates += list(BUNDLED)
     candidates += [str(p.parent) for p in sorted(folder.parent.glob("*/config.json"))]

@@ -1,17 +1,20 @@
 """Any model onto a TransformerLens host.
 
-`load_model` takes `tiny-reasoner`, a hub id, a local folder, a `.gguf` file or a PEFT adapter
-folder and returns a `Model`: the plain transformers model, and on first use of `.bridge` the same
-module wrapped by TransformerBridge, so that a model nobody hooks costs nothing.
+`load_model` takes `tiny-reasoner`, `tiny-reasoner-rl` or one of its checkpoints, a hub id, a local
+folder, a `.gguf` file or a PEFT adapter folder and returns a `Model`: the plain transformers model,
+and on first use of `.bridge` the same module wrapped by TransformerBridge, so that a model nobody
+hooks costs nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import struct
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +35,12 @@ from transformers.utils import logging as transformers_logging
 
 from resa_lens.errors import BadInputError
 from resa_lens.model_files import (
+    BUNDLED,
     check_safetensors,
     find_folder,
     hash_files,
     resolve_base,
+    trained_on,
     weight_files,
 )
 
@@ -44,6 +49,19 @@ transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter that was put onto a model."""
+
+    folder: Path
+    weights_hash: str
+    """Of the adapter's own file."""
+    scale: float
+    """Factor on its LoRA scaling: 0 is the base, 1 as trained."""
+    trained_on: str | None
+    """Hash of the weights it was trained on, where its manifest holds it."""
 
 
 @dataclass
@@ -66,6 +84,10 @@ class Model:
     """Of an adapter: the hash of the base's weights."""
     peft: Any = None
     """The PeftModel around `.model`, or None."""
+    adapters: tuple[Attached, ...] = ()
+    """What was put onto the base, in order."""
+    notes: tuple[str, ...] = ()
+    """What the user is to be told: an adapter that was trained on another base."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,6 +95,8 @@ class Model:
         """Readable name and 8 hex digits of the weights' hash: the workspace's key."""
         path = Path(self.name)
         name = path.stem if path.suffix == ".gguf" else self.name.rstrip("/").split("/")[-1]
+        if self.name.split("/")[0] in BUNDLED:
+            name = self.name  # a checkpoint's with its model's
         return (
             f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.') or 'model'}-{self.weights_hash[:8]}"
         )
@@ -275,67 +299,188 @@ def load_model(
     dtype: str = "auto",
     base: str | None = None,
     trainable: bool = False,
+    adapters: Sequence[str] = (),
+    scale: float | Sequence[float] = 1.0,
 ) -> Model:
-    """Load a model by any of its names.
+    """Load a model by any of its names, with the adapters that are put onto it.
+
+    Several adapters act together: their changes of a weight are summed.
 
     Args:
-        name: `tiny-reasoner`, hub id, folder, `.gguf` file or PEFT adapter folder.
+        name: `tiny-reasoner`, `tiny-reasoner-rl`, `tiny-reasoner-rl/step-N`, hub id, folder,
+            `.gguf` file or PEFT adapter folder.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
         base: of an adapter folder, its base model; by default found from the adapter's
             config or by the weights' hash in its manifest.
-        trainable: of an adapter folder, whether its weights require gradients.
+        trainable: whether the adapters' weights require gradients.
+        adapters: PEFT adapter folders to put onto the model; it may be another of the same shape
+            than they were trained on, which `Model.notes` say.
+        scale: factor on the adapters' LoRA scaling, one for all or one each.
 
     Raises:
-        BadInputError: not found, damaged, or not a causal language model.
+        BadInputError: not found, damaged, not a causal language model, or an adapter that does
+            not fit it.
     """
     chosen_device, chosen_dtype, reason = choose_device(device, dtype)
     path = find_folder(name)
-    peft = base_hash = None
+    base_path, names = path, list(adapters)
     if path.is_dir() and (path / "adapter_config.json").exists():
         base_path = resolve_base(path, base)
-        check_safetensors(path / "adapter_model.safetensors")
-        model, tokenizer, base_hash = _load_plain(base_path, chosen_device, chosen_dtype)
-        peft = attach_adapter(model, path, trainable=trainable)
+        names = [name, *names]
+    folders = [_adapter_folder(adapter) for adapter in names]
+    factors = _scales(scale, len(folders))
+    for folder in folders:
+        check_safetensors(folder / "adapter_model.safetensors")
+    model, tokenizer, base_hash = _load_plain(base_path, chosen_device, chosen_dtype)
+    digest, peft = base_hash, None
+    attached: list[Attached] = []
+    for folder, factor in zip(folders, factors, strict=True):
+        peft = attach_adapter(model, folder, trainable=trainable, onto=peft, scale=factor)
+        own = hash_files([folder / "adapter_model.safetensors"])
+        attached.append(Attached(folder, own, factor, trained_on(folder)))
+    if peft is not None:
         model = peft.base_model.model
-        digest = hash_files([path / "adapter_model.safetensors"])
-        digest = hashlib.sha256(f"{base_hash}{digest}".encode()).hexdigest()
-    else:
-        model, tokenizer, digest = _load_plain(path, chosen_device, chosen_dtype)
+        # One adapter as trained keeps the plain form, which finished evaluations are keyed by.
+        parts = [a.weights_hash + (f"*{a.scale!r}" if a.scale != 1 else "") for a in attached]
+        digest = hashlib.sha256(f"{base_hash}{'+'.join(parts)}".encode()).hexdigest()
     return Model(
-        name=name,
+        name=_adapted_name(names, attached) if attached else name,
         model=model,
         tokenizer=tokenizer,
-        folder=path,
+        folder=path if len(folders) != 1 else folders[0],
         weights_hash=digest,
         device=chosen_device,
         dtype=str(chosen_dtype).removeprefix("torch."),
         reason=reason,
-        base_hash=base_hash,
+        base_hash=base_hash if attached else None,
         peft=peft,
+        adapters=tuple(attached),
+        notes=tuple(
+            f"adapter {a.folder.name} was trained on weights {a.trained_on[:8]} and is put onto "
+            f"{base_path.name}, weights {base_hash[:8]}"
+            for a in attached
+            if a.trained_on is not None and a.trained_on != base_hash
+        ),
     )
 
 
-def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
-    """Put a PEFT adapter onto a plain model, refusing one that would load nothing.
+def _adapter_folder(name: str) -> Path:
+    path = find_folder(name)
+    if not path.is_dir() or not (path / "adapter_config.json").exists():
+        raise BadInputError(f"{name} is not a PEFT adapter: it has no adapter_config.json")
+    return path
+
+
+def _scales(scale: float | Sequence[float], adapters: int) -> list[float]:
+    """Return one finite factor for each adapter."""
+    given = [scale] if isinstance(scale, int | float) else list(scale)
+    factors = given * adapters if len(given) == 1 else given
+    if len(factors) != adapters:
+        raise BadInputError(
+            f"{len(given)} scales for {adapters} adapters; give one for all, or one each"
+        )
+    if not adapters and given not in ([], [1.0]):
+        raise BadInputError(f"scale {given[0]} has no adapter to act on; name one with --adapter")
+    if wrong := [factor for factor in factors if not math.isfinite(factor)]:
+        raise BadInputError(f"scale {wrong[0]} is not a finite number; use 0 (off) to 1 (as it is)")
+    return [float(factor) for factor in factors]
+
+
+def _adapted_name(names: Sequence[str], attached: Sequence[Attached]) -> str:
+    """Return the adapter's own name where it is the only one, as it was trained; else a sum."""
+    if len(attached) == 1 and attached[0].scale == 1:
+        return names[0]
+    shown = [f"{a.scale:g}*{a.folder.name}" if a.scale != 1 else a.folder.name for a in attached]
+    # It becomes a part of folder names, whose length is limited.
+    return " + ".join(shown) if len(shown) < 3 else f"{shown[0]} + {len(shown) - 1} more"
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    onto: Any = None,
+    scale: float = 1.0,
+) -> Any:
+    """Put a PEFT adapter onto a model, refusing one that would load nothing.
+
+    Several are several active adapters of one PeftModel: that is their exact sum, at every rank
+    and kind of scaling, which PEFT's own combinations are not (an rsLoRA's is scaled wrongly).
+
+    Args:
+        model: the plain model; with `onto`, the one inside it.
+        folder: the adapter.
+        trainable: whether its weights require gradients.
+        onto: the PeftModel that holds the adapters before it.
+        scale: factor on its LoRA scaling.
 
     Raises:
-        BadInputError: no key of the adapter fits the model, or a shape differs.
+        BadInputError: a tensor has no place in the model, or a shape differs, or the adapter is
+            more than a LoRA (DoRA, whole modules, biases): scaled by 0 it would not be the base.
     """
     from peft import PeftModel
 
-    check_safetensors(folder / "adapter_model.safetensors")
-    try:
-        peft = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise BadInputError(f"adapter {folder} does not fit the model: {first}") from error
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stream:
-        stored = {re.sub(r"\.default(?=\.)", "", key) for key in stream.keys()}  # noqa: SIM118
-    own = {re.sub(r"\.default(?=\.)", "", n) for n, _ in peft.named_parameters() if "lora_" in n}
-    if stored != own:
+    file = folder / "adapter_model.safetensors"
+    check_safetensors(file)
+    with safe_open(file, framework="pt") as stream:
+        shapes = {
+            re.sub(r"\.default(?=\.)", "", key): tuple(stream.get_slice(key).get_shape())
+            for key in stream.keys()  # noqa: SIM118 - not a dict
+        }
+    if other := sorted(key for key in shapes if not re.search(r"\.lora_(embedding_)?[AB]\b", key)):
         raise BadInputError(
-            f"adapter {folder} does not fit the model: {len(stored & own)} of {len(stored)} "
-            "of its tensors have a place; use the model it was trained on"
+            f"adapter {folder} holds {other[0]}, which is no LoRA matrix; only plain LoRA is read"
         )
+    refused = f"adapter {folder} does not fit the model"
+    if misfit := _misfit(model, shapes):
+        raise BadInputError(f"{refused}: {misfit}; use a model of the shape it was trained on")
+    label = "default" if onto is None else f"adapter_{len(onto.peft_config)}"
+    peft: Any = onto
+    try:
+        with warnings.catch_warnings():
+            # Tensors without a place, which are refused below.
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            if onto is None:
+                peft = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            else:
+                peft.load_adapter(str(folder), label, is_trainable=trainable)
+    except (RuntimeError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        first = next((line for line in lines if "size mismatch" in line), lines[0])
+        raise BadInputError(f"{refused}: {first.strip()[:300]}") from error
+    own = {
+        name.replace(f".{label}.", ".").removesuffix(f".{label}")
+        for name, _ in peft.named_parameters()
+        if "lora_" in name and re.search(rf"\.{label}(\.|$)", name)
+    }
+    if absent := sorted(own.symmetric_difference(shapes)):
+        where = "the adapter" if absent[0] in own else "the model"
+        raise BadInputError(f"{refused}: {where} has no tensor {absent[0]}")
+    if onto is not None:
+        peft.base_model.set_adapter(list(peft.peft_config), inference_mode=not trainable)
+    lora: list[Any] = [layer for layer in peft.modules() if hasattr(layer, "set_scale")]
+    for layer in lora if scale != 1 else ():
+        layer.set_scale(label, scale)
     return peft
+
+
+def _misfit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Say which LoRA matrix has no place in the model, or another width than its module."""
+    modules = dict(model.named_modules())
+    for key, shape in sorted(shapes.items()):
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if found is None:
+            continue
+        # With an adapter on it, the weight is the layer's inside.
+        module = modules.get(f"{found[1]}.base_layer") or modules.get(found[1])
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            return f"tensor {key} {shape} has no place, the model has no module {found[1]}"
+        # GPT-2's Conv1D holds its weight as [in, out].
+        rows, columns = tuple(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1][:2]
+        needed = (shape[0], columns) if found[2] == "A" else (rows, *shape[1:])
+        if shape != needed:
+            return f"tensor {key} is {shape}, the model needs {needed}"
+    return None

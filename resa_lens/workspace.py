@@ -48,6 +48,8 @@ KINDS = (
     "matches",
     "adapter",
     "eval",
+    "sweep",
+    "model",
 )
 """Kinds of artifacts; a reader that meets another one is older than what wrote it."""
 _TEMPORARY = re.compile(r"\.tmp-(\d+)(\.old)?-(.+)")
@@ -81,6 +83,8 @@ class Manifest(BaseModel):
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float = 0.0
     peak_memory_mb: float = Field(default_factory=lambda: peak_memory_mb())
+    cost: dict[str, Any] = Field(default_factory=dict)
+    """What `cost.Meter.to_dict` measured; empty where the stage was not metered."""
 
 
 def package_versions() -> dict[str, str]:
@@ -110,6 +114,11 @@ def peak_memory_mb() -> float:
     """Return the process's peak resident memory in MB."""
     import resource
 
+    # Linux' ru_maxrss begins at the size of the process that started this one.
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        mark = next(line for line in lines if line.startswith("VmHWM:"))
+        return round(int(mark.split()[1]) / 1024, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 if sys.platform != "darwin" else 1024**2), 1)
 

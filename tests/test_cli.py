@@ -37,7 +37,7 @@ def fit(*args: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-NO_MODEL = {"app", "audit", "regret", "runs", "compare", "fit-mixture", "convert"}
+NO_MODEL = {"app", "audit", "regret", "runs", "compare", "fit-mixture", "convert", "cost", "merge"}
 
 
 # Help
@@ -290,6 +290,23 @@ def test_unfinished_ablations_are_listed_by_their_arms(tmp_path: Path) -> None:
     (row,) = json.loads(invoke("runs", "--workspace", str(tmp_path / "w"), "--json").stdout)["runs"]
     assert row["kind"] == "ablations, unfinished (2 arms)"
     assert "unfinished (2 arms)" in invoke("runs", "--workspace", str(tmp_path / "w")).stdout
+
+
+def test_unfinished_work_of_every_kind_says_how_far_it_came(tmp_path: Path) -> None:
+    root = tmp_path / "w"
+    answers = root / "evals" / ".work-e" / "answers.jsonl"
+    state = root / "adapters" / ".work-a" / "checkpoint-30" / "state.json"
+    record = root / "sweeps" / ".work-s" / "jobs" / "L01-s0.json"
+    (root / "sweeps" / ".work-s" / "locks").mkdir(parents=True)
+    for file, text in ((answers, "{}\n{}\n{}\n"), (state, '{"step": 30}'), (record, "{}")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    rows = json.loads(invoke("runs", "--workspace", str(root), "--json").stdout)["runs"]
+    assert {row["kind"] for row in rows} == {
+        "evals, unfinished (2 answers)",
+        "adapters, unfinished (step 30)",
+        "sweeps, unfinished (1 job)",
+    }
 
 
 def test_files_in_examples_are_there() -> None:

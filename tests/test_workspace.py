@@ -462,10 +462,12 @@ def test_configs_become_plain_mappings():
 
 def test_every_kind_that_is_written_is_known() -> None:
     """The app and `runs` tell a kind that they do not know from a newer version's."""
-    source = Path(__file__).resolve().parents[1] / "resa_lens" / "pipeline"
+    source = Path(__file__).resolve().parents[1] / "resa_lens"
     written = {
         kind
-        for file in source.glob("*.py")
-        for kind in re.findall(r'ctx\.manifest\(\s*"([a-z-]+)"', file.read_text())
+        for file in (*source.glob("pipeline/*.py"), source / "tuning" / "adapters.py")
+        for kind in re.findall(
+            r'(?:ctx\.manifest\(\s*|Manifest\(\s*kind=)"([a-z-]+)"', file.read_text()
+        )
     }
     assert written == set(KINDS)
