@@ -12,14 +12,13 @@ zero a part of the KL is dropout noise; `--dropout 0` takes it away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint, site_named
@@ -98,20 +97,45 @@ def preset(name: str, **changes: Any) -> Objective:
     return chosen
 
 
-def insertion(
-    coder: SparseCoder | Replacement, *, gradient: bool
-) -> Callable[..., Float[Tensor, "batch position d_model"]]:
-    """Return the hook that puts the reconstruction of an SAE, or a control, in place."""
+class Insertion:
+    """The hook that puts the reconstruction of an SAE, or a control, in place of activations.
 
-    def replace_by_reconstruction(
-        acts: Float[Tensor, "batch position d_model"], hook: object = None
+    One serves one pass: it keeps what it saw, so that the FVU at the hook costs no pass of its own.
+    Gradient checkpointing calls it again while it goes backwards; a control that draws noise then
+    draws the same.
+    """
+
+    def __init__(self, coder: SparseCoder | Replacement, *, gradient: bool) -> None:
+        self.coder, self.gradient = coder, gradient
+        self.states: list[Tensor] | None = None
+        self.fvu: Tensor | None = None
+        """Sum |x - x~|^2 / sum |x - mean(x)|^2 over the batch's tokens."""
+
+    def __call__(
+        self, acts: Float[Tensor, "batch position d_model"], hook: object = None
     ) -> Float[Tensor, "batch position d_model"]:
-        if gradient:
-            return substitute(coder, acts)
-        with torch.no_grad():
-            return substitute(coder, acts)
+        """Return what stands in the activations' place."""
+        own = generators(self.coder)
+        if self.states is None:
+            self.states = [generator.get_state() for generator in own]
+        else:
+            for generator, state in zip(own, self.states, strict=True):
+                generator.set_state(state)
+        with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):
+            made = substitute(self.coder, acts)
+        if self.fvu is None:
+            with torch.no_grad():
+                x = acts.flatten(0, -2).float()
+                error = (made.flatten(0, -2).float() - x).pow_(2).sum()
+                self.fvu = error / (x - x.mean(0)).pow_(2).sum().clamp_min_(1e-12)
+        return made
 
-    return replace_by_reconstruction
+
+def generators(coder: SparseCoder | Replacement) -> list[torch.Generator]:
+    """Return the generators that a control draws from: noise has one of its own."""
+    parts = coder.modules() if isinstance(coder, nn.Module) else ()
+    held = (getattr(part, "generator", None) for part in parts)
+    return [generator for generator in held if isinstance(generator, torch.Generator)]
 
 
 def kl_divergence(
@@ -135,7 +159,9 @@ def tuning_loss(
     coder: SparseCoder | Replacement,
     objective: Objective,
 ) -> Float[Tensor, ""]:
-    """Return the loss of one batch.
+    """Return the loss of one batch as it is defined: two whole passes, and the logits of both.
+
+    The trainer's `passes.Passes` computes the same with less.
 
     Args:
         bridge: TransformerBridge over the PEFT model's inner model.
@@ -145,7 +171,7 @@ def tuning_loss(
         coder: the frozen SAE, or a control in its place (saes/baselines.py).
         objective: see `Objective`.
     """
-    hook = insertion(coder, gradient=objective.sae_gradient)
+    hook = Insertion(coder, gradient=objective.sae_gradient)
     with bridge.hooks(fwd_hooks=[(point.transformer_lens, hook)]):
         with_sae = bridge(ids)
     with torch.set_grad_enabled(objective.reference_gradient and torch.is_grad_enabled()):

@@ -5,10 +5,7 @@ The SAE is removed afterwards; what remains is a plain PEFT adapter.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +14,30 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model, boot, check_safetensors
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.tuning.objective import ATTENTION, MLP, Objective, tuning_loss
+from resa_lens.saes.world import ALONE, World
+from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
+from resa_lens.tuning.objective import ATTENTION, MLP, Objective
+from resa_lens.tuning.passes import Passes
+from resa_lens.workspace import config_dict
+
+__all__ = [
+    "TuneConfig",
+    "TuneResult",
+    "add_adapters",
+    "add_lora",
+    "lora_targets",
+    "save_adapter",
+    "tune",
+]
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """LoRA and optimizer; the defaults are the paper's Table 7."""
-
-    rank: int = 32
-    alpha: int = 128
-    dropout: float = 0.05
-    learning_rate: float = 1e-6
-    batch: int = 1
-    """Sequences a step."""
-    min_rate_share: float = 0.1
-    """Where the cosine ends, as a share of the learning rate (the paper gives no figure)."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """The course of one tuning."""
-
-    steps: int
-    tokens: int
-    losses: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-    trainable: int
-    """Trainable parameters."""
-    seconds: float
+FUSED = ("query_key_value", "c_attn")
+"""Query, key and value in one matrix."""
 
 
 def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
@@ -68,7 +55,7 @@ def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
     if found := [name for name in wanted if name in present]:
         return found
     fused = {
-        "q_proj": ("query_key_value", "c_attn"),
+        "q_proj": FUSED,
         "o_proj": ("dense", "c_proj"),
         "up_proj": ("dense_h_to_4h", "c_fc"),
         "down_proj": ("dense_4h_to_h",),
@@ -79,29 +66,51 @@ def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
     return found
 
 
-def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tuple[Any, Any]:
-    """Put fresh LoRA layers onto a plain model, then boot the bridge over it.
+def add_lora(model: Any, targets: Sequence[str], config: TuneConfig) -> Any:
+    """Put fresh LoRA layers onto a plain transformers model; return the PeftModel.
 
-    Returns:
-        The PeftModel and the bridge over its inner model.
+    Their weights are in float32 whatever the model's dtype (PEFT's rule): at a learning rate of
+    1e-6 a bfloat16 weight would round most updates away.
     """
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        peft = get_peft_model(
-            model.model,
+        return get_peft_model(
+            model,
             LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=lora_targets(model.model, objective.targets),
+                target_modules=list(targets),
                 task_type="CAUSAL_LM",
             ),
         )
+
+
+def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tuple[Any, Any]:
+    """Put fresh LoRA layers onto a plain model, then boot the bridge over it.
+
+    Returns:
+        The PeftModel and the bridge over its inner model.
+
+    Raises:
+        BadInputError: a module is to be adapted that the bridge's own attention goes around.
+    """
+    targets = lora_targets(model.model, objective.targets)
+    peft = add_lora(model.model, targets, config)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
-    bridge, _ = boot(inner, model.tokenizer, model.name)
+    bridge, attention = boot(inner, model.tokenizer, model.name)
+    if attention == "stock" and (fused := [name for name in targets if name in FUSED]):
+        left = ",".join(name for name in targets if name not in FUSED) or "the MLP's modules"
+        raise BadInputError(
+            f"{model.name} has one matrix for query, key and value ({fused[0]}), and the hooks "
+            f"go around adapters on it; choose others with --targets ({left})"
+        )
+    # The bridge makes copies of its own of some weights, and these would be trained too.
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
     return peft, bridge
 
 
@@ -115,14 +124,35 @@ def tune(
     config: TuneConfig,
     *,
     advance: Callable[[int], None] = lambda done: None,
+    folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    world: World = ALONE,
+    trackers: Sequence[Callable[[dict[str, Any]], None]] = (),
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Any, TuneResult]:
     """Tune adapters on a freshly loaded, plain model.
+
+    Args:
+        model: changed in place by PEFT and the bridge.
+        coder: the frozen SAE, or a control in its place.
+        point: where it is inserted.
+        batches: token ids, `steps` x accumulation batches.
+        steps: updates.
+        objective: what is compared with what.
+        config: LoRA and optimizer.
+        advance: called with the updates done.
+        folder: for state, log and adapters on the way (`loop.fit`); None keeps nothing.
+        identity: what else makes the run what it is: data, SAE.
+        world: the processes that tune together (`loop.join_processes`).
+        trackers: called with each line of the log.
+        note: called with what a user should know.
 
     Returns:
         The PeftModel (the SAE is not part of it) and the course.
 
     Raises:
-        BadInputError: the SAE does not fit the model, or no batch was given.
+        BadInputError: the SAE does not fit the model, no batch was given, or the folder holds
+            another run's state.
         RunFailedError: a loss or gradient norm that is not finite.
     """
     if isinstance(coder, SparseCoder) and coder.d_in != model.d_model:
@@ -134,58 +164,34 @@ def tune(
         raise BadInputError(
             f"the SAE's site is {point.site}, preset {objective.preset} uses {objective.site}"
         )
-    began = time.monotonic()
     peft, bridge = add_adapters(model, objective, config)
-    weights = [p for p in peft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.9, 0.999))
-    peft.train()
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(config.seed)
-    losses: list[float] = []
-    norms: list[float] = []
-    tokens = 0
-    try:
-        for step, ids in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _schedule(step, steps, objective, config)
-            loss = tuning_loss(bridge, peft, ids.to(model.device), point, coder, objective)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(weights, objective.clip_norm or math.inf)
-            for what, value in (("loss", loss), ("gradient norm", norm)):
-                if not torch.isfinite(value):
-                    raise RunFailedError(
-                        f"tuning at layer {point.layer}: the {what} is {value.item()} at step "
-                        f"{step}; lower the learning rate (now {config.learning_rate:.3g})"
-                    )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            norms.append(norm.item())
-            tokens += ids.numel()
-            advance(1)
-    finally:
-        torch.random.set_rng_state(generator_state)
-    if not losses:
-        raise BadInputError("the elicitation data gave no batch")
-    # The last step's update was seen by no loss.
-    if not all(bool(torch.isfinite(p).all()) for p in weights):
-        raise RunFailedError(
-            f"tuning at layer {point.layer}: the adapters are not finite after the last step; "
-            f"lower the learning rate (now {config.learning_rate:.3g})"
-        )
-    peft.eval()
-    trainable = sum(p.numel() for p in weights)
-    result = TuneResult(
-        len(losses), tokens, tuple(losses), tuple(norms), trainable, time.monotonic() - began
+    passes = Passes(
+        bridge, peft, point, coder, objective,
+        gradient_checkpointing=config.gradient_checkpointing, note=note,
+    )  # fmt: skip
+    result = fit(
+        peft,
+        batches,
+        steps,
+        lambda ids: passes(ids.to(model.device)),
+        config,
+        schedule=objective.schedule,
+        clip_norm=objective.clip_norm,
+        doing=f"tuning at layer {point.layer}",
+        device=model.device,
+        folder=folder,
+        save=lambda place: save_adapter(peft, place, model.folder),
+        identity={
+            "objective": config_dict(objective),
+            "site": point.site,
+            "layer": point.layer,
+            **(identity or {}),
+        },
+        world=world,
+        advance=advance,
+        trackers=trackers,
     )
     return peft, result
-
-
-def _schedule(step: int, steps: int, objective: Objective, config: TuneConfig) -> float:
-    if objective.schedule == "constant":
-        return 1.0
-    low = config.min_rate_share
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 def save_adapter(peft: Any, folder: Path, base: Path) -> None:

@@ -16,8 +16,8 @@ from resa_lens.models import Model
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.tuning.objective import (
     PRESETS,
+    Insertion,
     Objective,
-    insertion,
     kl_divergence,
     preset,
     tuning_loss,
@@ -217,7 +217,7 @@ def test_loss_equals_the_divergence_computed_by_hand(
         point, coder = Hookpoint(1, objective.site), sae()
         with torch.no_grad():
             loss = tuning_loss(bridge, peft, ids, point, coder, objective)
-            hook = insertion(coder, gradient=False)
+            hook = Insertion(coder, gradient=False)
             with bridge.hooks(fwd_hooks=[(point.transformer_lens, hook)]):
                 inserted = bridge(ids).log_softmax(-1)
             if objective.preset == "paper":

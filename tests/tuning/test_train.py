@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-import resa_lens.tuning.train as module
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.saes.coder import new_coder
 from resa_lens.tuning.objective import Objective, preset
+from resa_lens.tuning.passes import Passes
 from resa_lens.tuning.train import TuneConfig, lora_targets, save_adapter, tune
 
 FAST = TuneConfig(rank=4, alpha=8, learning_rate=1e-2)
@@ -183,14 +183,14 @@ def test_loss_that_is_not_finite(small: Callable[[], Model]) -> None:
 def test_gradient_norm_that_is_not_finite(
     small: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module.tuning_loss
+    real = Passes.__call__
 
-    def explode(*args: Any) -> torch.Tensor:
-        loss = real(*args)
+    def explode(self: Passes, ids: torch.Tensor) -> Any:
+        loss, metrics = real(self, ids)
         # The value stays, its derivative is infinite.
-        return loss + (loss - loss.detach()).abs().sqrt()
+        return loss + (loss - loss.detach()).abs().sqrt(), metrics
 
-    monkeypatch.setattr(module, "tuning_loss", explode)
+    monkeypatch.setattr(Passes, "__call__", explode)
     with pytest.raises(RunFailedError, match=r"gradient norm is (nan|inf) at step 0"):
         tuned(small())
 
@@ -236,3 +236,27 @@ def test_a_neox_model_gets_its_own_modules() -> None:
     assert set(lora_targets(model, preset("reference").targets)) == {
         "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
     }  # fmt: skip
+
+
+def test_adapters_that_the_hooks_would_go_around_are_refused(
+    small: Callable[[], Model],
+) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    coder = new_coder(16, 32, 4, seed=0).requires_grad_(False)
+
+    def neox() -> Model:
+        return replace(small(), model=GPTNeoXForCausalLM(config), name="neox")  # pyright: ignore
+
+    data = [ids % 64 for ids in batches(2)]
+    with pytest.raises(BadInputError, match=r"neox has one matrix.*query_key_value.*--targets"):
+        tune(neox(), coder, Hookpoint(1), data, 2, preset("paper"), FAST)
+    # Its other modules are tuned, and nothing else is: the bridge's copies of weights are not.
+    objective = preset("paper", targets=("dense", "dense_4h_to_h"))
+    peft, course = tune(neox(), coder, Hookpoint(1), data, 2, objective, FAST)
+    assert course.losses[0] > 0
+    assert all("lora_" in n for n, p in peft.named_parameters() if p.requires_grad)
+    moved = [n for n, p in peft.named_parameters() if "lora_B" in n and bool(p.any())]
+    assert len(moved) == 4

@@ -1,0 +1,190 @@
+"""KL between the outputs of two passes without their logits: token by token through the head.
+
+At a vocabulary of 151,936 the two sets of logits, their softmaxes and gradients are most of the
+memory of a plain training step.  Here the model runs to the head's input, and the frozen head is
+applied to a few tokens at a time: loss and gradients of these tokens are computed at once, and only
+the gradients to the hidden states are kept.  The products are those of the plain way, in the same
+precision; `objective.kl_divergence` is the plain way and what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LOGIT_BYTES = 48 * 2**20
+"""Largest piece of one side's logits."""
+CACHE_BYTES = 2**19
+"""On a CPU the softmaxes go over so much of a piece at once: it stays in the cache."""
+HEAD_INPUT = "unembed.hook_in"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns the final norm's output into logits: y = cap(scale (W h + b))."""
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, " vocab"] | None = None
+    scale: float = 1.0
+    """Cohere's and Granite's factor on the logits."""
+    softcap: float | None = None
+    """Gemma's y = c tanh(z / c)."""
+
+    def logits(self, hidden: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape vocab"]:
+        """Return the logits in the dtype of the hidden states."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def keep_head_input(held: list[Tensor], scale: float | None = None) -> Callable[..., Tensor]:
+    """Return a hook for `HEAD_INPUT` that keeps the hidden states and spares the head its work.
+
+    Args:
+        held: where the hidden states are put.
+        scale: give the head the states times this, in place of no position at all.
+    """
+
+    def keep(hidden: Tensor, hook: object = None) -> Tensor:
+        held.append(hidden)
+        # No position is left for the head and for whatever follows it.
+        return hidden[:, :0] if scale is None else hidden * scale
+
+    return keep
+
+
+@torch.no_grad()
+def find_head(bridge: Any) -> tuple[Head | None, str]:
+    """Read a model's head and hold it to the model's own logits.
+
+    Returns:
+        The head, or None and why the logits must be computed the plain way.
+    """
+    linear = getattr(bridge.unembed, "original_component", None)
+    if type(linear) is not nn.Linear:
+        return None, f"the head is a {type(linear).__name__}, not a plain matrix"
+    if linear.weight.requires_grad:
+        return None, "the head is trained"
+    config = bridge.original_model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    # The bridge gives every head a bias of zeros.
+    bias = linear.bias if linear.bias is not None and bool(linear.bias.any()) else None
+    head = Head(linear.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+    ids = torch.arange(4, device=linear.weight.device)[None]
+    held: list[Tensor] = []
+    # Times a hundred, so that a cap which the configuration names otherwise would show.
+    with bridge.hooks(fwd_hooks=[(HEAD_INPUT, keep_head_input(held, scale=100.0))]):
+        theirs = bridge(ids, use_cache=False)
+    ours = head.logits(held[0] * 100.0)
+    loose = 1e-4 if theirs.dtype == torch.float32 else 2e-2
+    if not torch.allclose(ours, theirs, rtol=loose, atol=loose * theirs.abs().max().item()):
+        return None, "the model's logits are more than a matrix and a known factor or cap"
+    return head, ""
+
+
+def chunked_kl(
+    p_hidden: Float[Tensor, "batch position d_model"],
+    q_hidden: Float[Tensor, "batch position d_model"],
+    head: Head,
+    reduction: str = "mean",
+    *,
+    logit_bytes: int = LOGIT_BYTES,
+) -> Float[Tensor, ""]:
+    """Return `objective.kl_divergence` of the logits that the head makes of two hidden states.
+
+    Args:
+        p_hidden: what goes into the head on the first side of D_KL(p || q).
+        q_hidden: the second side.
+        head: frozen: no gradient goes to its weights.
+        reduction: "mean" over tokens, or the "sum" a sequence.
+        logit_bytes: largest piece of one side's logits in float32.
+    """
+    grad = torch.is_grad_enabled()
+    total: Any = _ChunkedKl.apply(
+        p_hidden,
+        q_hidden,
+        head,
+        max(1, logit_bytes // (4 * head.weight.shape[0])),
+        grad and p_hidden.requires_grad,
+        grad and q_hidden.requires_grad,
+    )
+    batch, position = p_hidden.shape[:2]
+    return total / (batch * position if reduction == "mean" else batch)
+
+
+class _ChunkedKl(torch.autograd.Function):
+    """The sum over tokens; the gradients are made on the way and wait for their factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, q: Tensor, head: Head, rows: int, p_needs: bool, q_needs: bool
+    ) -> Tensor:
+        p_flat, q_flat = p.flatten(0, -2), q.flatten(0, -2)
+        p_grad = torch.empty_like(p_flat) if p_needs else None
+        q_grad = torch.empty_like(q_flat) if q_needs else None
+        total = torch.zeros((), device=p.device)
+        for start in range(0, len(p_flat), rows):
+            part = slice(start, start + rows)
+            y_p, y_q = head.logits(p_flat[part]).float(), head.logits(q_flat[part]).float()
+            slopes = [
+                None if head.softcap is None or grad is None else 1 - (y / head.softcap) ** 2
+                for y, grad in ((y_p, p_grad), (y_q, q_grad))
+            ]
+            total += _kl_and_slopes(y_p, y_q, p_needs, q_needs)
+            for grad, dy, slope in ((p_grad, y_p, slopes[0]), (q_grad, y_q, slopes[1])):
+                if grad is not None:
+                    dz = dy if slope is None else dy.mul_(slope)
+                    if head.scale != 1.0:
+                        dz.mul_(head.scale)
+                    torch.mm(dz.to(head.weight.dtype), head.weight, out=grad[part])
+        ctx.save_for_backward(p_grad, q_grad)
+        ctx.shape = p.shape
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Any, ...]:
+        made = [
+            None if held is None else (held * grads[0]).view(ctx.shape)
+            for held in ctx.saved_tensors
+        ]
+        return (*made, None, None, None, None)
+
+
+def _kl_and_slopes(y_p: Tensor, y_q: Tensor, p_needs: bool, q_needs: bool) -> Tensor:
+    """Return sum over rows of D_KL(p || q); put d/dy_p and d/dy_q in the logits' place.
+
+    d/dy_p = p (log p - log q - KL),  d/dy_q = q - p
+    """
+    total = y_p.new_zeros(())
+    step = len(y_p)
+    if y_p.device.type == "cpu":
+        step = max(1, CACHE_BYTES // (4 * y_p.shape[1]))
+    for a, b in zip(y_p.split(step), y_q.split(step), strict=True):
+        a -= a.amax(1, keepdim=True)
+        b -= b.amax(1, keepdim=True)
+        p, q = a.exp(), b.exp()
+        p_sum, q_sum = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
+        p /= p_sum
+        a -= b
+        a += (q_sum / p_sum).log_()
+        kl = torch.bmm(p[:, None], a[:, :, None])[:, 0]
+        total += kl.sum()
+        if p_needs:
+            a -= kl
+            a *= p
+        if q_needs:
+            q /= q_sum
+            torch.sub(q, p, out=b)
+    return total
