@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -26,6 +26,8 @@ from resa_lens import prompts
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
 from resa_lens.tables import READERS, read_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -191,20 +193,26 @@ def hash_records(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
-def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
-    """Yield CoT-free documents without end, in a new order every epoch, deterministic by seed."""
-    if not records:
+def epochs(items: Sequence[T], config: CorpusConfig) -> Iterator[tuple[T, str | None]]:
+    """Yield items without end, each with its system prompt or None, in a new order every epoch.
+
+    Deterministic by seed: whatever is made of the same number of items comes in the same order.
+    """
+    if not items:
         raise BadInputError("no record was given; documents need at least one")
     rng = random.Random(f"corpus/{config.seed}")
     system = prompts.resolve_system_prompt(config.system_prompt)
-    order = list(records)
+    order = list(items)
     while True:
         rng.shuffle(order)
-        for record in order:
-            with_system = rng.random() < config.system_share
-            yield prompts.trigger_document(
-                record.question, record.answer, system if with_system else None
-            )
+        for item in order:
+            yield item, system if rng.random() < config.system_share else None
+
+
+def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
+    """Yield CoT-free documents without end, in the order of `epochs`."""
+    for record, system in epochs(records, config):
+        yield prompts.trigger_document(record.question, record.answer, system)
 
 
 def pack(
