@@ -8,8 +8,10 @@ import typer
 
 from resa_lens import __version__
 from resa_lens.cli import (
+    adapters,
     audit,
     compare,
+    cost,
     demo,
     evals,
     features,
@@ -18,6 +20,7 @@ from resa_lens.cli import (
     saes,
     scores,
     stability,
+    sweep,
     tuning,
     workspace,
 )
@@ -52,6 +55,7 @@ app.command("demo")(demo.demo)
 app.command("recommend-layers")(layers.recommend_layers)
 app.command("stability")(stability.stability)
 app.command("tune")(tuning.tune)
+app.command("sweep")(sweep.sweep)
 app.command("train-saes")(layers.train_saes)
 app.command("count-features")(layers.count_features)
 app.command("activity")(features.activity)
@@ -65,6 +69,8 @@ app.command("regret")(stability.regret)
 app.command("audit")(audit.audit)
 app.command("eval")(evals.evaluate)
 app.command("compare")(compare.compare)
+app.command("merge")(adapters.merge)
+app.command("cost")(cost.cost)
 app.command("convert")(saes.convert)
 app.command("runs")(workspace.runs)
 app.command("app")(workspace.explorer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -63,7 +64,16 @@ def tune(
     alpha: Annotated[int, typer.Option(help="LoRA alpha.", min=1)] = 128,
     dropout: Annotated[float, typer.Option(help="LoRA dropout.", min=0.0, max=0.99)] = 0.05,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.", min=0.0)] = 1e-6,
-    batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences a batch.", min=1)] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Batches an update, over all processes.", min=1)
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Keep the adapter after every so many updates.", min=1)
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Two epochs from width 1024 on, else 100.", min=1)
     ] = None,
@@ -71,12 +81,22 @@ def tune(
         str | None, typer.Option(help="The model whose SAE is inserted; the target by default.")
     ] = None,
     data: DataOption = "tiny",
+    question_column: Annotated[
+        str | None, typer.Option(help="Of the data for tuning: column of the question.")
+    ] = None,
+    answer_column: Annotated[
+        str | None, typer.Option(help="Of the data for tuning: column of the answer.")
+    ] = None,
     trigger_data: Annotated[str | None, typer.Option(help="For the SAE; else --data.")] = None,
     elicitation_data: Annotated[str | None, typer.Option(help="For tuning; else --data.")] = None,
     saes: SaesOption = None,
     control: Annotated[
         str | None,
-        typer.Option(help="In the SAE's place, with its FVU: noise, pca, shuffled or random."),
+        typer.Option(
+            help="In the SAE's place, with its FVU: noise, pca, shuffled, random, random-weights; "
+            "none or identity, with which nothing trains; or in place of the objective: cot-free, "
+            "cot, own-samples.",
+        ),
     ] = None,
     tokens: TokensOption = None,
     latents: LatentsOption = None,
@@ -108,12 +128,13 @@ def tune(
         from resa_lens.hookpoints import describe_layer
         from resa_lens.pipeline import demo as pipeline_demo
         from resa_lens.pipeline.discovery import newest_recommendation
-        from resa_lens.pipeline.tuning import TuneJob, tune_run
+        from resa_lens.pipeline.tuning import TuneJob, adapter_run, tune_run
         from resa_lens.saes.train import SaeConfig
+        from resa_lens.saes.world import ALONE, local_device
+        from resa_lens.tuning.loop import TuneConfig, join_processes
         from resa_lens.tuning.objective import preset as named
-        from resa_lens.tuning.train import TuneConfig
 
-        ctx = common.context(workspace, seed, device, dtype, force, threads)
+        ctx = common.context(workspace, seed, local_device(device), dtype, force, threads)
         objective = named(
             preset,
             site=site,
@@ -136,32 +157,54 @@ def tune(
                 )
             name = str(newest[1].results["model"])
             ctx.reporter.note(f"model: {name}, of the newest recommendation")
-        tuned = tune_run(
-            ctx,
-            TuneJob(
-                model=name,
-                layer=layer,
-                source_model=source_model,
-                objective=objective,
-                lora=TuneConfig(rank, alpha, dropout, learning_rate, batch, seed=seed),
-                sae=SaeConfig(objective.site, latents, k, tokens=tokens, seed=seed),
-                trigger=CorpusConfig(source=trigger_data or data, seed=seed),
-                elicitation=CorpusConfig(source=elicitation_data or data, seed=seed),
-                steps=steps,
-                saes=saes,
-                control=control,
-                base=base,
-                allow_mismatch=allow_site_mismatch,
-                evaluation=EvalConfig(
-                    limit=limit, generation=GenerationConfig(max_new_tokens=max_new_tokens)
-                ),
-                eval_source=tasks,
+        asked = TuneJob(
+            model=name,
+            layer=layer,
+            source_model=source_model,
+            objective=objective,
+            lora=TuneConfig(
+                rank,
+                alpha,
+                dropout,
+                learning_rate,
+                batch,
+                seed=seed,
+                accumulation=accumulation,
+                gradient_checkpointing=gradient_checkpointing,
+                checkpoint_every=checkpoint_every,
             ),
+            sae=SaeConfig(objective.site, latents, k, tokens=tokens, seed=seed),
+            trigger=CorpusConfig(source=trigger_data or data, seed=seed),
+            elicitation=CorpusConfig(
+                source=elicitation_data or data,
+                question_column=question_column,
+                answer_column=answer_column,
+                seed=seed,
+            ),
+            steps=steps,
+            saes=saes,
+            control=control,
+            base=base,
+            allow_mismatch=allow_site_mismatch,
+            evaluation=EvalConfig(
+                limit=limit, generation=GenerationConfig(max_new_tokens=max_new_tokens)
+            ),
+            eval_source=tasks,
         )
+        world = join_processes(ctx.device) if "RANK" in os.environ else ALONE
+        if world.size > 1:
+            adapter_run(ctx, asked, world=world)
+            # --force again would let one process alone make anew what all have made.
+            ctx.force = False
+        if world.rank:
+            return {}, lambda: None
+        tuned = tune_run(ctx, asked)
 
         def show() -> None:
-            where = describe_layer(tuned.layer, tuned.model.n_layers)
-            title = f"{tuned.model.slug}, {where}, {tuned.site}, preset {preset}"
+            where = f"objective {control}"
+            if tuned.layer is not None:
+                where = f"{describe_layer(tuned.layer, tuned.model.n_layers)}, {tuned.site}"
+            title = f"{tuned.model.slug}, {where}, preset {preset}"
             rows = common.table(title, "", "accuracy", "95 % interval", "n")
             for row in pipeline_demo.score_rows(tuned):
                 rows.add_row(*row)

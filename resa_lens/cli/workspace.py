@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,8 +21,6 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
     """
 
     def job() -> tuple[dict[str, Any], Any]:
-        from resa_lens.saes.checkpoint import read_state
-
         ctx = common.context(workspace, 0, "cpu", "auto", False, None)
         found = ctx.workspace.find("") if ctx.workspace.root.is_dir() else []
         rows = []
@@ -37,14 +36,12 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
                 }
             )
 
-        for work in sorted(ctx.workspace.root.glob("*/*/.work-*")):
-            held = [read_state(group) for group in sorted(work.glob("group-*"))]
-            steps = max((state["step"] for state in held if state), default=0)
-            arms = len(list(work.glob("*.parquet")))
-            far = f"{arms} arm{'' if arms == 1 else 's'}" if not held else f"step {steps}"
+        root = ctx.workspace.root
+        for work in sorted([*root.glob("*/.work-*"), *root.glob("*/*/.work-*")]):
+            stage = work.relative_to(root).parts[0]
             rows.append(
                 {
-                    "kind": f"{work.parents[1].name}, unfinished ({far})",
+                    "kind": f"{stage}, unfinished ({_how_far(work)})",
                     "path": ctx.workspace.relative(work),
                     "created": "",
                     "megabytes": round(
@@ -68,6 +65,25 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
         return {"runs": rows}, show
 
     common.run(job, as_json)
+
+
+def _how_far(work: Path) -> str:
+    """Say how far an unfinished run came, by what it has kept."""
+    from resa_lens.saes.checkpoint import read_state
+
+    def several(n: int, what: str) -> str:
+        return f"{n} {what}{'' if n == 1 else 's'}"
+
+    if (work / "answers.jsonl").exists():
+        # The first line is the run's settings.
+        lines = (work / "answers.jsonl").read_bytes().count(b"\n")
+        return several(max(0, lines - 1), "answer")
+    if (work / "locks").is_dir():
+        return several(len(list((work / "jobs").glob("*.json"))), "job")
+    if arms := len(list(work.glob("*.parquet"))):
+        return several(arms, "arm")
+    held = [read_state(place) for place in (work, *work.glob("group-*"))]
+    return f"step {max((state['step'] for state in held if state), default=0)}"
 
 
 def explorer(

@@ -20,7 +20,7 @@ from resa_lens.errors import BadInputError
 from resa_lens.evals.engines import Engine, Generation, GenerationConfig
 from resa_lens.evals.grading import extract_answer, extract_letter, is_chosen, is_correct
 from resa_lens.evals.tasks import EvalItem, select
-from resa_lens.stats import bootstrap_mean_interval, wilson_interval
+from resa_lens.stats import mean_interval
 
 PromptStyle = Literal["reason", "direct"]
 """`reason` ends at `<think>`; `direct` leaves the think tags empty and asks for the answer."""
@@ -110,7 +110,7 @@ class Score:
     n: int
     """Questions."""
     ci: tuple[float, float]
-    """95 %: Wilson's with one sample a question, else by bootstrap over questions."""
+    """95 %, over questions: `stats.mean_interval`."""
     correct: int
     """Right answers, over all samples."""
 
@@ -377,9 +377,7 @@ def _score(rows: list[dict[str, Any]]) -> Score:
         by_question[row["id"]].append(row["correct"])
     means = np.array([np.mean(answers) for answers in by_question.values()])
     correct, n = sum(row["correct"] for row in rows), len(by_question)
-    one_each = len(rows) == n
-    interval = wilson_interval(correct, n) if one_each else bootstrap_mean_interval(means)
-    return Score(accuracy=correct / len(rows), n=n, ci=interval, correct=correct)
+    return Score(accuracy=correct / len(rows), n=n, ci=mean_interval(means), correct=correct)
 
 
 def write_samples(result: EvalResult, path: Path) -> None:

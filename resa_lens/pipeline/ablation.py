@@ -384,7 +384,7 @@ class _Arms:
         if file.is_file() and name in self.taken:
             return read_samples(file)
         total = len(self.items) * self.config.eval.samples
-        with self.ctx.reporter.bar(f"arm {name}", total) as advance:
+        with self.ctx.bar(f"arm {name}", total) as advance:
             result = self._evaluate(wanted, advance)
         self.taken[name] = round(result.seconds, 3)
         with write_errors(self.work):

@@ -212,7 +212,7 @@ def _generate(
     made = made[: len(made) // CHUNK * CHUNK] if len(made) < len(asked) else made
     engine = HFEngine(model.model, model.tokenizer)
     config = GenerationConfig(max_new_tokens=longest)
-    with ctx.reporter.bar(f"answering {len(asked)} questions", len(asked)) as advance:
+    with ctx.bar(f"answering {len(asked)} questions", len(asked)) as advance:
         advance(len(made))
         for first in range(len(made), len(asked), CHUNK):
             some = asked[first : first + CHUNK]
@@ -289,7 +289,7 @@ def _measure(
     rows: list[dict[str, Any]] = []
     resumed = 0
     label = f"activity of {sum(map(len, groups))} layers"
-    with ctx.reporter.bar(label, len(groups) * len(batches)) as advance:
+    with ctx.bar(label, len(groups) * len(batches)) as advance:
         for group in groups:
             place = work / f"group-{'-'.join(str(p.layer) for p in group)}"
             held = newest(place)

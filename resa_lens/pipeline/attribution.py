@@ -94,7 +94,7 @@ def attribute_run(
         ctx.reporter.note(f"attribution: done before, in {folder}")
         return folder, read_json(folder / "results.json")
     batches = document_batches(model, corpus, tokens)
-    with ctx.reporter.bar("attributing", len(batches)) as advance:
+    with ctx.bar("attributing", len(batches)) as advance:
         found = attribute(
             model_forward(model, point),
             coders[point],
@@ -168,7 +168,7 @@ def effects_run(
         return folder, {int(layer): effect for layer, effect in held.items()}
     batches = document_batches(model, corpus, tokens)
     found: dict[int, dict[str, Any]] = {}
-    with ctx.reporter.bar(f"causal effects of {len(features)} layers", len(features)) as advance:
+    with ctx.bar(f"causal effects of {len(features)} layers", len(features)) as advance:
         for layer, chosen in sorted(features.items()):
             # One at a time: an SAE of a large model is nearly a gigabyte.
             made = causal_effects(

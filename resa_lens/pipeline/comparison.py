@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
@@ -72,10 +73,31 @@ def open_runs(ctx: Context, names: Sequence[str]) -> list[RunScores]:
         folders[place] = name
     # Two workspaces may hold a run of one name.
     short = len({place.name for place in folders}) == len(folders)
-    return [
+    runs = [
         run_scores(place.name if short else str(place), read_eval(ctx, place).samples)
         for place in folders
     ]
+    asked = [_harness(ctx, place) for place in folders]
+    for key in sorted(set[str]().union(*asked)):
+        values = list(dict.fromkeys(str(one.get(key)) for one in asked))
+        if len(values) > 1:
+            ctx.reporter.note(
+                f"warning: the runs differ in {key} ({' / '.join(value[:40] for value in values)}):"
+                " a difference may be of that and not of the models"
+            )
+    return runs
+
+
+def _harness(ctx: Context, folder: Path) -> dict[str, Any]:
+    """Return how a run asked; seeds, and what only chooses the questions, are left out."""
+    made = ctx.workspace.manifest(folder)
+    if made is None or "eval" not in made.config:
+        return {}
+    values = {"chat_template": False, **made.config["eval"]}
+    generation = {"timeout": None, **values.pop("generation", {})}
+    kept = {"engine": made.config.get("engine", "hf"), "dtype": made.config.get("dtype")}
+    left_out = ("limit", "levels", "question_seed", "samples", "seed", "batch_size")
+    return {k: v for k, v in {**kept, **values, **generation}.items() if k not in left_out}
 
 
 def parse_groups(values: Sequence[str]) -> dict[str, list[str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from resa_lens import cost
 from resa_lens.models import Model, load_model
-from resa_lens.progress import SILENT, Reporter
+from resa_lens.progress import SILENT, Advance, Reporter
 from resa_lens.workspace import MANIFEST, Manifest, Workspace
 
 NARROW = 256
@@ -29,6 +31,9 @@ class Context:
     force: bool = False
     threads: int | None = None
     models: dict[str, Model] = field(default_factory=dict)
+    spent: list[dict[str, Any]] = field(default_factory=list, init=False)
+    """What was metered since the last manifest."""
+    metering: bool = field(default=False, init=False)
 
     def model(
         self,
@@ -56,8 +61,33 @@ class Context:
             self.models[key] = model
         return self.models[key]
 
+    @contextmanager
+    def bar(self, label: str, total: int, *, devices: int = 1) -> Iterator[Advance]:
+        """Open a progress bar over metered work: the next manifest holds what it cost."""
+        with self.reporter.bar(label, total) as advance, self.metered(devices):
+            yield advance
+
+    @contextmanager
+    def metered(self, devices: int = 1) -> Iterator[None]:
+        """Measure work; the next manifest holds what it cost.  Inside metered work nothing more."""
+        if self.metering:
+            yield
+            return
+        self.metering = True
+        device = next((model.device for model in self.models.values()), "cpu")
+        try:
+            with cost.meter(device, devices=devices) as meter:
+                yield
+        finally:
+            self.metering = False
+        self.spent.append(meter.to_dict())
+
     def manifest(self, kind: str, model: Model, **fields: Any) -> Manifest:
         """Start the manifest of an artifact made with a model."""
+        spent = cost.combined(self.spent)
+        self.spent.clear()
+        if spent:
+            spent["tokens"] = fields.get("results", {}).get("tokens")
         hashes = {"weights": model.weights_hash, **fields.pop("hashes", {})}
         return Manifest(
             kind=kind,
@@ -67,6 +97,7 @@ class Context:
             dtype=model.dtype,
             kernel_path=f"{model.attention if 'bridge' in vars(model) else 'plain'} attention",
             hashes=hashes,
+            cost=spent,
             **fields,
         )
 

@@ -71,10 +71,11 @@ def count_run(
     if saes.manifest and not saes.warnings and ctx.done(folder, saes.folder):
         ctx.reporter.note(f"counts: done before, in {folder}")
         return folder, _read_counts(folder, prompt, config)
-    coders = saes.coders(model, layers, decoder=False)
-    if control:
-        coders = {p: random_coder(coder, ctx.seed) for p, coder in coders.items()}
-    counts = count_features(model, coders, config)
+    with ctx.metered():
+        coders = saes.coders(model, layers, decoder=False)
+        if control:
+            coders = {p: random_coder(coder, ctx.seed) for p, coder in coders.items()}
+        counts = count_features(model, coders, config)
     manifest = ctx.manifest(
         "counts",
         model,
@@ -150,15 +151,16 @@ def recommend_run(
     if ctx.done(folder, counts_folder):
         ctx.reporter.note(f"recommendation: done before, in {folder}")
         return folder, Recommendation.from_dict(read_json(folder / "recommendation.json"))
-    made = recommend(
-        counts.table(rule),
-        n_layers=model.n_layers,
-        selector=selector,
-        recipe=recipe,
-        seed=ctx.seed,
-        quality=quality() if quality else None,
-        causal=causal,
-    )
+    with ctx.metered():
+        made = recommend(
+            counts.table(rule),
+            n_layers=model.n_layers,
+            selector=selector,
+            recipe=recipe,
+            seed=ctx.seed,
+            quality=quality() if quality else None,
+            causal=causal,
+        )
     manifest = ctx.manifest(
         "recommendation",
         model,
@@ -378,7 +380,7 @@ def stability_run(
     tables: dict[str, dict[int, int]] = {}
     factors: dict[str, dict[str, str]] = {}
     folders = []
-    with ctx.reporter.bar("counting", len(runs) * len(configs)) as advance:
+    with ctx.bar("counting", len(runs) * len(configs)) as advance:
         for held in runs:
             number = str(_seed(held.manifest)) if held.manifest else "given"
             for config in configs:

@@ -224,7 +224,7 @@ def _try(
     rules = {point: union_of_rules(by_layer[point.layer]) for point in coders}
     listed = {point: tuple(features) for point, features in rules.items()}
     total = sum(map(len, listed.values()))
-    with ctx.reporter.bar(f"trying {total} {what} on {len(made)} texts", len(made)) as advance:
+    with ctx.bar(f"trying {total} {what} on {len(made)} texts", len(made)) as advance:
         responses = respond(model, coders, listed, made, advance)
     active = {point.layer: by_layer[point.layer].active for point in coders}
     return _Tried(rules, responses, active)

@@ -174,7 +174,7 @@ def score_run(
     design, sizes = "", {}
     many = "s" if len(chosen) > 1 else ""
     label = f"scores of {len(chosen)} layer{many}, {config.draws} draws of each null"
-    with ctx.reporter.bar(label, len(chosen)) as advance:
+    with ctx.bar(label, len(chosen)) as advance:
         for point, evidence in _evidence(model, run, chosen, batches, words, prompt, config.count):
             design, sizes = evidence.design, evidence.sizes(evidence.reasoning)
             seed = [ctx.seed, point.layer]

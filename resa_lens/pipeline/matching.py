@@ -167,7 +167,7 @@ def match_run(
         own, phased_texts(records, corpus), tokens=config.tokens, longest=corpus.sequence
     )
     rows, tables = [], []
-    with ctx.reporter.bar(f"matching {len(chosen)} layers", len(chosen)) as advance:
+    with ctx.bar(f"matching {len(chosen)} layers", len(chosen)) as advance:
         for layer in chosen:
             row, table = _match_layer(first, second, layer, batches, config, ctx.seed)
             rows.append(row)

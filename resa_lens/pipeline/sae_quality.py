@@ -52,7 +52,7 @@ def quality_run(
         model.tokenizer, phased_texts(records, corpus), tokens=tokens, longest=corpus.sequence
     )
     found: dict[int, dict[str, dict[str, Any]]] = {}
-    with ctx.reporter.bar(f"quality of {len(run.points)} SAEs", len(run.points)) as advance:
+    with ctx.bar(f"quality of {len(run.points)} SAEs", len(run.points)) as advance:
         for point in run.points:
             # One at a time: an SAE of a large model is nearly a gigabyte.
             coders = run.coders(model, [point.layer])

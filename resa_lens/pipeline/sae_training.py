@@ -244,7 +244,7 @@ def _train_groups(
     began = time.monotonic()
     parts = []
     label = f"training {len(job.layers)} SAEs ({config.latents} latents, k {config.k})"
-    with ctx.reporter.bar(label, len(groups) * job.steps) as advance:
+    with ctx.bar(label, len(groups) * job.steps, devices=world.size) as advance:
         for number, group in enumerate(groups):
             place = work / f"group-{number}"
             found = _read_group(place)

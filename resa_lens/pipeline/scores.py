@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from resa_lens.corpora import Record
 from resa_lens.errors import BadInputError, TakenError
 from resa_lens.evals import run as evals_run
+from resa_lens.evals.compare import check_paired, run_scores
 from resa_lens.evals.engines import Generation, HFEngine, StreamingEngine
 from resa_lens.evals.engines.hf import probe_threads
 from resa_lens.evals.resume import AnswerLog, answer_all
@@ -63,6 +65,17 @@ def load_eval_items(
         question_column=question_column,
         answer_column=answer_column,
     )
+
+
+def note_overlap(ctx: Context, items: Sequence[EvalItem], records: Sequence[Record]) -> None:
+    """Warn where questions that are scored stand in the data that a model is tuned on."""
+    seen = {" ".join(record.question.split()) for record in records}
+    known = sum(" ".join(item.question.split()) in seen for item in items)
+    if known:
+        ctx.reporter.note(
+            f"warning: {known} of {len(items)} questions to score stand in the tuning data; the "
+            "scores say how well they were learned: give other questions with --tasks"
+        )
 
 
 def eval_run(
@@ -155,6 +168,9 @@ def _identity(
             [[i.id, i.question, i.answer, *([i.query] if i.query else [])] for i in items]
         ),
     }
+    if config.chat_template:
+        # A file beside the weights, which their hash does not know.
+        identity["template"] = digest(getattr(model.tokenizer, "chat_template", None))
     if engine != "hf":
         identity["engine"] = engine
     if engine == "vllm" and model.peft is not None:
@@ -182,7 +198,7 @@ def _answered(
         generator = _engine(model, engine, lora)
         with (
             log,
-            ctx.reporter.bar(f"scoring {label}", len(asked)) as advance,
+            ctx.bar(f"scoring {label}", len(asked)) as advance,
         ):
             before = 0
 
@@ -317,22 +333,8 @@ def compare_results(base: EvalResult, tuned: EvalResult, seed: int = 0) -> Paire
     """Compare two evaluations question by question.
 
     Raises:
-        BadInputError: they share no question, or not all of them.
+        BadInputError: they do not answer the same questions.
     """
-
-    def by_question(result: EvalResult) -> dict[tuple[str, str, str], float]:
-        # The id alone may be a file's name and a row number.
-        grouped: dict[tuple[str, str, str], list[float]] = {}
-        for row in result.samples:
-            key = (row["id"], row["question"], row["gold"])
-            grouped.setdefault(key, []).append(float(row["correct"]))
-        return {key: sum(values) / len(values) for key, values in grouped.items()}
-
-    a, b = by_question(base), by_question(tuned)
-    if set(a) != set(b):
-        raise BadInputError(
-            f"the runs answer different questions: {len(set(a) & set(b))} in common of {len(a)} "
-            f"and {len(b)}; score both on the same questions"
-        )
-    ids = sorted(a)
-    return compare_paired([a[i] for i in ids], [b[i] for i in ids], seed)
+    runs = [run_scores("base", base.samples), run_scores("tuned", tuned.samples)]
+    check_paired(runs)
+    return compare_paired(runs[0].means, runs[1].means, seed)

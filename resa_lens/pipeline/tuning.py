@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from resa_lens import corpora, prompts
-from resa_lens.activations import stream_activations
 from resa_lens.corpora import CorpusConfig, Record
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig, EvalResult
+from resa_lens.evals.tasks import EvalItem
 from resa_lens.hookpoints import Hookpoint, describe_layer, parse_layer
 from resa_lens.models import Model, load_model
 from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.controls import CONTROLS, replacement_for, sft_examples, training_of
 from resa_lens.pipeline.discovery import discover, newest_recommendation
 from resa_lens.pipeline.sae_training import saes_for
-from resa_lens.pipeline.saes import fit_corpus, probe_batches, split_records
+from resa_lens.pipeline.saes import SaeRun, fit_corpus, probe_batches, split_records
 from resa_lens.pipeline.scores import compare_results, eval_run, load_eval_items
-from resa_lens.saes.baselines import Replacement, baselines, fvu_on
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.fit import check_fit
 from resa_lens.saes.train import SaeConfig
+from resa_lens.saes.world import ALONE, World
 from resa_lens.stats import PairedComparison
+from resa_lens.tuning.adapters import adapter_card, write_card
+from resa_lens.tuning.log import LOG
+from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
 from resa_lens.tuning.objective import Objective
-from resa_lens.tuning.train import TuneConfig, lora_targets, save_adapter, tune
+from resa_lens.tuning.sft import KINDS, OwnConfig, sft_batches, sft_loss
+from resa_lens.tuning.train import add_lora, lora_targets, save_adapter, tune
 from resa_lens.workspace import Manifest, config_dict, digest
+
+ALL_CONTROLS = (*CONTROLS, *KINDS)
+WORK = ".work-"
+Work = Callable[[Path, Callable[[int], None]], tuple[Any, TuneResult]]
+"""From the folder of state and log, and who is told of the steps, to the PeftModel and course."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,22 @@ class TuneJob:
     """None: two epochs (Table 7) from width 1,024 on, 100 steps below."""
     saes: str | None = None
     control: str | None = None
-    """Insert a control of the same FVU in the SAE's place: a name of saes/baselines.py."""
+    """One of `ALL_CONTROLS`: what stands in the SAE's place, or is imitated in place of tuning."""
     base: str | None = None
     allow_mismatch: bool = False
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
     eval_source: str = "tiny"
+
+    def __post_init__(self) -> None:
+        """Check the control.
+
+        Raises:
+            BadInputError: there is none of this name.
+        """
+        if self.control is not None and self.control not in ALL_CONTROLS:
+            raise BadInputError(
+                f"control {self.control!r} is unknown; use {', '.join(ALL_CONTROLS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class Tuned:
 
     adapter: Path
     model: Model
-    layer: int
+    layer: int | None
     site: str
     base: EvalResult
     base_folder: Path
@@ -88,7 +108,7 @@ class Tuned:
             "adapter": str(self.adapter),
             "model": self.model.name,
             "layer": self.layer,
-            "layer_1_indexed": self.layer + 1,
+            "layer_1_indexed": None if self.layer is None else self.layer + 1,
             "site": self.site,
             "base": short(self.base),
             "tuned": short(self.tuned),
@@ -130,23 +150,267 @@ def _auto_layer(ctx: Context, source: Model, job: TuneJob) -> tuple[int, str, st
     return made.recommended[0], made.selector, made.reason
 
 
-def tune_run(ctx: Context, job: TuneJob) -> Tuned:
-    """Tune adapters through the SAE of a layer and score base and tuned on the same questions."""
-    site = job.objective.site
+@dataclass(frozen=True)
+class Adapter:
+    """A finished adapter and where it came from."""
+
+    folder: Path
+    manifest: Manifest
+    target: Model
+    layer: int | None
+    """0-based; None where no SAE was used."""
+    selector: str
+    note: str
+    saes: Path | None = None
+    """The SAEs it was tuned through."""
+
+
+def adapter_run(
+    ctx: Context, job: TuneJob, saes: SaeRun | None = None, *, world: World = ALONE
+) -> Adapter:
+    """Tune adapters as the job says, go on with a killed run, or read the finished ones.
+
+    Args:
+        ctx: the workspace and who to tell.
+        job: what to tune.
+        saes: the SAEs to use where they are at hand; else they are looked for, or trained.
+        world: the processes that train together.
+
+    Raises:
+        BadInputError: a layer or data that does not exist, models of different shapes, or SAEs
+            that do not fit.
+        RunFailedError: a loss or gradient that is not finite.
+    """
     records = corpora.load_records(
         job.elicitation.source,
         question_column=job.elicitation.question_column,
         answer_column=job.elicitation.answer_column,
     )
-    items = load_eval_items(job.eval_source, job.evaluation)
-    if job.control not in (None, *CONTROLS):
-        raise BadInputError(f"control {job.control!r} is unknown; use {', '.join(CONTROLS)}")
     target = ctx.model(job.model, job.base)
     if target.peft is not None:
         raise BadInputError(
             f"{job.model} is an adapter; tune its base model (adapters on adapters are not stacked)"
         )
     lora_targets(target.model, job.objective.targets)
+    corpus = fit_corpus(job.elicitation, target)
+    steps = job.steps or default_steps(target, records, corpus, job.lora)
+    identity = {
+        "lora": config_dict(job.lora),
+        "elicitation": config_dict(corpus),
+        "data": corpora.hash_records(records),
+        "steps": steps,
+        "dtype": target.dtype,
+        **({"control": job.control} if job.control else {}),
+    }
+    run = _Run(ctx, job, target, records, corpus, steps, identity, world)
+    if job.control in KINDS:
+        return run.imitate(job.control)
+    return run.through(_through(ctx, job, target, saes))
+
+
+@dataclass
+class _Run:
+    """One adapter to be made: what all its kinds share."""
+
+    ctx: Context
+    job: TuneJob
+    target: Model
+    records: list[Record]
+    corpus: CorpusConfig
+    steps: int
+    identity: dict[str, Any]
+    world: World
+
+    @property
+    def batches(self) -> int:
+        return self.steps * self.job.lora.accumulation
+
+    @property
+    def tokens(self) -> int:
+        return self.batches * self.job.lora.batch * self.corpus.sequence
+
+    def through(self, sae: _Through) -> Adapter:
+        """Tune through an SAE, or a control in its place."""
+        ctx, job, target = self.ctx, self.job, self.target
+        point = Hookpoint(sae.layer, job.objective.site)
+        where = describe_layer(point.layer, target.n_layers)
+        ctx.reporter.note(f"{where}, selector {sae.selector}: {sae.note}")
+        self.identity |= {
+            "layer": point.layer,
+            "objective": config_dict(job.objective),
+            "sae": ctx.workspace.relative(sae.run.folder),
+            "source": sae.source.slug,
+        }
+        name = f"{job.objective.preset}-{point.site}-L{point.layer:02d}"
+        results = {"layer": point.layer, "site": point.site}
+
+        def work(folder: Path, advance: Callable[[int], None]) -> tuple[Any, TuneResult]:
+            coder = sae.run.coders(sae.source, [point.layer])[point]
+            results["warnings"] = self._check(sae, point, coder)
+            inserted = coder
+            if job.control is not None:
+                inserted = replacement_for(
+                    ctx,
+                    target,
+                    point,
+                    coder,
+                    job.control,
+                    job.elicitation,
+                    self.records,
+                    trained=training_of(sae.run),
+                )
+            fresh = self._fresh()
+            return tune(
+                fresh,
+                inserted,
+                point,
+                corpora.batches(
+                    fresh.tokenizer,
+                    self.records,
+                    self.corpus,
+                    tokens=self.tokens,
+                    batch=job.lora.batch,
+                ),
+                self.steps,
+                job.objective,
+                job.lora,
+                folder=folder,
+                identity=self.identity,
+                world=self.world,
+                advance=advance,
+                note=ctx.reporter.note,
+            )
+
+        folder, manifest = self._make(
+            name, f"tuning through layer {point.layer}", work, results, sae.run.folder
+        )
+        return Adapter(
+            folder, manifest, target, point.layer, sae.selector, sae.note, sae.run.folder
+        )
+
+    def imitate(self, kind: str) -> Adapter:
+        """Fine-tune on texts, at equal steps and tokens, in place of SAE-Tuning."""
+        ctx, job, target = self.ctx, self.job, self.target
+        objective = job.objective
+        self.identity["objective"] = {
+            "targets": list(objective.targets),
+            "schedule": objective.schedule,
+            "clip_norm": objective.clip_norm,
+        }
+        results: dict[str, Any] = {"layer": None, "site": None}
+
+        def work(folder: Path, advance: Callable[[int], None]) -> tuple[Any, TuneResult]:
+            items, own = sft_examples(
+                ctx, target, kind, self.records, own=OwnConfig(seed=job.lora.seed)
+            )
+            if own is not None:
+                results["own_samples"] = own.to_dict()
+            fresh = self._fresh()
+            peft = add_lora(fresh.model, lora_targets(fresh.model, objective.targets), job.lora)
+            course = fit(
+                peft,
+                sft_batches(
+                    fresh.tokenizer, items, self.corpus, tokens=self.tokens, batch=job.lora.batch
+                ),
+                self.steps,
+                lambda batch: sft_loss(peft, batch),
+                job.lora,
+                schedule=objective.schedule,
+                clip_norm=objective.clip_norm,
+                doing=kind,
+                device=fresh.device,
+                folder=folder,
+                save=lambda place: save_adapter(peft, place, target.folder),
+                identity=self.identity,
+                world=self.world,
+                advance=advance,
+            )
+            return peft, course
+
+        folder, manifest = self._make(kind, f"fine-tuning ({kind})", work, results)
+        return Adapter(folder, manifest, target, None, "given", kind)
+
+    def _fresh(self) -> Model:
+        # PEFT changes the module in place: the shared model stays plain.
+        return load_model(
+            self.job.model, device=self.ctx.device, dtype=self.ctx.dtype, base=self.job.base
+        )
+
+    def _check(self, sae: _Through, point: Hookpoint, coder: SparseCoder) -> list[str]:
+        _, warnings = check_fit(
+            self.target,
+            {point: coder},
+            probe_batches(self.target, split_records(self.records)[1], self.job.elicitation),
+            allow_mismatch=self.job.allow_mismatch,
+            known=sae.run.trained_on(self.target),
+        )
+        for warning in warnings:
+            self.ctx.reporter.note(f"warning: {warning}")
+        return warnings
+
+    def _make(
+        self, name: str, doing: str, work: Work, results: dict[str, Any], *parents: Path
+    ) -> tuple[Path, Manifest]:
+        """Do the work unless it is done, in a folder that a killed run leaves and finds again."""
+        ctx, target = self.ctx, self.target
+        folder = ctx.workspace.path("adapters", f"{target.slug}-{name}-{digest(self.identity)}")
+        if manifest := self.world.agree(ctx.done(folder, *parents)):
+            ctx.reporter.note(f"adapter: done before, in {folder}")
+            return folder, manifest
+        place = folder.parent / f"{WORK}{folder.name}"
+        if ctx.force and self.world.rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+        self.world.barrier()
+        label = f"{doing} ({self.job.objective.preset}, {self.steps} steps)"
+        with ctx.bar(label, self.steps, devices=self.world.size) as advance:
+            peft, course = work(place, advance)
+        if course.resumed_at:
+            ctx.reporter.note(f"went on at step {course.resumed_at} of {self.steps}")
+        manifest = ctx.manifest(
+            "adapter",
+            target,
+            parents=[ctx.workspace.relative(parent) for parent in parents],
+            hashes={"data": self.identity["data"]},
+            config={
+                **self.identity,
+                "base_hash": target.weights_hash,
+                "base": str(target.folder),
+                "processes": self.world.size,
+            },
+            results={
+                "losses": list(course.losses),
+                "grad_norms": list(course.grad_norms),
+                "tokens": course.tokens,
+                "trainable": course.trainable,
+                "model": target.name,
+                "n_layers": target.n_layers,
+                "resumed_at": course.resumed_at,
+                **results,
+            },
+        )
+        manifest.seconds = round(course.seconds, 3)
+        if self.world.rank == 0:
+            with ctx.workspace.artifact(folder, manifest) as temporary:
+                save_adapter(peft, temporary, target.folder)
+                for kept in (place / LOG, *place.glob("step-*")):
+                    shutil.move(kept, temporary / kept.name)
+            shutil.rmtree(place, ignore_errors=True)
+        self.world.barrier()
+        return folder, manifest
+
+
+@dataclass(frozen=True)
+class _Through:
+    """The SAE that an adapter is tuned through."""
+
+    source: Model
+    run: SaeRun
+    layer: int
+    selector: str
+    note: str
+
+
+def _through(ctx: Context, job: TuneJob, target: Model, saes: SaeRun | None) -> _Through:
     source = ctx.model(job.source_model) if job.source_model else target
     if (source.d_model, source.n_layers) != (target.d_model, target.n_layers):
         raise BadInputError(
@@ -158,119 +422,67 @@ def tune_run(ctx: Context, job: TuneJob) -> Tuned:
     else:
         layer = parse_layer(job.layer, target.n_layers)
         selector, note = job.selector, job.reason
-    ctx.reporter.note(f"{describe_layer(layer, target.n_layers)}, selector {selector}: {note}")
-    sae_config = replace(job.sae, site=site)
-    run = saes_for(
+    run = saes or saes_for(
         ctx,
         source,
         [layer],
-        sae_config,
+        replace(job.sae, site=job.objective.site),
         job.trigger,
         job.saes,
         allow_mismatch=job.allow_mismatch,
         only=[layer],
     )
-    point = Hookpoint(layer, site)
-    coder = run.coders(source, [layer])[point]
-    probe = probe_batches(target, split_records(records)[1], job.elicitation)
-    _, warnings = check_fit(
-        target,
-        {point: coder},
-        probe,
-        allow_mismatch=job.allow_mismatch,
-        known=run.trained_on(target),
-    )
-    for warning in warnings:
-        ctx.reporter.note(f"warning: {warning}")
-    inserted: SparseCoder | Replacement = coder
-    if job.control is not None:
-        inserted = control_for(ctx, target, point, coder, job, records)
-    corpus = fit_corpus(job.elicitation, target)
-    steps = job.steps or default_steps(target, records, corpus, job.lora)
-    identity = {
-        "layer": layer,
-        "objective": config_dict(job.objective),
-        "lora": config_dict(job.lora),
-        "elicitation": config_dict(corpus),
-        "data": corpora.hash_records(records),
-        "steps": steps,
-        "sae": ctx.workspace.relative(run.folder),
-        "source": source.slug,
-        "dtype": target.dtype,
-        **({"control": job.control} if job.control else {}),
-    }
-    name = f"{target.slug}-{job.objective.preset}-{site}-L{layer:02d}-{digest(identity)}"
-    folder = ctx.workspace.path("adapters", name)
-    manifest = ctx.done(folder, run.folder)
-    if manifest:
-        ctx.reporter.note(f"adapter: done before, in {folder}")
-    else:
-        manifest = _train_adapter(
-            ctx,
-            job,
-            target,
-            inserted,
-            point,
-            records,
-            corpus,
-            steps,
-            identity,
-            folder,
-            parents=[ctx.workspace.relative(run.folder)],
-            warnings=warnings,
-        )
-    plain = ctx.model(job.model, job.base)
-    base_folder, base = eval_run(
-        ctx, plain, items, job.evaluation, source=job.eval_source, label="the base model"
-    )
+    return _Through(source, run, layer, selector, note)
+
+
+def score_adapter(
+    ctx: Context, job: TuneJob, adapter: Adapter, items: Sequence[EvalItem]
+) -> tuple[Path, EvalResult]:
+    """Score a finished adapter on the questions, or read the finished run."""
     adapted = load_model(
-        str(folder), device=ctx.device, dtype=ctx.dtype, base=job.base or job.model
+        str(adapter.folder), device=ctx.device, dtype=ctx.dtype, base=job.base or job.model
     )
-    tuned_folder, tuned = eval_run(
+    return eval_run(
         ctx, adapted, items, job.evaluation, source=job.eval_source, label="the tuned model"
     )
-    return Tuned(
-        adapter=folder,
-        model=target,
-        layer=layer,
-        site=site,
+
+
+def score_base(ctx: Context, job: TuneJob, items: Sequence[EvalItem]) -> tuple[Path, EvalResult]:
+    """Score the model without adapter in the same harness, or read the finished run."""
+    plain = ctx.model(job.model, job.base)
+    return eval_run(
+        ctx, plain, items, job.evaluation, source=job.eval_source, label="the base model"
+    )
+
+
+def tune_run(ctx: Context, job: TuneJob) -> Tuned:
+    """Tune adapters, score base and tuned on the same questions, and write the adapter's card."""
+    items = load_eval_items(job.eval_source, job.evaluation)
+    adapter = adapter_run(ctx, job)
+    base_folder, base = score_base(ctx, job, items)
+    tuned_folder, tuned = score_adapter(ctx, job, adapter, items)
+    made = Tuned(
+        adapter=adapter.folder,
+        model=adapter.target,
+        layer=adapter.layer,
+        site=job.objective.site,
         base=base,
         base_folder=base_folder,
         tuned=tuned,
         tuned_folder=tuned_folder,
         paired=compare_results(base, tuned, ctx.seed),
-        losses=tuple(manifest.results["losses"]),
-        selector=selector,
-        note=note,
+        losses=tuple(adapter.manifest.results["losses"]),
+        selector=adapter.selector,
+        note=adapter.note,
     )
-
-
-CONTROLS = ("noise", "pca", "shuffled", "random")
-
-
-def control_for(
-    ctx: Context,
-    model: Model,
-    point: Hookpoint,
-    coder: SparseCoder,
-    job: TuneJob,
-    records: Sequence[Record],
-) -> Replacement:
-    """Return the control that the job names, matched to the SAE's FVU on its own activations."""
-    corpus = fit_corpus(job.elicitation, model)
-    # PCA needs several times as many tokens as dimensions.
-    tokens = 8 * max(model.d_model, corpus.sequence)
-    ids = corpora.batches(model.tokenizer, records, corpus, tokens=tokens, batch=2)
-    rows = [b.acts[point].flatten(0, 1) for b in stream_activations(model, ids, [point])]
-    sample = torch.cat(rows)
-    made = baselines(coder, sample, ctx.seed)
-    assert job.control is not None
-    chosen = made[job.control]
-    ctx.reporter.note(
-        f"control {job.control} in the SAE's place: FVU {fvu_on(chosen, sample):.4f} on "
-        f"{len(sample)} tokens, the SAE's {fvu_on(coder, sample):.4f}"
+    sae = ctx.workspace.manifest(adapter.saes) if adapter.saes else None
+    card = adapter_card(
+        adapter.manifest.model_dump(mode="json"),
+        made.to_dict(),
+        sae=sae.model_dump(mode="json") if sae else None,
     )
-    return chosen
+    write_card(adapter.folder, card)
+    return made
 
 
 def default_steps(
@@ -286,62 +498,3 @@ def default_steps(
     length = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(sample)
     tokens = len(records) * (length + 1 + corpus.system_share * system)
     return max(1, math.ceil(2 * tokens / (lora.batch * corpus.sequence)))
-
-
-def _train_adapter(
-    ctx: Context,
-    job: TuneJob,
-    target: Model,
-    coder: SparseCoder | Replacement,
-    point: Hookpoint,
-    records: Sequence[Record],
-    corpus: CorpusConfig,
-    steps: int,
-    identity: dict[str, Any],
-    folder: Path,
-    *,
-    parents: list[str],
-    warnings: list[str],
-) -> Manifest:
-    # PEFT changes the module in place: the shared model stays plain.
-    fresh = load_model(job.model, device=ctx.device, dtype=ctx.dtype, base=job.base)
-    label = f"tuning through layer {point.layer} ({job.objective.preset}, {steps} steps)"
-    with ctx.reporter.bar(label, steps) as advance:
-        peft, course = tune(
-            fresh,
-            coder,
-            point,
-            corpora.batches(
-                fresh.tokenizer,
-                records,
-                corpus,
-                tokens=steps * job.lora.batch * corpus.sequence,
-                batch=job.lora.batch,
-            ),
-            steps,
-            job.objective,
-            job.lora,
-            advance=advance,
-        )
-    manifest = ctx.manifest(
-        "adapter",
-        target,
-        parents=parents,
-        hashes={"data": identity["data"]},
-        config={**identity, "base_hash": target.weights_hash, "base": str(target.folder)},
-        results={
-            "losses": list(course.losses),
-            "grad_norms": list(course.grad_norms),
-            "tokens": course.tokens,
-            "trainable": course.trainable,
-            "layer": point.layer,
-            "site": point.site,
-            "model": target.name,
-            "n_layers": target.n_layers,
-            "warnings": warnings,
-        },
-    )
-    manifest.seconds = round(course.seconds, 3)
-    with ctx.workspace.artifact(folder, manifest) as temporary:
-        save_adapter(peft, temporary, target.folder)
-    return manifest

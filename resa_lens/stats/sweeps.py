@@ -284,7 +284,8 @@ class SweepPower:
     any_layer: float
     """The same of any layer, after the correction for all of them."""
     layer_spread: float | None
-    """Standard deviation of the layers' true means that F would see; None with one seed."""
+    """Standard deviation of the layers' true means that F would see; None with one seed, and where
+    the seeds of each layer score alike: F is not defined then."""
     layers: int
     seeds: int
     n: int
@@ -312,8 +313,8 @@ def sweep_power(
     error = float(np.median(np.sqrt(np.diag(made.covariance))))
     critical, _ = _largest(made, draws, seed, 1 - alpha)
     spread = None
-    if layers > 1 and seeds > 1:
-        within = float(runs.mean(axis=2).var(axis=1, ddof=1).mean())
+    within = float(runs.mean(axis=2).var(axis=1, ddof=1).mean()) if seeds > 1 else 0.0
+    if layers > 1 and within > 0:
         between, inside = layers - 1, layers * (seeds - 1)
         border = float(stats.f.ppf(1 - alpha, between, inside))
 

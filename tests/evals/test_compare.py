@@ -287,7 +287,9 @@ def test_bad_input(call: Any) -> None:
 # The command
 
 
-def keep(workspace: Path, name: str, samples: list[dict[str, Any]]) -> str:
+def keep(
+    workspace: Path, name: str, samples: list[dict[str, Any]], config: dict[str, Any] | None = None
+) -> str:
     """Put an evaluation into a workspace as `eval` does."""
     made = summarise(run_scores(name, samples))
     result = EvalResult(
@@ -295,7 +297,9 @@ def keep(workspace: Path, name: str, samples: list[dict[str, Any]]) -> str:
         samples=samples, seconds=1.0, tokens=5,
     )  # fmt: skip
     place = Workspace(workspace)
-    with place.artifact(place.path("evals", name), Manifest(kind="eval", config={})) as target:
+    with place.artifact(
+        place.path("evals", name), Manifest(kind="eval", config=config or {})
+    ) as target:
         write_json(target / "results.json", result.to_dict())
         write_samples(result, target / "samples.parquet")
     return name
@@ -440,6 +444,23 @@ def test_command_refuses(work: Path, args: tuple[str, ...], names: str) -> None:
     done = invoke(work, *args, code=2)
     assert names in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1
+
+
+def test_runs_that_were_asked_in_different_ways_are_told(work: Path) -> None:
+    def config(engine: str, **generation: Any) -> dict[str, Any]:
+        return {"engine": engine, "dtype": "float32", "eval": {"limit": 4, "samples": 1,
+                "generation": {"temperature": 0.0, "seed": len(engine), **generation}}}  # fmt: skip
+
+    answers = rows([[True], [False], [True], [True]])
+    keep(work, "by-hf", answers, config("hf", max_new_tokens=160))
+    keep(work, "by-vllm", answers, config("vllm", max_new_tokens=320))
+    keep(work, "again", answers, config("hf", max_new_tokens=160))
+    said = [line for line in invoke(work, "by-hf", "by-vllm").stderr.splitlines() if "warn" in line]
+    assert [line.partition(":")[2].partition(":")[0] for line in said] == [
+        " the runs differ in engine (hf / vllm)",
+        " the runs differ in max_new_tokens (160 / 320)",
+    ]
+    assert "differ" not in invoke(work, "by-hf", "again").stderr
 
 
 def test_a_folder_that_is_no_evaluation_is_named(work: Path, tmp_path: Path) -> None:

@@ -130,6 +130,13 @@ def test_several_samples_are_resampled_by_question():
     assert len(set(streams)) == 24
 
 
+def test_samples_that_are_all_right_leave_an_interval():
+    config = EvalConfig(samples=2, generation=GenerationConfig(temperature=0.6))
+    result = evaluate(ScriptedEngine(right_below(12)), ITEMS, config)
+    assert result.ci == wilson_interval(12, 12)
+    assert result.by_task["odd"].ci == wilson_interval(6, 6)
+
+
 def test_a_questions_stream_does_not_depend_on_the_others():
     def streams(items, **options):
         engine = ScriptedEngine(right_below(12))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from resa_lens.errors import BadInputError
+from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.evals.engines import GenerationConfig, HFEngine
+from resa_lens.evals.engines import vllm as engine_file
 from resa_lens.evals.engines.vllm import VLLMEngine, document_seed
 from resa_lens.evals.run import EvalConfig, ask, score
 from resa_lens.evals.tasks import load_questions
@@ -34,6 +36,22 @@ def test_where_it_is_missing_it_says_how_to_get_it(tiny):
     with pytest.raises(BadInputError, match=r"install_engine.sh vllm") as error:
         VLLMEngine(tiny)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_an_engine_that_does_not_start_says_so(tiny, monkeypatch):
+    def fails(**_):
+        raise ValueError("No available memory\nfor the cache blocks")
+
+    monkeypatch.setattr(engine_file, "_import", lambda: SimpleNamespace(LLM=fails))
+    with pytest.raises(RunFailedError, match="No available memory for the cache") as error:
+        VLLMEngine(tiny)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_ranks_are_rounded_up_to_those_that_requests_have():
+    assert [engine_file._rank(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
+    with pytest.raises(BadInputError, match=r"rank 513.*--merge"):
+        engine_file._rank(513)
 
 
 @pytest.fixture(scope="module")

@@ -379,7 +379,8 @@ def test_runs_on_other_questions_of_the_same_name_are_not_paired(tmp_path: Path)
     """The id of an own file's question is the file's name and a row number."""
 
     def result(question: str) -> EvalResult:
-        row = {"id": "own-0", "question": question, "gold": "5", "correct": True}
+        row = {"id": "own-0", "question": question, "gold": "5", "correct": True, "sample": 0}
+        row |= {"answer": "5", "family": None, "level": None}
         return EvalResult(1.0, 1, (0.0, 1.0), {}, {}, [row], 0.0, 1)
 
     with pytest.raises(BadInputError, match="different questions"):

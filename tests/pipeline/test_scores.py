@@ -147,6 +147,18 @@ def test_new_options_leave_the_names_of_old_runs(tiny, tmp_path):
     assert eval_run(ctx, tiny, ITEMS[:2], EvalConfig(limit=2), engine="hf")[0] == folder
 
 
+def test_another_chat_template_is_another_run(tiny, tmp_path, monkeypatch):
+    ctx, asked = context(tmp_path), EvalConfig(limit=2, chat_template=True)
+    first, _ = eval_run(ctx, tiny, ITEMS[:2], asked)
+    assert eval_run(ctx, tiny, ITEMS[:2], asked)[0] == first
+    text = tiny.tokenizer.chat_template
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", "Say it in short. " + text)
+    second, _ = eval_run(ctx, tiny, ITEMS[:2], asked)
+    assert second != first
+    prompts = {read_samples(place / "samples.parquet")[0]["prompt"] for place in (first, second)}
+    assert len(prompts) == 2
+
+
 def test_threads_are_recorded(tiny, tmp_path):
     ctx = context(tmp_path)
     folder, _ = eval_run(ctx, tiny, ITEMS[:2], EvalConfig(limit=2))

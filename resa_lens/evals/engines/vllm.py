@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from resa_lens.errors import BadInputError
+from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.evals.engines.base import Answered, Generation, GenerationConfig, Progress
 from resa_lens.evals.engines.text import end_ids, finish
 from resa_lens.model_files import hash_files, weight_files
@@ -38,6 +38,8 @@ _SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
 Lora = Literal["request", "merged"]
 
 
@@ -49,7 +51,9 @@ class VLLMEngine:
         lora: whether an adapter goes with the requests, or into a copy of the weights.
 
     Raises:
-        BadInputError: vLLM is not installed, or the model has no folder of safetensors.
+        BadInputError: vLLM is not installed, the model has no folder of safetensors, or the
+            adapter's rank is more than requests may have.
+        RunFailedError: vLLM does not start with this model.
     """
 
     def __init__(self, model: Model, *, lora: Lora = "request") -> None:
@@ -85,16 +89,24 @@ class VLLMEngine:
             # The loaded model lies there already.
             free, total = torch.cuda.mem_get_info()
             options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
-        self._llm = self._vllm.LLM(
-            model=str(folder),
-            dtype=model.dtype,
-            # The files' own: a default of 0.6 in generation_config.json is none of ours.
-            generation_config="vllm",
-            enforce_eager=model.device == "cpu",
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            **options,
-        )
+        try:
+            self._llm = self._vllm.LLM(
+                model=str(folder),
+                dtype=model.dtype,
+                # The files' own: a default of 0.6 in generation_config.json is none of ours.
+                generation_config="vllm",
+                enforce_eager=model.device == "cpu",
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                **options,
+            )
+        except Exception as error:  # of whatever kind: too little memory, a model it has not
+            reason = " ".join(str(error).split()) or "no message"
+            raise RunFailedError(
+                f"engine vllm does not start with {model.slug} "
+                f"({type(error).__name__}: {reason[:300]}).\n"
+                "Leave out --engine to score with hf"
+            ) from error
         self.max_length = int(self._llm.llm_engine.model_config.max_model_len)
 
     def generate(
@@ -219,7 +231,12 @@ def _base_folder(model: Model) -> Path | None:
 
 def _rank(rank: int) -> int:
     """Return the smallest rank that vLLM has room for and that holds the adapter's."""
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+    for size in _RANKS:
+        if size >= rank:
+            return size
+    raise BadInputError(
+        f"the adapter has rank {rank}, a request to vllm at most {_RANKS[-1]}; use --merge"
+    )
 
 
 def _save_merged(model: Model, folder: Path) -> Path:
