@@ -52,3 +52,19 @@ def test_formats_are_written_for_the_peers(tmp_path: Path) -> None:
     assert "written" in run("check_formats.py", "write", str(tmp_path))
     assert len(list(tmp_path.rglob("sae_weights.safetensors"))) == 4
     assert len(list(tmp_path.rglob("ae.pt"))) == 4
+
+
+def test_tuning_against_the_authors_loop() -> None:
+    shape = ["--width", "64", "--n-layers", "4", "--vocab", "500", "--tokens", "128", "--rounds", "2"]
+    out = run("tuning_speed.py", *shape, "--latents", "256", "--dropout", "0")
+    # At so small a shape no ratio means anything; that both loops compute the same does.
+    found = re.search(r"largest relative difference of a loss (\S+)", out)
+    assert found is not None
+    assert float(found[1]) < 1e-4
+    assert len(re.findall(r"s an update", out)) == 3
+
+
+def test_memory_of_the_chunked_kl() -> None:
+    # The script itself ends with 1 where memory or gradients miss their targets.
+    out = run("tuning_memory.py", "--vocab", "60000", "--tokens", "1024")
+    assert "ratio" in out

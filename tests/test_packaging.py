@@ -77,6 +77,9 @@ def test_the_wheel_is_small_and_holds_the_data_and_the_app(dist):
     for name in (
         "resa_lens/_data/tiny-reasoner/model.safetensors",
         "resa_lens/_data/tiny-reasoner/tokenizer.json",
+        "resa_lens/_data/tiny-reasoner-rl/model.safetensors",
+        "resa_lens/_data/tiny-reasoner-rl/checkpoints/step-109/adapter_model.safetensors",
+        "resa_lens/_data/prices.csv",
         "resa_lens/_data/tiny/test.jsonl",
         "resa_lens/_data/paper/table6_hookpoints.csv",
         "resa_lens/_data/paper/tables36_61_layer_checkpoints.csv",

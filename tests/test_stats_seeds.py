@@ -10,6 +10,7 @@ from scipy import stats as reference
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
+from resa_lens.stats.power import least_detectable
 
 BASE = 0.68
 
@@ -298,3 +299,25 @@ def test_coverage_and_power_of_the_correlation():
 def test_bad_input(call):
     with pytest.raises(BadInputError):
         call()
+
+
+@pytest.mark.parametrize("n", [60, 500, 4000])
+def test_the_least_that_questions_can_show_is_seen(n):
+    least = least_detectable(n)
+    assert 0.8 < stats.mcnemar_power(least, least, n) < 0.97
+    assert least_detectable(n, alpha=0.005) > least
+
+
+def test_a_sweep_that_changes_hardly_an_answer_does_not_see_everything():
+    """Without noise Student's t would see two questions of 2,000, which no test of flips does."""
+    rng = np.random.default_rng(0)
+    base = (rng.random(2000) < 0.7).astype(float)
+    scores = np.tile(base, (5, 3, 1))
+    for run in scores.reshape(-1, 2000):
+        run[rng.integers(2000)] *= 0.0
+    power = stats.sweep_power(scores, base)
+    assert power.one_layer == least_detectable(2000)
+    assert power.any_layer > power.one_layer
+    more = np.flatnonzero(base == 0)[: int(np.ceil(power.any_layer * 2000))]
+    scores[2][:, more] = 1.0
+    assert stats.sweep_differences(scores, base).adjusted_p[2] < 0.05

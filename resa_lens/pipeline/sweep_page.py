@@ -74,12 +74,11 @@ def findings(sweep: Sweep) -> list[str]:
         )
     said += _of_controls(sweep)
     power = sweep.power
-    if power["any_layer"] > 0:
-        said.append(
-            f"This sweep sees, in 80 of 100 cases, a difference of "
-            f"{points(power['one_layer'])[1:]} points at one layer chosen before, "
-            f"{points(power['any_layer'])[1:]} at any."
-        )
+    said.append(
+        f"This sweep sees, in 80 of 100 cases, a difference of "
+        f"{points(power['one_layer'])[1:]} points at one layer chosen before, "
+        f"{points(power['any_layer'])[1:]} at any."
+    )
     if sweep.failed:
         said.append(f"Left out, since they failed: {', '.join(sweep.failed)}.")
     return said

@@ -82,6 +82,15 @@ def mcnemar_detectable(
     return optimize.root_scalar(excess, bracket=(0.0, discordance)).root
 
 
+def least_detectable(n: int, alpha: float = ALPHA, power: float = POWER) -> float:
+    """Return the smallest difference that n questions can show: as if every flip went one way.
+
+    `mcnemar_detectable` where the discordance is the difference itself, slightly rounded up.
+    """
+    reach = sum(_quantiles(alpha, power))
+    return min(1.0, ((reach + math.sqrt(reach**2 + 4)) / 2) ** 2 / n)
+
+
 def mcnemar_power(discordance: float, difference: float, n: int, alpha: float = ALPHA) -> float:
     """Power of McNemar's exact test with n questions, summed over every number of flips."""
     _check_discordance(discordance)

@@ -14,7 +14,7 @@ from resa_lens.stats import arrays
 from resa_lens.stats.arrays import DRAWS, Floats, Interval, Seed, check_level
 from resa_lens.stats.multiple import simultaneous_quantile
 from resa_lens.stats.oneway import OneWay, one_way, one_way_permutation
-from resa_lens.stats.power import ALPHA, POWER, reach_of
+from resa_lens.stats.power import ALPHA, POWER, least_detectable, reach_of
 from resa_lens.stats.resampling import permutation_p_value, spearman
 from resa_lens.stats.seeds import error_of, honest_p, is_sparse, never_a_point, runs_of, spread_of
 
@@ -277,7 +277,11 @@ def profile_correlation(
 
 @dataclass(frozen=True)
 class SweepPower:
-    """What a sweep of this design could see at the power, from the noise that it shows."""
+    """What a sweep of this design could see at the power, from the noise that it shows.
+
+    Where hardly an answer changes there is hardly any noise; then what so many questions can show
+    at all is the bound (`power.least_detectable`).
+    """
 
     one_layer: float
     """Difference to the base of one layer chosen beforehand: the median over layers."""
@@ -324,9 +328,13 @@ def sweep_power(
 
         needed = optimize.root_scalar(lacking, bracket=(1e-6, 1e5)).root
         spread = math.sqrt(float(needed) * within / (seeds * between))
+    together = 2 * float(stats.t.sf(critical, made.freedom))
     return SweepPower(
-        reach_of(made.freedom, alpha, power) * error,
-        (critical + float(stats.t.ppf(power, made.freedom))) * error,
+        max(reach_of(made.freedom, alpha, power) * error, least_detectable(n, alpha, power)),
+        max(
+            (critical + float(stats.t.ppf(power, made.freedom))) * error,
+            least_detectable(n, together, power),
+        ),
         spread,
         layers,
         seeds,
