@@ -352,6 +352,13 @@ def spent(path: str, manifest: Manifest) -> Spent:
     }
     if held.get("tokens") is None:
         held["tokens"] = tokens
+    # A run that was killed and went on: what came before the last call was not metered.
+    if manifest.cost and manifest.seconds > 1.05 * held["seconds"] + 1:
+        held |= {"seconds": manifest.seconds, "joules": {}}
+        held["energy_not_readable"] = [
+            *held["energy_not_readable"],
+            "not metered before a kill",
+        ]
     return Spent(path, manifest.kind, held)
 
 

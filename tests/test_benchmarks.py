@@ -55,7 +55,18 @@ def test_formats_are_written_for_the_peers(tmp_path: Path) -> None:
 
 
 def test_tuning_against_the_authors_loop() -> None:
-    shape = ["--width", "64", "--n-layers", "4", "--vocab", "500", "--tokens", "128", "--rounds", "2"]
+    shape = [
+        "--width",
+        "64",
+        "--n-layers",
+        "4",
+        "--vocab",
+        "500",
+        "--tokens",
+        "128",
+        "--rounds",
+        "2",
+    ]
     out = run("tuning_speed.py", *shape, "--latents", "256", "--dropout", "0")
     # At so small a shape no ratio means anything; that both loops compute the same does.
     found = re.search(r"largest relative difference of a loss (\S+)", out)

@@ -410,7 +410,7 @@ def filled(tmp_path: Path) -> Workspace:
     put(space, "saes/m/unused", "saes", results={"tokens": 7})
     put(
         space, "recommendations/m/r", "recommendation", parents=["saes/m/used", "counts/gone"],
-        results={"tokens": {"<think>": 3}}, cost=metered(4.0),
+        results={"tokens": {"<think>": 3}}, seconds=4.0, cost=metered(4.0),
     )  # fmt: skip
     questions = {"eval": {"limit": 5}, "questions": "q1"}
     for name in ("one", "two"):
@@ -493,3 +493,15 @@ def test_a_manifest_from_before_costs_is_read(tmp_path: Path) -> None:
 
 def test_an_empty_workspace_costs_nothing(tmp_path: Path) -> None:
     assert workspace_costs(Workspace(tmp_path / "absent")) == []
+
+
+def test_a_run_that_was_killed_costs_its_whole_time() -> None:
+    """The meter saw the last call alone, `seconds` all of them."""
+    measured = {"seconds": 10.0, "joules": {"package-0": 50.0}, "energy_not_readable": []}
+    fields = {"kind": "adapter", "config": {}, "seed": 0, "threads": 1, "device": "cpu"}
+    fields |= {"dtype": "float32", "kernel_path": "plain", "hashes": {}, "cost": measured}
+    whole = cost.spent("a", Manifest(**fields, seconds=9.5)).cost
+    assert (whole["seconds"], whole["joules"]) == (10.0, {"package-0": 50.0})
+    killed = cost.spent("a", Manifest(**fields, seconds=40.0)).cost
+    assert (killed["seconds"], killed["joules"]) == (40.0, {})
+    assert killed["energy_not_readable"] == ["not metered before a kill"]

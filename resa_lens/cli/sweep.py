@@ -101,6 +101,7 @@ def sweep(
         from resa_lens.evals.engines import GenerationConfig
         from resa_lens.evals.run import EvalConfig
         from resa_lens.hookpoints import parse_layers
+        from resa_lens.pipeline.adapters import TuneJob
         from resa_lens.pipeline.controls import CONTROLS
         from resa_lens.pipeline.sweep import SweepConfig, jobs_of, sweep_run
         from resa_lens.pipeline.sweep_page import (
@@ -110,7 +111,6 @@ def sweep(
             layer_cells,
             selector_cells,
         )
-        from resa_lens.pipeline.tuning import TuneJob
         from resa_lens.saes.train import SaeConfig
         from resa_lens.tuning.objective import preset as named
         from resa_lens.tuning.sft import KINDS

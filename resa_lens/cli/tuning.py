@@ -64,6 +64,7 @@ def tune(
     alpha: Annotated[int, typer.Option(help="LoRA alpha.", min=1)] = 128,
     dropout: Annotated[float, typer.Option(help="LoRA dropout.", min=0.0, max=0.99)] = 0.05,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.", min=0.0)] = 1e-6,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.", min=0.0)] = 0.01,
     batch: Annotated[int, typer.Option(help="Sequences a batch.", min=1)] = 1,
     accumulation: Annotated[
         int, typer.Option(help="Batches an update, over all processes.", min=1)
@@ -127,8 +128,9 @@ def tune(
         from resa_lens.evals.run import EvalConfig
         from resa_lens.hookpoints import describe_layer
         from resa_lens.pipeline import demo as pipeline_demo
+        from resa_lens.pipeline.adapters import TuneJob, adapter_run
         from resa_lens.pipeline.discovery import newest_recommendation
-        from resa_lens.pipeline.tuning import TuneJob, adapter_run, tune_run
+        from resa_lens.pipeline.tuning import tune_run
         from resa_lens.saes.train import SaeConfig
         from resa_lens.saes.world import ALONE, local_device
         from resa_lens.tuning.loop import TuneConfig, join_processes
@@ -172,6 +174,7 @@ def tune(
                 accumulation=accumulation,
                 gradient_checkpointing=gradient_checkpointing,
                 checkpoint_every=checkpoint_every,
+                weight_decay=weight_decay,
             ),
             sae=SaeConfig(objective.site, latents, k, tokens=tokens, seed=seed),
             trigger=CorpusConfig(source=trigger_data or data, seed=seed),

@@ -14,9 +14,10 @@ from resa_lens.features.exclusive import RULES
 from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import SUPPORTED, MixtureFit
 from resa_lens.layers.mixture import fit_mixture
+from resa_lens.pipeline.adapters import TuneJob
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.discovery import Discovery, discover
-from resa_lens.pipeline.tuning import Tuned, TuneJob, tune_run
+from resa_lens.pipeline.tuning import Tuned, tune_run
 from resa_lens.saes.train import SaeConfig
 from resa_lens.tuning.objective import preset
 from resa_lens.tuning.train import TuneConfig

@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 
 from resa_lens.corpora import CorpusConfig, Record, hash_records, load_records
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
+from resa_lens.evals.compare import run_scores
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.exclusive import RULES, CountConfig
 from resa_lens.hookpoints import trainable_layers
 from resa_lens.layers.selectors import Effect
 from resa_lens.models import Model
+from resa_lens.pipeline.adapters import TuneJob, adapter_run, elicitation_records
 from resa_lens.pipeline.attribution import measure_effects
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.discovery import count_run
@@ -30,7 +32,7 @@ from resa_lens.pipeline.saes import SaeRun, probe_batches, split_records
 from resa_lens.pipeline.scores import load_eval_items, note_overlap, read_eval
 from resa_lens.pipeline.sweep_page import PAGE, write_sweep_page
 from resa_lens.pipeline.sweep_tables import JobScores, Sweep, analyse, write_tables
-from resa_lens.pipeline.tuning import TuneJob, adapter_run, score_adapter, score_base
+from resa_lens.pipeline.tuning import score_adapter, score_base
 from resa_lens.progress import Reporter
 from resa_lens.saes.checkpoint import run_lock
 from resa_lens.saes.quality import loss_change
@@ -145,7 +147,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> tuple[Path, Sweep]:
         raise BadInputError(
             f"{len(items)} question to score: intervals over questions need two or more"
         )
-    trigger, elicited = _records(shared.trigger), _records(shared.elicitation)
+    trigger, elicited = _records(shared.trigger), elicitation_records(shared)
     note_overlap(ctx, items, elicited)
     target = ctx.model(shared.model, shared.base)
     source = ctx.model(shared.source_model) if shared.source_model else target
@@ -202,7 +204,11 @@ def sweep_run(ctx: Context, config: SweepConfig) -> tuple[Path, Sweep]:
             f"sweep: no tuning through an SAE finished; first reason: "
             f"{next(iter(board.failed.values()), 'none')}"
         )
-    runs = {job.name: read_eval(ctx, ctx.workspace.path(job.eval)) for job in made}
+    # One run's texts at a time: answers may be long and runs many.
+    runs = {
+        job.name: run_scores(job.name, read_eval(ctx, ctx.workspace.path(job.eval)).samples)
+        for job in made
+    }
     counts_folder, counts = count_run(ctx, source, saes, CountConfig(), layers)
     sweep = analyse(
         base=base,
@@ -217,6 +223,8 @@ def sweep_run(ctx: Context, config: SweepConfig) -> tuple[Path, Sweep]:
         fvu={layer: q["fvu"] for layer, q in saes.quality.items() if layer in layers},
         seed=ctx.seed,
     )
+    first = ctx.workspace.manifest(ctx.workspace.path(made[0].adapter))
+    lead = _lead(config, sweep, first.config["steps"] if first else 0)
     manifest = ctx.manifest(
         "sweep",
         target,
@@ -238,8 +246,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> tuple[Path, Sweep]:
     manifest.seconds = round(time.monotonic() - began, 3)
     with ctx.workspace.artifact(folder, manifest) as temporary:
         write_tables(sweep, base, runs, temporary)
-        title, lead = _title(target, source, config), _lead(config, sweep)
-        write_sweep_page(sweep, temporary / PAGE, title, lead)
+        write_sweep_page(sweep, temporary / PAGE, _title(target, source, config), lead)
     shutil.rmtree(work, ignore_errors=True)
     return folder, sweep
 
@@ -263,11 +270,11 @@ def _title(target: Model, source: Model, config: SweepConfig) -> str:
     return f"{target.slug}{through}: preset {objective.preset}, site {objective.site}"
 
 
-def _lead(config: SweepConfig, sweep: Sweep) -> str:
-    lora, steps = config.tune.lora, config.tune.steps
+def _lead(config: SweepConfig, sweep: Sweep, steps: int) -> str:
+    lora = config.tune.lora
     return (
         f"{len(sweep.layers)} layers x {config.seeds} seeds, {sweep.n} questions, learning rate "
-        f"{lora.learning_rate:g}, LoRA rank {lora.rank}, {steps or 'default'} steps."
+        f"{lora.learning_rate:g}, LoRA rank {lora.rank}, {steps} steps."
     )
 
 
@@ -334,7 +341,7 @@ def _one(
         control=job.control,
     )
     # The seed of a control is the job's; of the stages of one job only warnings are said.
-    own = replace(ctx, seed=job.seed, reporter=_Warnings(ctx.reporter), force=False)
+    own = replace(ctx, seed=job.seed, reporter=_Warnings(ctx.reporter))
     began = time.monotonic()
     try:
         adapter = adapter_run(own, tune, saes)

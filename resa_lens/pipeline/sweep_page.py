@@ -195,7 +195,14 @@ def write_sweep_page(sweep: Sweep, path: Path, title: str, lead: str) -> None:
                 Table(*layer_cells(sweep)),
             ],
         ),
-        ("Selectors", [Table(*selector_cells(sweep))]),
+        (
+            "Selectors",
+            [
+                Table(*selector_cells(sweep)),
+                "Regret: the best layer's score minus the chosen one's, in points; the intervals "
+                "come from the spread between seeds, on these questions.",
+            ],
+        ),
     ]
     if sweep.controls:
         sections.insert(2, ("Controls", [Table(*control_cells(sweep))]))

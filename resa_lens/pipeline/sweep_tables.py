@@ -93,7 +93,7 @@ class Sweep:
 def analyse(
     *,
     base: EvalResult,
-    runs: Mapping[str, EvalResult],
+    runs: Mapping[str, RunScores],
     jobs: Sequence[JobScores],
     failed: Mapping[str, str],
     n_layers: int,
@@ -108,7 +108,7 @@ def analyse(
 
     Args:
         base: of the model without adapter.
-        runs: by the jobs' names.
+        runs: answers by the jobs' names.
         jobs: the finished ones; layers that miss a seed are left out of the tests.
         failed: reasons by name.
         n_layers: of the model.
@@ -152,7 +152,7 @@ def analyse(
             "n_layers": n_layers,
             "base": {"accuracy": base.accuracy, "n": base.n, "ci": list(base.ci)},
             "jobs": [
-                {**asdict(job), "accuracy": runs[job.name].accuracy, "n": runs[job.name].n}
+                {**asdict(job), "accuracy": float(runs[job.name].means.mean()), "n": len(base_Q)}
                 for job in jobs
             ],
             "layers": _layer_rows(layers, flat, found),
@@ -184,9 +184,9 @@ def analyse(
     return Sweep(**parts)
 
 
-def _told(base: EvalResult, runs: Mapping[str, EvalResult]) -> dict[str, RunScores]:
-    """Return every run's answers on the same questions in the same order."""
-    told = {name: run_scores(name, r.samples) for name, r in {"base": base, **runs}.items()}
+def _told(base: EvalResult, runs: Mapping[str, RunScores]) -> dict[str, RunScores]:
+    """Return every run's answers, on the same questions in the same order."""
+    told = {"base": run_scores("base", base.samples), **runs}
     check_paired(list(told.values()))
     return told
 
@@ -272,7 +272,7 @@ def _control_rows(
 
 
 def write_tables(
-    sweep: Sweep, base: EvalResult, runs: Mapping[str, EvalResult], folder: Path
+    sweep: Sweep, base: EvalResult, runs: Mapping[str, RunScores], folder: Path
 ) -> None:
     """Write the sweep's JSON, its table of scores, and each run's answers by question."""
     write_json(folder / SWEEP, sweep.to_dict())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,17 @@ class World:
         """Wait for every rank."""
         if self.size > 1:
             dist.barrier()
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do the work on rank 0 before the others do it: they find what it has made."""
+        if self.size == 1:
+            return work()
+        if self.rank == 0:
+            value = work()
+            self.barrier()
+            return value
+        self.barrier()
+        return work()
 
     def agree(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""

@@ -25,7 +25,7 @@ from resa_lens.hookpoints import describe_layer
 from resa_lens.model_files import find_folder, hash_files, resolve_base, weight_files
 from resa_lens.models import DTYPES, Model, load_model, quiet
 from resa_lens.tuning.objective import PRESETS
-from resa_lens.workspace import Manifest, Workspace
+from resa_lens.workspace import Manifest, Workspace, write_errors
 
 _TOKENIZER_PATTERNS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -295,14 +295,20 @@ def adapter_card(
 
 
 def write_card(folder: Path, text: str) -> Path:
-    """Write a card as the folder's README.md, whole or not at all."""
+    """Write a card as the folder's README.md, whole or not at all.
+
+    Raises:
+        BadInputError: no permission to write there.
+        RunFailedError: the disk is full, or another write error.
+    """
     path = folder / "README.md"
     temporary = folder / ".README.md.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -49,8 +49,12 @@ class TuneConfig:
     """Compute the blocks' activations again on the way back: less memory, more time."""
     checkpoint_every: int | None = None
     """Keep the adapter after every so many updates, as step-<update>."""
+    weight_decay: float = 0.01
+    """AdamW's; torch's own default, since Table 7 names none."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.weight_decay < math.inf:
+            raise BadInputError(f"weight decay {self.weight_decay} must be 0 or more")
         for name in ("rank", "batch", "accumulation", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,7 +142,10 @@ def fit(
         )
     weights = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        list(weights.values()), lr=config.learning_rate, betas=(0.9, 0.999)
+        list(weights.values()),
+        lr=config.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=config.weight_decay,
     )
     store = None
     if folder is not None:

@@ -19,10 +19,10 @@ from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.pipeline import sweep as sweeps
+from resa_lens.pipeline.adapters import TuneJob
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.saes import SaeRun
 from resa_lens.pipeline.sweep import SweepConfig, jobs_of, sweep_run
-from resa_lens.pipeline.tuning import TuneJob
 from resa_lens.progress import Reporter
 from resa_lens.saes.checkpoint import run_lock
 from resa_lens.saes.train import SaeConfig

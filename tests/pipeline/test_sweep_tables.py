@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from resa_lens.errors import BadInputError
+from resa_lens.evals.compare import RunScores, run_scores
 from resa_lens.evals.run import EvalResult
 from resa_lens.pipeline.sweep_page import findings, layer_cells, write_sweep_page
 from resa_lens.pipeline.sweep_tables import JobScores, Sweep, analyse, write_tables
@@ -34,6 +35,10 @@ def result(correct: np.ndarray) -> EvalResult:
     return EvalResult(share, len(correct), (share - 0.05, share + 0.05), {}, {}, samples, 1.0, 1)
 
 
+def scores(name: str, correct: np.ndarray) -> RunScores:
+    return run_scores(name, result(correct).samples)
+
+
 def planted(gain: dict[int, float], seed: int = 0, control_gain: float = 0.0):
     """Base answers at 60 %, runs that flip 5 % of them, balanced; a gained layer flips more up."""
     rng = np.random.default_rng(seed)
@@ -48,10 +53,10 @@ def planted(gain: dict[int, float], seed: int = 0, control_gain: float = 0.0):
     for s in SEEDS:
         for layer in LAYERS:
             name = f"L{layer:02d}-s{s}"
-            runs[name] = result(run(gain.get(layer, 0.0)))
+            runs[name] = scores(name, run(gain.get(layer, 0.0)))
             jobs.append(JobScores(name, layer, s, None, "a", "e"))
         for name, layer, control in ((f"L03-noise-s{s}", 3, "noise"), (f"cot-s{s}", None, "cot")):
-            runs[name] = result(run(control_gain))
+            runs[name] = scores(name, run(control_gain))
             jobs.append(JobScores(name, layer, s, control, "a", "e"))
     return result(base), runs, jobs
 
@@ -158,7 +163,7 @@ def test_a_layer_that_misses_a_seed_is_left_out():
 
 def test_runs_that_change_no_answer_have_intervals_all_the_same():
     base, runs, jobs = planted({})
-    alike = dict.fromkeys(runs, base)
+    alike = {name: run_scores(name, base.samples) for name in runs}
     sweep = analyse(
         base=base, runs=alike, jobs=jobs, failed={}, n_layers=8,
         counts={"all": dict.fromkeys(LAYERS, 0.0)}, rule="all",
@@ -184,7 +189,7 @@ def test_tables_and_page_hold_what_was_computed(tmp_path):
     assert {r["layer"] for r in rows if r["control"] == "cot"} == {""}
     answers = pq.read_table(tmp_path / "answers.parquet")
     mean = np.mean(answers["L04-s0"].to_numpy())
-    assert mean == pytest.approx(runs["L04-s0"].accuracy)
+    assert mean == pytest.approx(runs["L04-s0"].means.mean())
     assert np.mean(answers["base"].to_numpy()) == pytest.approx(base.accuracy)
     write_sweep_page(sweep, tmp_path / "sweep.html", "a <b> title", "lead")
     page = (tmp_path / "sweep.html").read_text()

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.models import load_model
+from resa_lens.pipeline.adapters import ALL_CONTROLS, TuneJob, adapter_run
 from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.tuning import ALL_CONTROLS, TuneJob, adapter_run, tune_run
+from resa_lens.pipeline.tuning import tune_run
 from resa_lens.saes.train import SaeConfig
 from resa_lens.tuning.log import read_log
 from resa_lens.tuning.loop import TuneConfig
@@ -103,7 +104,7 @@ def test_bad_input(ctx, tmp_path):
     data.write_text('{"question": "1+1?", "answer": "2"}\n')
     with pytest.raises(BadInputError, match="no steps to imitate"):
         adapter_run(ctx, job(control="cot", elicitation=elicitation))
-    assert not list(ctx.workspace.root.glob("adapters/[!.]*"))
+    assert not list(ctx.workspace.root.glob("adapters/*"))
 
 
 COMMAND = (
