@@ -204,6 +204,19 @@ def test_one_damaged_artifact_leaves_the_others(copied, open_app):
     assert charts(app) == 6
 
 
+def test_adapters_made_without_an_sae_are_shown_as_what_they_are(copied, open_app):
+    file = manifest_of(copied, "adapters")
+    made = json.loads(file.read_text())
+    assert "Tuned through the SAE of layer" in texts(open_app(copied))
+    made["config"]["control"] = "noise"
+    file.write_text(json.dumps(made))
+    assert "Tuned with the control noise in the SAE's place: layer" in texts(open_app(copied))
+    made["config"]["control"] = "cot"
+    made["results"] |= {"layer": None, "site": None}
+    file.write_text(json.dumps(made))
+    assert "Fine-tuned in place of SAE-Tuning: cot" in texts(open_app(copied))
+
+
 @pytest.mark.parametrize("name", ["recommendation.json", "results.json", "samples.parquet"])
 def test_half_written_files(copied, open_app, name):
     for file in copied.rglob(name):

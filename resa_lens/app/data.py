@@ -17,6 +17,7 @@ import streamlit as st
 from pydantic import BaseModel, Field, ValidationError
 
 from resa_lens.errors import BadInputError
+from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import MixtureFit, read_table
 from resa_lens.resources import data_path
 from resa_lens.stats import Interval, PairedComparison, compare_paired
@@ -107,9 +108,19 @@ class Scores(StoredScore):
 class AdapterResults(BaseModel):
     """Results of an adapter's manifest."""
 
-    layer: int
-    site: str
+    layer: int | None
+    """None where texts were imitated in place of SAE-Tuning."""
+    site: str | None
     n_layers: int
+
+    def what(self, control: str | None) -> str:
+        """Say what the adapter was made with."""
+        if self.layer is None:
+            return f"Fine-tuned in place of SAE-Tuning: {control}"
+        place = f"{describe_layer(self.layer, self.n_layers)}, site {self.site}"
+        if control:
+            return f"Tuned with the control {control} in the SAE's place: {place}"
+        return f"Tuned through the SAE of {place}"
 
 
 @dataclass(frozen=True)

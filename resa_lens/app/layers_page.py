@@ -299,8 +299,7 @@ def _scores(listing: Listing, run: Artifact) -> None:
     except BadInputError as error:
         problem(str(error))
         return
-    place_name = describe_layer(adapter.layer, adapter.n_layers)
-    st.text(f"Tuned through the SAE of {place_name}, site {adapter.site}")
+    st.text(adapter.what(tuning.adapter.manifest.config.get("control")))
     groups = {name: score.groups() for name, score in scores.items()}
     figure(plots.scores_figure(groups), "figure-scores")
     low, high = paired.ci

@@ -114,7 +114,7 @@ def _of_controls(sweep: Sweep) -> list[str]:
 def layer_cells(sweep: Sweep) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows of the table of layers."""
     rules = tuple(sweep.counts)
-    header = ("layer", "accuracy", "minus base", "among all", "adjusted p", *rules, "SAE FVU")
+    header = ("layer", "tuned", "minus base", "among all", "adj. p", *rules, "SAE FVU")
     rows = []
     for row in sweep.layers:
         layer = row["layer"]
@@ -136,7 +136,7 @@ def layer_cells(sweep: Sweep) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def control_cells(sweep: Sweep) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows of the table of controls."""
     header = (
-        "control", "layer", "accuracy", "minus base", "adjusted p", "SAE minus control",
+        "control", "layer", "accuracy", "minus base", "adj. p", "SAE minus control",
         "its adjusted p",
     )  # fmt: skip
     rows = []
