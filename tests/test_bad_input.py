@@ -316,7 +316,7 @@ def test_tuning_loss_that_is_not_finite(refused: Refused) -> None:
     [
         (("train-saes", "--layers", "5", *QUICK), "resa_lens.saes.coder.Coder.save_to_disk"),
         (("count-features", "--layers", "6"), "resa_lens.pipeline.discovery.write_json"),
-        (("tune", *TUNE), "resa_lens.pipeline.tuning.save_adapter"),
+        (("tune", *TUNE), "resa_lens.pipeline.adapters.save_adapter"),
         (("eval", "--limit", "2", "--max-new-tokens", "4"), "resa_lens.evals.run.write_samples"),
     ],
     ids=["train-saes", "count-features", "tune", "eval"],

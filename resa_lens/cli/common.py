@@ -190,7 +190,17 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-WHOLE = ("layer", "by", "95 %", "F (df)", "created (UTC)", "minus base", "among all", "regret")
+WHOLE = (
+    "layer",
+    "by",
+    "95 %",
+    "F (df)",
+    "created (UTC)",
+    "minus base",
+    "among all",
+    "regret",
+    "control",
+)
 """Columns whose cells keep their line in a narrow terminal; the headers of others wrap first."""
 
 

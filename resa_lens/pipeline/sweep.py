@@ -288,7 +288,8 @@ def _work_through(
 ) -> None:
     """Do every job that nobody else is at, until all are done or have failed."""
     open_jobs = list(jobs)
-    with ctx.bar(f"sweep, {len(jobs)} tunings", len(jobs)) as advance:
+    # Not metered: each job's own stages are.
+    with ctx.reporter.bar(f"sweep, {len(jobs)} tunings", len(jobs)) as advance:
         while open_jobs:
             left = []
             for job in open_jobs:

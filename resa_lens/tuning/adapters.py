@@ -295,7 +295,7 @@ def adapter_card(
 
 
 def write_card(folder: Path, text: str) -> Path:
-    """Write a card as the folder's README.md, whole or not at all.
+    """Write a card as the folder's README.md, whole or not at all; an equal one is left alone.
 
     Raises:
         BadInputError: no permission to write there.
@@ -304,6 +304,8 @@ def write_card(folder: Path, text: str) -> Path:
     path = folder / "README.md"
     temporary = folder / ".README.md.tmp"
     with write_errors(path):
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return path
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)

@@ -94,6 +94,9 @@ def test_a_sweep_scores_every_job_and_is_read_again(ctx):
         "manifest.json", "sweep.json", "scores.csv", "answers.parquet", "sweep.html",
     }  # fmt: skip
     assert not list(folder.parent.glob(".work-*"))
+    # The jobs' cost is the jobs' own, not that of what comes after them.
+    spent = {m.kind: m.cost["seconds"] for _, m in ctx.workspace.find("") if m.cost}
+    assert spent["counts"] < spent["adapter"]
     # Of the evaluation's stages nothing is said, of each job one line.
     assert sum(line.startswith("L0") for line in ctx.reporter.lines) == 3
     again_folder, again = sweep_run(ctx, asked)
