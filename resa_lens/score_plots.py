@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
-from resa_lens.plots import BLUE, GREY, ORANGE, _layout, _plain
+from resa_lens.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    _axis,
+    _layout,
+    _plain,
+)
 from resa_lens.stats import Interval
 
 
@@ -53,3 +65,87 @@ def forest_figure(
     made = _layout(figure, _plain(title), "difference, points", "", _plain(subtitle), legend=False)
     made.update_yaxes(autorange="reversed", type="category")
     return made.update_layout(hovermode="closest", height=190 + 34 * max(3, len(rows)))
+
+
+def sweep_figure(
+    layers: Sequence[Mapping[str, Any]],
+    jobs: Sequence[Mapping[str, Any]],
+    controls: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any],
+    *,
+    one_based: bool = False,
+) -> go.Figure:
+    """Accuracy after tuning through each layer's SAE, beside the base model and the controls.
+
+    Args:
+        layers: rows with layer (0-based), accuracy, difference and simultaneous_ci (of the
+            difference to the base model), shares of 1.
+        jobs: every run, with layer, seed, control and accuracy: the small dots.
+        controls: rows with control, layer (None: at the right), difference and ci.
+        base: accuracy and ci.
+        one_based: which numbering the axis shows.
+    """
+    shift, accuracy = int(one_based), 100 * base["accuracy"]
+    figure = go.Figure()
+    runs = [job for job in jobs if job["control"] is None]
+    figure.add_scatter(
+        x=[job["layer"] + shift for job in runs],
+        y=[100 * job["accuracy"] for job in runs],
+        mode="markers",
+        marker={"color": BLUE, "size": 6, "opacity": 0.35},
+        name="one seed",
+        customdata=[_plain(job["name"]) for job in runs],
+        hovertemplate="%{customdata}: %{y:.1f} %<extra></extra>",
+    )
+
+    def differences(
+        rows: Sequence[Mapping[str, Any]], places: Sequence[float], interval: str
+    ) -> dict[str, Any]:
+        y = [accuracy + 100 * row["difference"] for row in rows]
+        reach = {
+            "array": [100 * (row[interval][1] - row["difference"]) for row in rows],
+            "arrayminus": [100 * (row["difference"] - row[interval][0]) for row in rows],
+        }
+        bars = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 3, **reach}
+        return {"x": list(places), "y": y, "mode": "markers", "error_y": bars}
+
+    figure.add_scatter(
+        **differences(layers, [row["layer"] + shift for row in layers], "simultaneous_ci"),
+        marker={"color": BLUE, "size": 10, "symbol": "diamond"},
+        name="through the SAE (interval among all layers)",
+    )
+    known = [row["layer"] for row in layers]
+    right = max(known, default=0) + 1 + shift
+    colours = (ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)
+    names = list(dict.fromkeys(row["control"] for row in controls))
+    free = [n for n in names if any(r["control"] == n and r["layer"] is None for r in controls)]
+    for index, name in enumerate(names):
+        rows = [row for row in controls if row["control"] == name]
+        # Beside the layer's own mark, one control next to the other.
+        places = [
+            right + 0.5 * free.index(name)
+            if row["layer"] is None
+            else row["layer"] + shift + 0.6 * (index + 1) / (len(names) + 1)
+            for row in rows
+        ]
+        figure.add_scatter(
+            **differences(rows, places, "ci"),
+            marker={
+                "color": colours[index % len(colours)],
+                "size": 8,
+                "symbol": ("square", "circle", "triangle-up", "cross")[index % 4],
+            },
+            name=_plain(name),
+        )
+    low, high = (100 * value for value in base["ci"])
+    figure.add_hrect(y0=low, y1=high, fillcolor=GREY, opacity=0.15, line_width=0)
+    figure.add_hline(y=accuracy, line={"color": GREY, "dash": "dash"})
+    made = _layout(
+        figure,
+        "Accuracy after tuning, by layer",
+        _axis(one_based),
+        "accuracy, %",
+        "band: the base model's own 95 % interval; intervals of marks: of the paired difference",
+    )
+    ticks = [layer + shift for layer in known]
+    return made.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from resa_lens import plots
 from resa_lens.hookpoints import describe_layer
 from resa_lens.pipeline.sweep_tables import Sweep
 from resa_lens.report import Section, Table, write_page
+from resa_lens.score_plots import sweep_figure
 
 PAGE = "sweep.html"
 LEVEL = 0.05
@@ -191,7 +191,7 @@ def write_sweep_page(sweep: Sweep, path: Path, title: str, lead: str) -> None:
         (
             "Score by layer",
             [
-                plots.sweep_figure(sweep.layers, sweep.jobs, sweep.controls, base),
+                sweep_figure(sweep.layers, sweep.jobs, sweep.controls, base),
                 Table(*layer_cells(sweep)),
             ],
         ),
