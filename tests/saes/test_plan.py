@@ -88,6 +88,7 @@ def test_groups_train_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(three.folder.parent.glob(".work-*"))
 
 
+@pytest.mark.slow
 def test_the_peak_is_within_15_percent_of_the_plan(cli, tmp_path: Path) -> None:
     """Two processes: one plans, one trains; a size at which the weights are most of the memory."""
     options = [

@@ -50,6 +50,7 @@ def train_alone(workspace: Path, *options: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [
