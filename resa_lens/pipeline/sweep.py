@@ -37,7 +37,7 @@ from resa_lens.progress import Reporter
 from resa_lens.saes.checkpoint import run_lock
 from resa_lens.saes.quality import loss_change
 from resa_lens.tuning.sft import KINDS
-from resa_lens.workspace import config_dict, digest, read_json, write_errors, write_json
+from resa_lens.workspace import MANIFEST, config_dict, digest, read_json, write_errors, write_json
 
 T = TypeVar("T")
 WORK = ".work-"
@@ -191,7 +191,16 @@ def sweep_run(ctx: Context, config: SweepConfig) -> tuple[Path, Sweep]:
     if ctx.force:
         shutil.rmtree(work, ignore_errors=True)
     began = time.monotonic()
-    _work_through(ctx, config, jobs, items, saes, board)
+
+    def finished() -> bool:
+        """Whether another process has done the whole sweep meanwhile, and cleared its work."""
+        found = ctx.done(folder, saes.folder)
+        return found is not None and not found.results["failed"]
+
+    if not _work_through(ctx, config, jobs, items, saes, board, finished):
+        ctx.reporter.note(f"sweep: done by another process, in {folder}")
+        shutil.rmtree(work, ignore_errors=True)
+        return folder, Sweep.read(folder)
     for name, reason in board.failed.items():
         ctx.reporter.note(f"warning: job {name} failed and is left out: {reason}")
     made = [
@@ -285,14 +294,21 @@ def _work_through(
     items: Sequence[EvalItem],
     saes: SaeRun,
     board: _Board,
-) -> None:
-    """Do every job that nobody else is at, until all are done or have failed."""
+    finished: Callable[[], bool],
+) -> bool:
+    """Do every job that nobody else is at, until all are done or have failed.
+
+    Returns:
+        False where the sweep was finished by another process.
+    """
     open_jobs = list(jobs)
     # Not metered: each job's own stages are.
     with ctx.reporter.bar(f"sweep, {len(jobs)} tunings", len(jobs)) as advance:
         while open_jobs:
             left = []
             for job in open_jobs:
+                if finished():
+                    return False
                 with _mine(board, job) as mine:
                     if not mine or not _one(ctx, config, job, items, saes, board):
                         left.append(job)
@@ -301,6 +317,7 @@ def _work_through(
             if len(left) == len(open_jobs):
                 time.sleep(WAIT_S)
             open_jobs = left
+    return True
 
 
 @contextmanager
@@ -343,7 +360,7 @@ def _one(
     )
     # The seed of a control is the job's; of the stages of one job only warnings are said.
     own = replace(ctx, seed=job.seed, reporter=_Warnings(ctx.reporter))
-    began = time.monotonic()
+    began, started = time.monotonic(), time.time()
     try:
         adapter = adapter_run(own, tune, saes)
         eval_folder, result = score_adapter(own, tune, adapter, items)
@@ -360,6 +377,8 @@ def _one(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, held)
     board.done[job.name] = held
+    if (eval_folder / MANIFEST).stat().st_mtime < started:
+        return True  # all was there: by another process, or before a kill
     board.seconds.append(time.monotonic() - began)
     ctx.reporter.note(
         f"{job.name}: {100 * result.accuracy:.1f} %, n = {result.n}, {board.seconds[-1]:.0f} s; "

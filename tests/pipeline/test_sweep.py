@@ -140,10 +140,10 @@ def test_a_job_that_another_process_holds_is_left_to_it(ctx, monkeypatch):
 
     real_through = sweeps._work_through
 
-    def through(own, asked, jobs, items, saes, board):
+    def through(own, asked, jobs, items, saes, board, finished):
         held.append(run_lock(board.folder / "locks" / "L04-s0"))
         held[0].__enter__()
-        return real_through(own, asked, jobs, items, saes, board)
+        return real_through(own, asked, jobs, items, saes, board, finished)
 
     monkeypatch.setattr(sweeps, "_one", one)
     monkeypatch.setattr(sweeps, "_work_through", through)
@@ -216,9 +216,9 @@ COMMAND = (
 )  # fmt: skip
 
 
-def start(workspace: Path) -> subprocess.Popen:
+def start(workspace: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "resa_lens", *COMMAND, "--workspace", str(workspace)],
+        [sys.executable, "-m", "resa_lens", *COMMAND, *more, "--workspace", str(workspace)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -262,11 +262,11 @@ def test_killed_sweeps_go_on_to_the_same_result(prepared, tmp_path):
 def test_two_processes_share_the_jobs(prepared, tmp_path):
     place = tmp_path / "workspace"
     shutil.copytree(prepared, place)
-    both = [start(place), start(place)]
+    both = [start(place, "--seeds", "5") for _ in range(2)]
     ended = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], ended
     first, second = (results(out) for out, _ in ended)
     assert first == second
     done = [sum(line.startswith("L0") for line in err.splitlines()) for _, err in ended]
     assert min(done) >= 1
-    assert sum(done) == 4
+    assert sum(done) == 10
