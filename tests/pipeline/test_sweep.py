@@ -167,7 +167,7 @@ def test_work_that_another_command_is_at_is_left_to_it(tmp_path, monkeypatch):
 def test_other_data_is_another_sweep_and_test_questions_in_it_are_told(tmp_path, monkeypatch):
     folders = []
 
-    def work(own, asked, jobs, items, saes, board):
+    def work(own, asked, jobs, items, saes, board, finished):
         folders.append(board.folder.name)
         raise RunFailedError("far enough")
 
