@@ -81,7 +81,8 @@ def sweep_figure(
         layers: rows with layer (0-based), accuracy, difference and simultaneous_ci (of the
             difference to the base model), shares of 1.
         jobs: every run, with layer, seed, control and accuracy: the small dots.
-        controls: rows with control, layer (None: at the right), difference and ci.
+        controls: rows with control, layer (None: at the right), difference and ci.  One that falls
+            far below or above is named at the edge: it would press all layers into a line.
         base: accuracy and ci.
         one_based: which numbering the axis shows.
     """
@@ -138,6 +139,28 @@ def sweep_figure(
             name=_plain(name),
         )
     low, high = (100 * value for value in base["ci"])
+    # What stands at a layer is always inside.
+    inside = [
+        accuracy + 100 * end
+        for row in (*layers, *(row for row in controls if row["layer"] is not None))
+        for end in row["simultaneous_ci" if "simultaneous_ci" in row else "ci"]
+    ]
+    bottom, top = min([low, *inside]), max([high, *inside])
+    room = top - bottom
+    for name in free:
+        (row,) = (r for r in controls if r["control"] == name)
+        value = accuracy + 100 * row["difference"]
+        place = right + 0.5 * free.index(name)
+        if bottom - room <= value <= top + room:
+            bottom = min(bottom, accuracy + 100 * row["ci"][0])
+            top = max(top, accuracy + 100 * row["ci"][1])
+            continue
+        below = value < bottom
+        figure.add_annotation(
+            x=place, y=bottom if below else top, yanchor="bottom" if below else "top",
+            text=f"{_plain(name)}<br>{value:.1f} % {'↓' if below else '↑'}", showarrow=False,
+        )  # fmt: skip
+    figure.update_yaxes(range=[bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)])
     figure.add_hrect(y0=low, y1=high, fillcolor=GREY, opacity=0.15, line_width=0)
     figure.add_hline(y=accuracy, line={"color": GREY, "dash": "dash"})
     made = _layout(

@@ -133,6 +133,7 @@ class Workspace:
     """A folder of artifacts; it comes into being with its first artifact."""
 
     def __init__(self, root: str | Path | None = None, *, recover: bool = True) -> None:
+        self.recovers = recover
         chosen = root or os.environ.get("RESA_LENS_WORKSPACE") or DEFAULT_FOLDER
         self.root = Path(chosen).expanduser().resolve()
         if self.root.exists() and not self.root.is_dir():
@@ -213,7 +214,8 @@ class Workspace:
         try:
             with write_errors(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                _clear_stale(folder.parent)
+                # A folder that is no workspace may hold other programs' files of such names.
+                _clear_stale(folder.parent, None if self.recovers else folder.name)
                 # Of a killed run that had this process's number, as happens in containers.
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
@@ -249,10 +251,12 @@ def _replace(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_stale(parent: Path) -> None:
-    """Remove what killed runs left: temporary folders whose process is gone."""
+def _clear_stale(parent: Path, only: str | None) -> None:
+    """Remove what killed runs left, of all artifacts or of one: their process is gone."""
     for stale in parent.glob(".tmp-*"):
         found = _TEMPORARY.fullmatch(stale.name)
+        if found and only not in (None, found[3]):
+            continue
         if found and not _put_back(stale) and not _alive(int(found[1])):
             shutil.rmtree(stale, ignore_errors=True)
 

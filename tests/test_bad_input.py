@@ -90,6 +90,11 @@ def test_unknown_model(refused: Refused, command: tuple[str, ...], model: str) -
     refused(*command, "--model", model, names=model)
 
 
+def test_options_of_eval_that_would_do_nothing(refused: Refused) -> None:
+    refused("eval", "--limit", "1", "--scale", "0.5", names="--scale 0.5 without an adapter")
+    refused("eval", "--limit", "1", "--merge", names="--merge is for engine vllm")
+
+
 def test_folder_without_config(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     error = refused("recommend-layers", "--model", str(tmp_path / "empty"), names="config.json")

@@ -138,6 +138,17 @@ def test_a_replacement_holds_nothing_of_the_old_artifact(workspace):
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
 
+def test_outside_a_workspace_only_the_artifacts_own_leftovers_are_cleared(tmp_path):
+    place = Workspace(tmp_path, recover=False)
+    own, foreign = (tmp_path / f".tmp-{DEAD}-{name}" for name in ("model", "theirs"))
+    own.mkdir()
+    foreign.mkdir()
+    with place.artifact(tmp_path / "model", Manifest(kind="model", config={})):
+        pass
+    assert not own.exists()
+    assert foreign.exists()
+
+
 def test_temporary_folders_of_dead_runs_are_cleared_and_of_live_ones_kept(workspace):
     folder = make(workspace, "saes", "m", "run")
     live = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

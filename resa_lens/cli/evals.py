@@ -126,6 +126,10 @@ def evaluate(
         if setting not in SETTINGS:
             raise BadInputError(f"setting {setting!r} is unknown; use {' or '.join(SETTINGS)}")
         check_engine(engine)
+        if scale and not adapter:
+            raise BadInputError(f"--scale {scale[0]:g} without an adapter: give --adapter FOLDER")
+        if merge and engine != "vllm":
+            raise BadInputError(f"--merge is for engine vllm, this is {engine}: leave it out")
         defaults = SETTINGS[setting]
 
         def given(value: Any, default: Any) -> Any:

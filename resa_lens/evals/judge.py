@@ -47,6 +47,9 @@ class Judge:
         with self._lock:
             if self._owner != os.getpid():  # forked: the process is the parent's
                 self._process, self._owner = None, os.getpid()
+            # One that something else ended says nothing of this answer.
+            if self._process is not None and self._process.poll() is not None:
+                self.close()
             process = self._process or self._start()
             assert process.stdin is not None
             try:

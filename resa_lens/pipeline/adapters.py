@@ -18,7 +18,7 @@ from resa_lens.hookpoints import Hookpoint, describe_layer, parse_layer
 from resa_lens.model_files import hash_files
 from resa_lens.models import Model, load_model
 from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.controls import CONTROLS, replacement_for, sft_examples, training_of
+from resa_lens.pipeline.controls import CONTROLS, replacement_for, sft_examples
 from resa_lens.pipeline.discovery import discover, newest_recommendation
 from resa_lens.pipeline.sae_training import saes_for
 from resa_lens.pipeline.saes import SaeRun, fit_corpus, probe_batches, split_records
@@ -218,7 +218,7 @@ class _Run:
                         control,
                         job.elicitation,
                         self.records,
-                        trained=training_of(sae.run),
+                        trained=sae.run.training(),
                     )
                 )
             fresh = self._fresh()

@@ -20,7 +20,7 @@ from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.pipeline.context import Context
 from resa_lens.pipeline.sae_training import saes_for
-from resa_lens.pipeline.saes import SaeRun, fit_corpus
+from resa_lens.pipeline.saes import fit_corpus
 from resa_lens.saes.baselines import (
     Blend,
     Noise,
@@ -94,8 +94,8 @@ def replacement_for(
         control: a name of `CONTROLS`.
         corpus: the elicitation data; its activations are what the control is matched on.
         records: of these data.
-        trained: how the SAE was trained (`training_of`), so that the random-weights model's SAE is
-            trained alike; without it only size, k and place are the same.
+        trained: how the SAE was trained (`SaeRun.training`), so that the random-weights model's
+            SAE is trained alike; without it only size, k and place are the same.
 
     Raises:
         BadInputError: there is no such control, or it cannot be matched.
@@ -126,14 +126,6 @@ def replacement_for(
         # The loop seeds this one for every batch, so a resumed run draws the same noise.
         chosen.generator = torch.default_generator
     return chosen
-
-
-def training_of(run: SaeRun) -> tuple[SaeConfig, CorpusConfig] | None:
-    """Return how SAEs were trained; None where that is not known or cannot be done again."""
-    made = run.manifest
-    if made is None or made.kind != "saes" or made.config["sae"].get("mode") != "scratch":
-        return None
-    return SaeConfig(**made.config["sae"]), CorpusConfig(**made.config["corpus"])
 
 
 def _random_weights_coder(

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from resa_lens.corpora import CorpusConfig
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import FeatureCounts, count_features
 from resa_lens.features.falsify import (
@@ -34,7 +33,6 @@ from resa_lens.pipeline.sae_training import train_run
 from resa_lens.pipeline.saes import SaeRun
 from resa_lens.saes.baselines import random_weights_model
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.saes.train import SaeConfig
 from resa_lens.workspace import config_dict, digest, read_json, write_json
 
 PAGE = "verdicts.html"
@@ -240,7 +238,7 @@ def _other_seed(
     tried: _Tried,
     skipped: list[str],
 ) -> Mapping[Hookpoint, Mapping[int, Counterpart]] | None:
-    training = _training(saes)
+    training = saes.training()
     if training is None:
         skipped.append(
             "other seed: these SAEs came without their training; give SAEs of this workspace"
@@ -284,7 +282,7 @@ def _random_weights(
     config: FalsifyConfig,
     skipped: list[str],
 ) -> tuple[list[FeatureVerdict], Mapping[int, int]] | None:
-    training = _training(saes)
+    training = saes.training()
     if training is None:
         skipped.append(
             "random weights: these SAEs came without their training; give SAEs of this workspace"
@@ -313,14 +311,6 @@ def _at_layer(
         "pass": sum(v.verdict == SURVIVES for v in here),
         "active": active[verdict.layer],
     }
-
-
-def _training(saes: SaeRun) -> tuple[SaeConfig, CorpusConfig] | None:
-    """Return how the SAEs were trained, where that can be done again."""
-    made = saes.manifest
-    if made is None or made.kind != "saes" or made.config["sae"].get("mode") != "scratch":
-        return None
-    return SaeConfig(**made.config["sae"]), CorpusConfig(**made.config["corpus"])
 
 
 def survivors_of(

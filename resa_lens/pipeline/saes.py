@@ -56,6 +56,13 @@ class SaeRun:
             and made.results.get("site") == self.points[0].site
         )
 
+    def training(self) -> tuple[SaeConfig, CorpusConfig] | None:
+        """Return how the SAEs were trained; None where that is unknown or cannot be done again."""
+        made = self.manifest
+        if made is None or made.kind != "saes" or made.config["sae"].get("mode") != "scratch":
+            return None
+        return SaeConfig(**made.config["sae"]), CorpusConfig(**made.config["corpus"])
+
     def place(self, point: Hookpoint) -> Path:
         """Return the folder of one SAE."""
         stored = Hookpoint(point.layer, self.stored_site or point.site)

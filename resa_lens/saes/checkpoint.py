@@ -185,7 +185,7 @@ class Checkpoints:
                 # Where all ranks hold all layers, rank 0 writes them.
                 if world.rank == 0 or point.sparsify not in scalars[0]:  # pyright: ignore
                     save_file({k: v.cpu() for k, v in trainer.tensors().items()}, file)
-                    _sync(file)
+                    sync(file)
             world.barrier()
             if world.rank == 0:
                 layers: dict[str, Any] = {}
@@ -200,11 +200,11 @@ class Checkpoints:
                     "torch": torch.__version__,
                 }
                 (temporary / STATE).write_text(json.dumps(state))
-                _sync(temporary / STATE)
+                sync(temporary / STATE)
                 if final.exists():
                     shutil.rmtree(final)
                 temporary.rename(final)
-                _sync(self.folder)
+                sync(self.folder)
                 for old in (*self.folder.glob("checkpoint-*"), *self.folder.glob(".filling-*")):
                     if old != final:
                         shutil.rmtree(old, ignore_errors=True)
@@ -213,7 +213,8 @@ class Checkpoints:
         self.write_seconds = self.last_time - began
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,6 @@ renamed.  No generator's state is kept: what a batch draws follows from the seed
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import time
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.saes.checkpoint import COST, SHARE, STATE, newest
+from resa_lens.saes.checkpoint import COST, SHARE, STATE, newest, sync
 from resa_lens.saes.kernels import kernel_path
 from resa_lens.saes.world import ALONE, World
 from resa_lens.workspace import write_errors
@@ -202,16 +201,8 @@ def write_whole(final: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         fill(temporary)
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         # Only of the same update, by a run that is now made again.
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(final.parent)

@@ -165,12 +165,11 @@ def test_memory_stays_in_the_other_process():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 
-def test_a_process_that_dies_or_hangs_costs_one_answer(monkeypatch):
+def test_a_process_ended_between_answers_costs_none_and_one_that_hangs_one(monkeypatch):
     judge = Judge()
     assert judge.equal("1/2", "0.5")
     judge._process.kill()
     judge._process.wait()
-    assert not judge.equal("1/2", "0.5")
     assert judge.equal("1/2", "0.5")  # a new one
     judge._process.send_signal(signal.SIGSTOP)
     monkeypatch.setattr("resa_lens.evals.judge.PATIENCE_S", 0.2)

@@ -27,7 +27,6 @@ from resa_lens.pipeline.controls import (
     identity_coder,
     replacement_for,
     sft_examples,
-    training_of,
 )
 from resa_lens.pipeline.sae_training import train_run
 from resa_lens.pipeline.saes import SaeRun
@@ -74,7 +73,7 @@ def coder(run: SaeRun, tiny: Model) -> SparseCoder:
 
 def put(ctx: Context, tiny: Model, coder: SparseCoder, run: SaeRun, control: str):
     return replacement_for(
-        ctx, tiny, POINT, coder, control, CORPUS, RECORDS, trained=training_of(run)
+        ctx, tiny, POINT, coder, control, CORPUS, RECORDS, trained=run.training()
     )
 
 
@@ -192,8 +191,8 @@ def test_an_unknown_control_is_refused_with_the_list() -> None:
 
 
 def test_saes_of_unknown_training_have_none(run: SaeRun) -> None:
-    assert training_of(run) is not None
-    assert training_of(replace(run, manifest=None)) is None
+    assert run.training() is not None
+    assert replace(run, manifest=None).training() is None
 
 
 # What is imitated

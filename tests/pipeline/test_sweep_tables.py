@@ -13,6 +13,7 @@ from resa_lens.evals.compare import RunScores, run_scores
 from resa_lens.evals.run import EvalResult
 from resa_lens.pipeline.sweep_page import findings, layer_cells, write_sweep_page
 from resa_lens.pipeline.sweep_tables import JobScores, Sweep, analyse, write_tables
+from resa_lens.score_plots import sweep_figure
 
 N, LAYERS, SEEDS = 400, (1, 2, 3, 4, 5, 6), (0, 1, 2)
 
@@ -197,3 +198,23 @@ def test_tables_and_page_hold_what_was_computed(tmp_path):
     assert "Controls" in page
     header, cells = layer_cells(sweep)
     assert all(len(row) == len(header) for row in cells)
+
+
+def test_a_control_that_collapses_does_not_hide_the_layers():
+    sweep = made({4: 0.3})
+    plain = sweep_figure(sweep.layers, sweep.jobs, sweep.controls, sweep.base)
+    assert not plain.layout.annotations
+    rows = [dict(row) for row in sweep.controls]
+    for row in rows:
+        if row["control"] == "cot":
+            row |= {"difference": -0.5, "ci": [-0.55, -0.45]}
+    figure = sweep_figure(sweep.layers, sweep.jobs, rows, sweep.base)
+    low, high = figure.layout.yaxis.range
+    base = 100 * sweep.base["accuracy"]
+    for row in (*sweep.layers, *(r for r in rows if r["layer"] is not None)):
+        ends = row["simultaneous_ci" if "simultaneous_ci" in row else "ci"]
+        assert low < base + 100 * ends[0] < base + 100 * ends[1] < high
+    assert base - 50 < low
+    (said,) = [a.text for a in figure.layout.annotations]
+    assert said.startswith("cot<br>")
+    assert f"{base - 50:.1f} %" in said
