@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from resa_lens import plots
-from resa_lens.app import data
+from resa_lens.app import data, links
 from resa_lens.app.data import Artifact, Counts, Listing, StoredRecommendation
 from resa_lens.app.widgets import figure, problem, table
 from resa_lens.errors import BadInputError
@@ -17,8 +17,6 @@ RULES = tuple(plots.RULE_NAMES)
 
 def show(listing: Listing) -> None:
     """Draw the page."""
-    st.title("Layers")
-    st.text(f"workspace: {listing.root}")
     for text in listing.problems:
         problem(text)
     runs = listing.of("counts")
@@ -26,13 +24,13 @@ def show(listing: Listing) -> None:
         _nothing(listing)
         return
     slugs = list(dict.fromkeys(run.slug for run in runs))
-    columns = st.columns([2, 3, 2], vertical_alignment="bottom")
+    columns = st.columns([2, 3], vertical_alignment="bottom")
     slug = columns[0].selectbox("Model", slugs, key="model")
     of_model = [run for run in runs if run.slug == slug]
     place = columns[1].selectbox(
         "Counts", range(len(of_model)), format_func=lambda i: of_model[i].label(), key="counts"
     )
-    one_based = columns[2].toggle("1-based layers", key="one_based")
+    one_based = links.one_based()
     run = of_model[place]
     try:
         counts = data.checked(Counts, run.manifest.results, run.path)

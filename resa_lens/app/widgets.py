@@ -1,17 +1,18 @@
-"""What all pages share: problems, figures, tables with their download.
+"""What all pages share: problems, figures that can be saved, tables with their download.
 
-Text from files goes through `st.text`, tables and figures, which show tags and markup as they are.
+Text from files goes through `st.text`, tables, figures and `tokens`, which show tags and markup as
+they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-_FIGURE = {"displaylogo": False, "responsive": True}
 _ROW, _HIGHEST = 36, 430  # pixels of a row and of a whole table
 
 
@@ -24,28 +25,77 @@ def problem(text: str, command: str | None = None) -> None:
             st.code(command, language="bash", wrap_lines=True)
 
 
-def figure(made: go.Figure, key: str) -> None:
-    """A figure in the theme's colours, light or dark."""
-    st.plotly_chart(made, theme="streamlit", config=_FIGURE, key=key)
+def figure(made: go.Figure, key: str, *, select: bool = False, alt: str | None = None) -> Any:
+    """A figure in the theme's colours, light or dark, that can be saved.
 
-
-def table(rows: Sequence[Mapping[str, object]], name: str, formats: Mapping[str, str]) -> None:
-    """A table and its download.
+    PNG or SVG by the camera above the figure, as chosen in the side bar; HTML by a button below.
 
     Args:
-        rows: one mapping a row, all with the same columns.
+        made: the figure.
+        key: of the widget, and the name of the files.
+        select: whether a click on a point runs the page again; the selection comes back.
+        alt: what a screen reader says; the figure's title by default.
+    """
+    title = getattr(made.layout.title, "text", None)
+    config = {
+        "displaylogo": False,
+        "responsive": True,
+        "toImageButtonOptions": {
+            "format": str(st.session_state.get("image", "PNG")).lower(),
+            "filename": key,
+            "scale": 2,
+        },
+    }
+    drawn = st.plotly_chart(
+        made,
+        theme="streamlit",
+        config=config,
+        key=key,
+        on_select="rerun" if select else "ignore",
+        selection_mode="points",
+        alt=alt or title,
+    )
+    st.download_button(
+        "HTML",
+        # Made when it is asked for: a page of its own carries the whole library.
+        lambda: made.to_html(include_plotlyjs=True),
+        file_name=f"{key}.html",
+        mime="text/html",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
+        key=f"html-{key}",
+        help="The figure as a page that needs nothing else",
+    )
+    return drawn
+
+
+def frame(held: pd.DataFrame, name: str, formats: Mapping[str, str], **how: Any) -> Any:
+    """A table and its download as CSV; a selection comes back where one is asked for.
+
+    Args:
+        held: the rows.
         name: of the downloaded file.
         formats: printf formats of number columns.
+        how: further arguments of `st.dataframe`.
     """
-    frame = pd.DataFrame(list(rows))
     columns = {column: st.column_config.NumberColumn(format=f) for column, f in formats.items()}
-    height = min(_ROW * (len(frame) + 1) + 2, _HIGHEST)
-    st.dataframe(frame, hide_index=True, column_config=columns, height=height)
+    columns |= how.pop("column_config", {})
+    how.setdefault("height", min(_ROW * (len(held) + 1) + 2, _HIGHEST))
+    drawn = st.dataframe(held, hide_index=True, column_config=columns, **how)
     st.download_button(
         "Download as CSV",
-        frame.to_csv(index=False),
+        lambda: held.to_csv(index=False),
         file_name=f"{name}.csv",
         mime="text/csv",
         icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
         key=f"download-{name}",
     )
+    return drawn
+
+
+def table(rows: Sequence[Mapping[str, object]], name: str, formats: Mapping[str, str]) -> None:
+    """A small table, one mapping a row, all with the same columns; see `frame`."""
+    frame(pd.DataFrame(list(rows)), name, formats)

@@ -1,84 +1,23 @@
-"""The feature explorer: its logic through AppTest, its looks in a real browser."""
+"""The page of layers: its logic through AppTest."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from streamlit.testing.v1 import AppTest
+from app_driver import HOSTILE, charts, edit, manifest_of, marked_up, state, texts
 
 from resa_lens import plots
-from resa_lens.app import data
-from resa_lens.app.explorer import workspace_argument
+from resa_lens.app import data, places
 from resa_lens.layers import FLAT, SUPPORTED
 from resa_lens.layers.selectors import recommend
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "apps" / "feature_explorer.py"
-CHROMIUM = Path("/usr/bin/chromium")
-HOSTILE = "<img src=x onerror=alert(1)> **bold** ![x](http://example.invalid/x.png) :red[red]"
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
 
 @pytest.fixture
-def open_app(monkeypatch):
-    def run(workspace: Path) -> AppTest:
-        monkeypatch.setenv("RESA_LENS_WORKSPACE", str(workspace))
-        return AppTest.from_file(str(SCRIPT), default_timeout=60).run()
-
-    return run
-
-
-@pytest.fixture
-def copied(demo, tmp_path) -> Path:
-    """A copy of the demo's workspace, without weights, to be damaged."""
-    target = tmp_path / "workspace"
-    skip = shutil.ignore_patterns("*.safetensors", "report.html")
-    shutil.copytree(demo.workspace, target, ignore=skip)
-    return target
-
-
-def texts(app: AppTest) -> str:
-    """What is shown as plain text."""
-    assert not app.exception
-    return "\n".join(element.value for element in app.text)
-
-
-def marked_up(app: AppTest) -> str:
-    """What is read as Markdown."""
-    found = [*app.markdown, *app.caption, *app.subheader, *app.title]
-    return "\n".join(element.value for element in found)
-
-
-def manifest_of(workspace: Path, kind_folder: str) -> Path:
-    return next(Path(workspace, kind_folder).rglob("manifest.json"))
-
-
-def edit(file: Path, change) -> None:
-    value = json.loads(file.read_text())
-    change(value)
-    file.write_text(json.dumps(value))
-
-
-def state(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
-
-
-def charts(app: AppTest) -> int:
-    return len(app.get("plotly_chart"))
+def open_app(open_page):
+    return lambda workspace: open_page(workspace, "layers")
 
 
 # Logic ---------------------------------------------------------------------------------------
@@ -264,123 +203,8 @@ def test_tunings_pair_the_same_questions(demo, copied):
 
 
 def test_workspace_argument():
-    assert workspace_argument(["--workspace", "/a b"]) == "/a b"
-    assert workspace_argument(["--workspace=/c"]) == "/c"
-    assert workspace_argument([]) is None
-    assert workspace_argument(["--workspace"]) is None
-    assert workspace_argument(["tests", "-q"]) is None
-
-
-# A real browser ------------------------------------------------------------------------------
-
-
-@contextmanager
-def served(workspace: Path, log: Path):
-    """The app on a free port of this machine; ended by its own process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", str(SCRIPT)]
-    command += ["--server.address", "127.0.0.1", "--server.port", str(port)]
-    command += ["--server.headless", "true", "--", "--workspace", str(workspace)]
-    environment = {k: v for k, v in os.environ.items() if k != "RESA_LENS_WORKSPACE"}
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent, env=environment
-        )
-    try:
-        for _ in range(240):
-            assert server.poll() is None, log.read_text()
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=2):
-                    break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
-        else:
-            raise AssertionError(f"the app did not start: {log.read_text()}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
-
-
-@contextmanager
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed; install chromium to run the browser tests")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
-        yield opened.new_context()  # one for all pages: the scripts are loaded once
-        opened.close()
-
-
-def new_page(opened, width: int, height: int, scheme: str = "light"):
-    """A page and the list of what went wrong on it."""
-    page = opened.new_page()
-    page.set_viewport_size({"width": width, "height": height})
-    page.emulate_media(color_scheme=scheme)
-    wrong: list[str] = []
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("requestfailed", lambda request: wrong.append(request.url))
-    return page, wrong
-
-
-def fits_width(page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-
-
-def test_app_in_a_browser(demo, tmp_path):
-    made = demo.result["recommendation"]
-    views = {"desktop": (1280, 5200, "light"), "phone": (390, 6800, "light")}
-    views["dark"] = (1280, 5200, "dark")
-    with browser() as opened, served(demo.workspace, tmp_path / "server.log") as url:
-        for name, (width, height, scheme) in views.items():
-            page, wrong = new_page(opened, width, height, scheme)
-            page.goto(url)
-            figures = page.locator(".js-plotly-plot .subplot.xy")
-            page.get_by_text("Tuned minus base").wait_for(timeout=60_000)
-            figures.nth(6).wait_for(state="attached", timeout=30_000)
-            assert page.get_by_text(f"Verdict: {made['verdict']}").first.is_visible()
-            assert page.get_by_text(f"workspace: {demo.workspace}").is_visible()
-            assert page.locator("[data-testid='stException']").count() == 0
-            assert fits_width(page), name
-            dark = page.evaluate("getComputedStyle(document.querySelector('.stApp')).colorScheme")
-            assert dark == scheme
-            if name == "desktop":
-                page.get_by_role("radio", name="either").click()
-                page.get_by_text("this rule only stands beside it").wait_for()
-                page.locator("[data-test-script-state='notRunning']").wait_for()
-                below = page.get_by_test_id("stExpander").filter(has_text="Table of scores")
-                below.get_by_text("Table of scores").click()
-                with page.expect_download() as download:
-                    # By keyboard: the figures above still settle, and a click that the button
-                    # slides away from between press and release is none.
-                    below.get_by_test_id("stDownloadButton").locator("button").press("Enter")
-                lines = Path(download.value.path()).read_text().splitlines()
-                assert lines[0].startswith("run,group,")
-                assert len(lines) > 4
-            page.wait_for_timeout(500)
-            shot = tmp_path / f"app-{name}.png"
-            page.screenshot(path=shot)
-            assert shot.stat().st_size > 50_000
-            assert page.locator("[data-testid='stException']").count() == 0
-            assert wrong == []
-            page.close()
-
-
-def test_report_in_a_browser(demo, tmp_path):
-    with browser() as opened:
-        for width in (1100, 390):
-            page, wrong = new_page(opened, width, 900)
-            page.goto(Path(demo.workspace, "report.html").as_uri())
-            page.locator(".js-plotly-plot .subplot.xy").nth(3).wait_for(state="attached")
-            assert page.get_by_text(demo.result["recommendation"]["verdict"]).first.is_visible()
-            assert fits_width(page)
-            shot = tmp_path / f"report-{width}.png"
-            page.screenshot(path=shot, full_page=True)
-            assert shot.stat().st_size > 50_000
-            assert wrong == []
-            page.close()
+    assert places.argument(["--workspace", "/a b"]) == "/a b"
+    assert places.argument(["--workspace=/c"]) == "/c"
+    assert places.argument([]) is None
+    assert places.argument(["--workspace"]) is None
+    assert places.argument(["tests", "-q"]) is None

@@ -1,0 +1,122 @@
+"""Drives the app for its tests: what a page shows, the app served, a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "apps" / "feature_explorer.py"
+CHROMIUM = Path("/usr/bin/chromium")
+HOSTILE = "<img src=x onerror=alert(1)> **bold** ![x](http://example.invalid/x.png) :red[red]"
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+def texts(app: AppTest) -> str:
+    """What is shown as plain text; the page raised nothing."""
+    assert not app.exception
+    return "\n".join(element.value for element in app.text)
+
+
+def marked_up(app: AppTest) -> str:
+    """What is read as Markdown."""
+    found = [*app.markdown, *app.caption, *app.subheader, *app.title]
+    return "\n".join(element.value for element in found)
+
+
+def manifest_of(workspace: Path, kind_folder: str) -> Path:
+    return next(Path(workspace, kind_folder).rglob("manifest.json"))
+
+
+def edit(file: Path, change: Callable[[Any], None]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Times and sizes of all files: equal before and after where nothing was written."""
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+def charts(app: AppTest) -> int:
+    return len(app.get("plotly_chart"))
+
+
+# A real browser
+
+
+@contextmanager
+def served(workspace: Path | None, log: Path, cwd: Path | None = None) -> Iterator[str]:
+    """The app on a free port of this machine; ended by its own process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", str(SCRIPT)]
+    command += ["--server.address", "127.0.0.1", "--server.port", str(port)]
+    command += ["--server.headless", "true"]
+    command += ["--", "--workspace", str(workspace)] if workspace else []
+    environment = {k: v for k, v in os.environ.items() if k != "RESA_LENS_WORKSPACE"}
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=cwd or log.parent, env=environment
+        )
+    try:
+        for _ in range(240):
+            assert server.poll() is None, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=2):
+                    break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        else:
+            raise AssertionError(f"the app did not start: {log.read_text()}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed; install chromium to run the browser tests")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
+        yield opened.new_context()  # one for all pages: the scripts are loaded once
+        opened.close()
+
+
+def new_page(opened: Any, width: int, height: int, scheme: str = "light") -> tuple[Any, list[str]]:
+    """A page and the list of what went wrong on it."""
+    page = opened.new_page()
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=scheme)
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    return page, wrong
+
+
+def fits_width(page: Any) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
