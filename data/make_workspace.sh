@@ -1,37 +1,59 @@
 #!/usr/bin/env bash
 # Makes the workspace that ships with the project, which the feature explorer opens where no other
-# one is at hand: about ten minutes on two cores.  The folder's sweeps come from the commands of
-# docs/findings.md and take hours; they are left as they are.
+# one is at hand: about seven minutes on two cores.  Its sweeps come from the commands of
+# docs/findings.md, take hours and are left as they are.
 #
-#     bash data/make_workspace.sh [FOLDER]      data/workspace by default
+#     bash data/make_workspace.sh [TARGET [WORK]]      data/workspace, made in a temporary folder
+#
+# WORK is where the commands run; killed, the same line with a WORK goes on there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=${1:-data/workspace}
-resa=${RESA_LENS:-.venv/bin/resa-lens}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work=${2:-$(mktemp -d)}
+python=.venv/bin/python
 export RESA_LENS_WORKSPACE=$work HF_HUB_OFFLINE=1
-model=(--model tiny-reasoner)
-saes=(--latents 1024 --tokens 200000)
 
-"$resa" recommend-layers "${model[@]}" "${saes[@]}"
-"$resa" falsify "${model[@]}" "${saes[@]}"
-"$resa" activity "${model[@]}" "${saes[@]}" --text-tokens 60000 --examples 6
-"$resa" score-features "${model[@]}" "${saes[@]}"
-"$resa" ablate "${model[@]}" "${saes[@]}" --layer auto --rule either --limit 500
-"$resa" attribute "${model[@]}" "${saes[@]}" --layer auto --rule either --features counted
-"$resa" tune "${model[@]}" "${saes[@]}" --layer auto --learning-rate 1e-4 --limit 500
-"$resa" tune "${model[@]}" "${saes[@]}" --layer auto --learning-rate 1e-4 --limit 500 --control noise
-"$resa" eval --model tiny-reasoner-rl --limit 500
+resa() { "$python" -m resa_lens "$@"; }
+saes=(--model tiny-reasoner --latents 1024 --tokens 200000)
+tuning=(--layer auto --learning-rate 1e-4 --limit 500)
 
-# Shipped are the model's own SAEs; those of falsification's controls are left out for their size.
-keep=$(find "$work"/recommendations -name manifest.json -exec \
-  .venv/bin/python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["parents"])' {} \; |
-  tr ' ' '\n' | grep '^saes/' || true)
-echo "kept: $keep"
-mkdir -p "$target"
-for kind in "$work"/*/; do
-  rm -rf "${target:?}/$(basename "$kind")"
-  cp -r "$kind" "$target/"
-done
+resa recommend-layers "${saes[@]}"
+resa falsify "${saes[@]}"
+resa activity "${saes[@]}" --text-tokens 60000 --examples 6
+resa score-features "${saes[@]}"
+resa ablate "${saes[@]}" --layer auto --rule either --limit 500
+resa attribute "${saes[@]}" --layer auto --rule either --features counted
+resa tune "${saes[@]}" "${tuning[@]}"
+resa tune "${saes[@]}" "${tuning[@]}" --control noise
+resa eval --model tiny-reasoner-rl --limit 500
+
+"$python" - "$work" "$target" <<'PYTHON'
+"""Copies what is small enough, with paths that hold on any machine."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+work, target = (Path(argument).resolve() for argument in sys.argv[1:])
+data = Path("data").resolve()
+made = [json.loads(f.read_text()) for f in work.glob("recommendations/*/*/manifest.json")]
+used = {parent for manifest in made for parent in manifest["parents"]}
+used |= {json.loads((work / p / "manifest.json").read_text())["config"].get("saes") for p in used}
+for kind in sorted(path for path in work.iterdir() if path.is_dir()):
+    shutil.rmtree(target / kind.name, ignore_errors=True)
+    for file in sorted(f for f in kind.rglob("*") if f.is_file()):
+        place = file.relative_to(work)
+        # The SAEs of falsification's controls, and pages that carry Plotly, are too large.
+        if place.parts[0] == "saes" and not any(place.is_relative_to(u) for u in used if u):
+            continue
+        if file.suffix == ".html" or any(part.startswith(".") for part in place.parts):
+            continue
+        copy = target / place
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix in (".json", ".md"):
+            text = file.read_text().replace(f"{work}/", "").replace(f"{data}/", "")
+            copy.write_text(text)
+        else:
+            shutil.copyfile(file, copy)
+PYTHON
 du -sh "$target"

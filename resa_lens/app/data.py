@@ -199,7 +199,8 @@ def scan(root: str | None) -> Listing:
         relative = str(file.parent.relative_to(workspace.root))
         artifacts.append((changed, Artifact(file.parent, relative, manifest)))
     unfinished |= {str(path) for path in workspace.root.rglob(".tmp-*") if path.is_dir()}
-    artifacts.sort(key=lambda item: item[0], reverse=True)
+    # By what they say of themselves: a checkout sets the files' times anew.
+    artifacts.sort(key=lambda item: (item[1].manifest.created, item[0]), reverse=True)
     return Listing(
         workspace.root,
         tuple(artifact for _, artifact in artifacts),
