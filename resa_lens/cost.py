@@ -341,6 +341,8 @@ class Summary:
 def spent(path: str, manifest: Manifest) -> Spent:
     """Return an artifact's cost, of one that was not metered what its manifest holds else."""
     counted = manifest.results.get("tokens")
+    if manifest.kind == "activity" and isinstance(counted, dict):
+        counted = sum(counted.values())  # by phase
     tokens = counted if isinstance(counted, int) else None
     held = {
         "seconds": manifest.seconds,
@@ -350,7 +352,7 @@ def spent(path: str, manifest: Manifest) -> Spent:
         "energy_not_readable": ["not recorded"],
         **manifest.cost,
     }
-    if held.get("tokens") is None:
+    if not isinstance(held.get("tokens"), int):
         held["tokens"] = tokens
     # A run that was killed and went on: what came before the last call was not metered.
     if manifest.cost and manifest.seconds > 1.05 * held["seconds"] + 1:

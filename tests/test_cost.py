@@ -432,6 +432,19 @@ def filled(tmp_path: Path) -> Workspace:
     return space
 
 
+def test_tokens_by_phase_are_summed(tmp_path: Path) -> None:
+    """As the manifests of activity hold them, also where they were metered."""
+    space = Workspace(tmp_path / "space")
+    phases = {"prompt": 5, "think": 7, "answer": 1}
+    put(space, "activity/m/a", "activity", results={"tokens": phases}, cost=metered(1.0))
+    put(
+        space, "activity/m/b", "activity", results={"tokens": phases},
+        cost=metered(1.0, tokens=phases),
+    )  # fmt: skip
+    (stage,) = cost.by_stage(workspace_costs(space), [])
+    assert stage.tokens == 26
+
+
 def test_the_whole_workspace_by_stage(filled: Workspace) -> None:
     items = workspace_costs(filled)
     stages = {s.stage: s for s in cost.by_stage(items, cost.one_price(3600.0))}
