@@ -70,8 +70,12 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, *, fetch: bool = True) -> Path:
     """Return the folder or file that holds the model named by the user.
+
+    Args:
+        name: as a user gives it.
+        fetch: download a hub id that is not in the cache.
 
     Raises:
         BadInputError: nothing of that name is here and it cannot be fetched.
@@ -94,8 +98,12 @@ def find_folder(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_PATTERNS))
     except HFValidationError as error:
         raise BadInputError(f"model {name!r} is not a valid hub id: {error}") from error
-    except LocalEntryNotFoundError:
-        pass
+    except LocalEntryNotFoundError as error:
+        if not fetch:
+            raise BadInputError(
+                f"model {name!r} is not in the local hub cache.\nRun `hf download {name}`, or pass "
+                "the path of its folder or .gguf file."
+            ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

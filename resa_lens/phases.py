@@ -24,9 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from resa_lens import prompts
 from resa_lens.corpora import CorpusConfig, Record
 from resa_lens.errors import BadInputError
+from resa_lens.prompts import PHASES as PHASES  # of the phases' own module too
 
-PHASES = ("prompt", "think", "answer")
-"""The phases, in the order of a document; a token's phase is an index into them."""
 TOKENS = 4096
 BATCH_TOKENS = 512
 

@@ -92,6 +92,7 @@ def counts_figure(
     recommended: Sequence[int] = (),
     supported: bool = False,
     verdict: str | None = None,
+    null: Mapping[str, Mapping[int, tuple[int, int]]] | None = None,
     one_based: bool = False,
     title: str = "Think-tag exclusive features",
 ) -> go.Figure:
@@ -102,6 +103,8 @@ def counts_figure(
         recommended: 0-based layers, best first.
         supported: whether the verdict supports them: solid marks, else dotted.
         verdict: the verdict itself; it takes the place of `supported`, and its mark is named.
+        null: {rule: {layer: (counted, active)}}: what the rule counts with random weights, of how
+            many active features; drawn over the rule's bars.
         one_based: numbering of the axis.
         title: of the figure.
     """
@@ -115,6 +118,8 @@ def counts_figure(
             name=RULE_NAMES.get(rule, _plain(rule)),
             marker_color=RULE_COLOURS.get(rule, GREY),
         )
+    if null:
+        _null_marks(figure, list(counts), null, shift)
     for rank, layer in enumerate(recommended):
         figure.add_vline(
             x=layer + shift,
@@ -138,6 +143,54 @@ def counts_figure(
     _layer_ticks(figure, len(next(iter(counts.values()), {})))
     _count_ticks(figure, max((v for t in counts.values() for v in t.values()), default=0))
     return _layout(figure, title, _axis(one_based), "features")
+
+
+def _null_marks(
+    figure: go.Figure,
+    rules: Sequence[str],
+    null: Mapping[str, Mapping[int, tuple[int, int]]],
+    shift: int,
+) -> None:
+    """Counts with random weights over each rule's bars, with the interval of their rate."""
+    gap = 0.2
+    width, first = (1 - gap) / len(rules), True
+    for place, rule in enumerate(rules):
+        held = null.get(rule, {})
+        if not held:
+            continue
+        counted = [found for found, _ in held.values()]
+        ends = [
+            tuple(active * end for end in stats.clopper_pearson(found, active))
+            if active
+            else (0, 0)
+            for found, active in held.values()
+        ]
+        figure.add_scatter(
+            x=[layer + shift + (place - (len(rules) - 1) / 2) * width for layer in held],
+            y=counted,
+            mode="markers",
+            name="random weights, 95 %",
+            legendgroup="null",
+            showlegend=first,
+            marker={"symbol": "line-ew-open", "color": PURPLE, "size": 9, "line": {"width": 3}},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "color": PURPLE,
+                "thickness": 1.5,
+                "width": 3,
+                "array": [high - n for n, (_, high) in zip(counted, ends, strict=True)],
+                "arrayminus": [n - low for n, (low, _) in zip(counted, ends, strict=True)],
+            },
+            customdata=[
+                (_plain(rule), active, low, high)
+                for (_, active), (low, high) in zip(held.values(), ends, strict=True)
+            ],
+            hovertemplate="%{customdata[0]}, random weights: %{y} of %{customdata[1]} active "
+            "(%{customdata[2]:.1f} to %{customdata[3]:.1f})<extra></extra>",
+        )
+        first = False
+    figure.update_layout(bargap=gap)
 
 
 def mixture_figure(
@@ -282,7 +335,10 @@ def scores_figure(
     """Accuracy with 95 % intervals: {run: {group: (accuracy, interval, n)}}, a colour a run."""
     figure = go.Figure()
     # Points, not bars: the interval is what is to be read, on light and on dark ground.
-    styles = ((GREY, "circle"), (BLUE, "diamond"), (ORANGE, "square"), (GREEN, "cross"))
+    styles = (
+        (GREY, "circle"), (BLUE, "diamond"), (ORANGE, "square"), (GREEN, "cross"),
+        (SKY, "triangle-up"), (VERMILION, "x"), (PURPLE, "star"),
+    )  # fmt: skip
     for (run, groups), (colour, symbol) in zip(runs.items(), styles, strict=False):
         accuracy = [100 * score[0] for score in groups.values()]
         figure.add_scatter(

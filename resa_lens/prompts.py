@@ -14,6 +14,8 @@ from resa_lens.errors import BadInputError
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+PHASES = ("prompt", "think", "answer")
+"""What the tags divide a document into, in its order; a token's phase is an index into them."""
 
 R1_SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "

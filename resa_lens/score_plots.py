@@ -74,6 +74,7 @@ def sweep_figure(
     base: Mapping[str, Any],
     *,
     one_based: bool = False,
+    last: int | None = None,
 ) -> go.Figure:
     """Accuracy after tuning through each layer's SAE, beside the base model and the controls.
 
@@ -85,6 +86,8 @@ def sweep_figure(
             far below or above is named at the edge: it would press all layers into a line.
         base: accuracy and ci.
         one_based: which numbering the axis shows.
+        last: layer (0-based) to whose right the controls without a layer stand; the last of
+            `layers` by default.
     """
     shift, accuracy = int(one_based), 100 * base["accuracy"]
     figure = go.Figure()
@@ -116,7 +119,7 @@ def sweep_figure(
         name="through the SAE (interval among all layers)",
     )
     known = [row["layer"] for row in layers]
-    right = max(known, default=0) + 1 + shift
+    right = max([*known, last or 0]) + 1 + shift
     colours = (ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)
     names = list(dict.fromkeys(row["control"] for row in controls))
     free = [n for n in names if any(r["control"] == n and r["layer"] is None for r in controls)]

@@ -54,6 +54,8 @@ KINDS = (
 """Kinds of artifacts; a reader that meets another one is older than what wrote it."""
 _TEMPORARY = re.compile(r"\.tmp-(\d+)(\.old)?-(.+)")
 """A folder being filled by a process, or with `.old` the artifact that it is replacing."""
+WORK = ".work-"
+"""Before the name of a folder in which a long run keeps what it has finished, to go on from."""
 _TRACKED = ("resa-lens", "torch", "transformers", "transformer-lens", "eai-sparsify", "peft")
 
 
@@ -283,6 +285,37 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def writer(folder: Path) -> int | None:
+    """Return the process that is at work in an unfinished folder, or None: it was killed."""
+    if found := _TEMPORARY.fullmatch(folder.name):
+        pid = int(found[1])
+    else:
+        try:
+            pid = int((folder / "lock").read_text())
+        except (OSError, ValueError):
+            return None
+    return pid if _alive(pid) else None
+
+
+def how_far(folder: Path) -> str:
+    """Say how far an unfinished run came, by what it has kept."""
+
+    def several(n: int, what: str) -> str:
+        return f"{n} {what}{'' if n == 1 else 's'}"
+
+    if (folder / "answers.jsonl").exists():
+        # The first line is the run's settings.
+        lines = (folder / "answers.jsonl").read_bytes().count(b"\n")
+        return several(max(0, lines - 1), "answer")
+    if (folder / "locks").is_dir():
+        return several(len(list((folder / "jobs").glob("*.json"))), "job")
+    if arms := len(list(folder.glob("*.parquet"))):
+        return several(arms, "arm")
+    places = (folder, *folder.glob("group-*"))
+    steps = [p.name.rpartition("-")[2] for place in places for p in place.glob("checkpoint-*")]
+    return f"step {max((int(step) for step in steps if step.isdigit()), default=0)}"
 
 
 @contextlib.contextmanager

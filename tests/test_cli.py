@@ -37,7 +37,10 @@ def fit(*args: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-NO_MODEL = {"app", "audit", "regret", "runs", "compare", "fit-mixture", "convert", "cost", "merge"}
+NO_MODEL = {
+    "app", "audit", "regret", "runs", "compare", "fit-mixture", "convert", "cost", "merge",
+    "doctor",
+}  # fmt: skip
 
 
 # Help
@@ -46,7 +49,7 @@ NO_MODEL = {"app", "audit", "regret", "runs", "compare", "fit-mixture", "convert
 def test_the_commands_of_the_design_are_there() -> None:
     assert set(COMMANDS) >= {
         "demo", "train-saes", "count-features", "recommend-layers", "tune", "eval", "compare",
-        "fit-mixture", "convert", "runs", "app",
+        "fit-mixture", "convert", "runs", "app", "doctor",
     }  # fmt: skip
 
 

@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 import streamlit as st
 from pydantic import BaseModel, Field, ValidationError
 
+from resa_lens.app.listing import Artifact as Artifact
+from resa_lens.app.listing import Listing as Listing
+from resa_lens.app.listing import scan as scan
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import MixtureFit, read_table
 from resa_lens.resources import data_path
 from resa_lens.stats import Interval, PairedComparison, compare_paired
-from resa_lens.workspace import KINDS, MANIFEST, Manifest, Workspace
 
 DEMO = "resa-lens demo"
 PAPER_TABLE = "paper/table6_hookpoints.csv"
@@ -124,114 +126,12 @@ class AdapterResults(BaseModel):
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """One complete artifact of the workspace."""
-
-    path: Path
-    relative: str
-    manifest: Manifest
-
-    @property
-    def weights(self) -> str:
-        """Hash of the model's weights; of the base model for an adapter."""
-        return self.manifest.hashes.get("weights", "")
-
-    @property
-    def slug(self) -> str:
-        """The model's folder below counts/ and saes/."""
-        return self.path.parent.name
-
-    def label(self) -> str:
-        """Run and time, to choose by."""
-        return f"{self.path.name} ({self.manifest.created.replace('T', ' ')[:16]} UTC)"
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a workspace holds."""
-
-    root: Path
-    artifacts: tuple[Artifact, ...]
-    """The newest first."""
-    problems: tuple[str, ...]
-    """Artifacts that cannot be read, each with what to do."""
-    exists: bool
-    unfinished: int
-    """Folders that a run is filling, or left when it was killed."""
-
-    def of(self, kind: str) -> list[Artifact]:
-        """The artifacts of a kind, the newest first."""
-        return [a for a in self.artifacts if a.manifest.kind == kind]
-
-    def at(self, relative: str) -> Artifact | None:
-        """The artifact at a workspace-relative path."""
-        return next((a for a in self.artifacts if a.relative == relative), None)
-
-
-@dataclass(frozen=True)
 class Tuning:
     """An adapter with its scores before and after, on the same questions."""
 
     adapter: Artifact
     base: Artifact
     tuned: Artifact
-
-
-def scan(root: str | None) -> Listing:
-    """List a workspace.
-
-    Raises:
-        BadInputError: the path is no folder.
-    """
-    workspace = Workspace(root, recover=False)
-    artifacts: list[tuple[int, Artifact]] = []
-    problems: list[str] = []
-    unfinished: set[str] = set()
-    for file in sorted(workspace.root.rglob(MANIFEST)):
-        parts = file.relative_to(workspace.root).parts
-        if any(part.startswith(".tmp-") for part in parts):
-            unfinished.add(str(file.parent))
-            continue
-        manifest, problem, changed = _manifest_at(workspace.root, file)
-        if manifest is None:
-            problems.append(problem)
-            continue
-        relative = str(file.parent.relative_to(workspace.root))
-        artifacts.append((changed, Artifact(file.parent, relative, manifest)))
-    unfinished |= {str(path) for path in workspace.root.rglob(".tmp-*") if path.is_dir()}
-    # By what they say of themselves: a checkout sets the files' times anew.
-    artifacts.sort(key=lambda item: (item[1].manifest.created, item[0]), reverse=True)
-    return Listing(
-        workspace.root,
-        tuple(artifact for _, artifact in artifacts),
-        tuple(problems),
-        workspace.root.is_dir(),
-        len(unfinished),
-    )
-
-
-def _manifest_at(root: Path, file: Path) -> tuple[Manifest | None, str, int]:
-    """A manifest or the problem with it, and when it was written."""
-    try:
-        changed = file.stat().st_mtime_ns
-        manifest, problem = _manifest(str(root), str(file.parent), changed)
-    except OSError as error:  # removed meanwhile, or no permission
-        return None, f"{file} cannot be read: {error.strerror}", 0
-    return manifest, problem, changed
-
-
-@st.cache_data(show_spinner=False, max_entries=2000)
-def _manifest(root: str, folder: str, changed: int) -> tuple[Manifest | None, str]:
-    """A manifest, or the problem with it; `changed` is a part of the cache's key."""
-    try:
-        manifest = Workspace(root, recover=False).manifest(Path(folder))
-    except BadInputError as error:
-        return None, str(error)
-    if manifest is None:
-        return None, f"{folder} has no {MANIFEST}"
-    if manifest.kind not in KINDS:
-        return None, f"{folder}: kind {manifest.kind!r} is unknown to this version"
-    return manifest, ""
 
 
 def checked(kind: type[Stored], values: Any, where: Path) -> Stored:

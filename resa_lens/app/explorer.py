@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import streamlit as st
@@ -22,6 +23,13 @@ PAGES: dict[str, tuple[str, str]] = {
 }
 """Title and icon by path; the page is `show(listing)` of the module `<path>_page`."""
 
+# Without one of ours the browser would fetch the page's icon from a server on the internet.
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><circle cx="13" cy="13" r="9" '
+    'fill="none" stroke="#0072B2" stroke-width="4"/><path d="M20 20l9 9" stroke="#E69F00" '
+    'stroke-width="5" stroke-linecap="round"/></svg>'
+)
+
 
 def main(first: str = OVERVIEW) -> None:
     """Draw the app; streamlit calls it again at every click.  The workspace is never written.
@@ -29,15 +37,17 @@ def main(first: str = OVERVIEW) -> None:
     Args:
         first: the page that opens where the address names none.
     """
-    st.set_page_config(page_title="resa-lens", layout="wide")
-    try:
+    st.set_page_config(page_title="resa-lens", page_icon=_ICON, layout="wide")
+    # Also where the app is started without the options of apps/.streamlit and `resa-lens app`.
+    st.set_option("client.showErrorDetails", "none")
+    with _said():
         place = places.choose(places.argument(sys.argv[1:]))
-        listing = data.scan(str(place.root))
-    except BadInputError as error:
-        widgets.problem(str(error))
-        return
+        st.sidebar.text(f"workspace: {place.root}\n({place.why})")
+        _pages(data.scan(str(place.root)), first)
+
+
+def _pages(listing: Listing, first: str) -> None:
     with st.sidebar:
-        st.text(f"workspace: {listing.root}\n({place.why})")
         # Bound to the address, as all that a view depends on: a link opens the same view again.
         st.toggle("Count layers from 1", key="one_based", **links.BOUND)
         st.radio(
@@ -65,3 +75,37 @@ def _page(path: str, listing: Listing) -> Callable[[], None]:
         page.show(listing)
 
     return show
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say on the page what stops it.
+
+    What a user can cause is a problem with its remedy.  Anything else is an error of ours: it goes
+    on to streamlit, which writes its traceback to the terminal and none to the page.
+    """
+    try:
+        yield
+    except BadInputError as error:
+        widgets.problem(str(error))
+    except OSError as error:
+        if error.filename is None:
+            _report()
+            raise
+        widgets.problem(
+            f"{error.filename} cannot be read: {error.strerror}. A run may be writing there, or it "
+            "was removed; reload the page."
+        )
+    except Exception:
+        _report()
+        raise
+
+
+def _report() -> None:
+    with st.container(border=True):
+        st.badge("an error of resa-lens", icon=":material/bug_report:", color="red")
+        st.text(
+            "The rest of this page cannot be drawn. The terminal in which the app runs has the "
+            "details; please report them with the address of this page and what `resa-lens "
+            "doctor` prints."
+        )

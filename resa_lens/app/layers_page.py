@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import streamlit as st
 
-from resa_lens import plots
-from resa_lens.app import data, links
+from resa_lens import layer_plots, plots
+from resa_lens.app import data, layers_data, layers_saes, layers_sweep, links
 from resa_lens.app.data import Artifact, Counts, Listing, StoredRecommendation
 from resa_lens.app.widgets import figure, problem, table
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import SUPPORTED, WEAK, MixtureFit
+from resa_lens.pipeline.sweep_tables import Sweep
+from resa_lens.score_plots import sweep_figure
 
 RULES = tuple(plots.RULE_NAMES)
 
@@ -19,36 +24,94 @@ def show(listing: Listing) -> None:
     """Draw the page."""
     for text in listing.problems:
         problem(text)
-    runs = listing.of("counts")
-    if not runs:
+    slugs = layers_data.models_of(listing)
+    if not listing.of("counts"):
         _nothing(listing)
+    if not slugs:
         return
-    slugs = list(dict.fromkeys(run.slug for run in runs))
-    columns = st.columns([2, 3], vertical_alignment="bottom")
-    slug = columns[0].selectbox("Model", slugs, key="model")
-    of_model = [run for run in runs if run.slug == slug]
-    place = columns[1].selectbox(
-        "Counts", range(len(of_model)), format_func=lambda i: of_model[i].label(), key="counts"
+    columns = st.columns([2, 3, 3], vertical_alignment="bottom")
+    slug = str(columns[0].selectbox("Model", slugs, key="model", **links.BOUND))
+    run = _chosen(
+        columns[1], "Counts", "counts", [r for r in listing.of("counts") if r.slug == slug]
     )
+    counts = _checked_counts(run)
+    site = counts.site if counts else None
+    swept = _chosen(columns[2], "Sweep", "sweep", layers_data.sweeps_of(listing, slug, site))
+    sweep = _read_sweep(swept)
     one_based = links.one_based()
-    run = of_model[place]
-    try:
-        counts = data.checked(Counts, run.manifest.results, run.path)
-    except BadInputError as error:
-        problem(str(error), data.DEMO)
-        return
-    made, rule = _recommendation(listing, run, counts)
+    made, rule = None, RULES[0]
+    if run and counts:
+        made, rule = _recommendation(listing, run, counts)
+    verdicts = _read_verdicts(listing, run)
     # Each in a place of its own: what a click adds to one section closes no table of another.
     with st.container():
-        _counts(counts, made, one_based)
+        _by_layer(counts, made, verdicts, sweep, one_based)
     with st.container():
-        _mixture(counts, made, rule, one_based)
+        if swept and sweep:
+            layers_sweep.show(swept, sweep, layers_data.same_counts(swept, run))
     with st.container():
-        _quality(listing, run, one_based)
+        if counts:
+            _mixture(counts, made, rule, one_based)
+    with st.container():
+        if counts and verdicts:
+            layers_saes.verdicts(verdicts, [row.layer for row in counts.layers], one_based)
+    with st.container():
+        layers_saes.quality(listing, slug, run, sweep, one_based)
     with st.container():
         _paper(counts, rule, one_based)
     with st.container():
-        _scores(listing, run)
+        weights = _weights(listing, slug)
+        if weights:
+            _scores(listing, weights)
+
+
+def _chosen(place: Any, label: str, key: str, held: Sequence[Artifact]) -> Artifact | None:
+    """Choose among artifacts by their paths, as they stand in the address; the first by default."""
+    if not held:
+        place.caption(f"{label}: none of this model")
+        return None
+    by_path = {artifact.relative: artifact for artifact in held}
+    return by_path[str(place.selectbox(label, list(by_path), key=key, **links.BOUND))]
+
+
+def _checked_counts(run: Artifact | None) -> Counts | None:
+    if run is None:
+        return None
+    try:
+        return data.checked(Counts, run.manifest.results, run.path)
+    except BadInputError as error:
+        problem(str(error), data.DEMO)
+        return None
+
+
+def _read_sweep(swept: Artifact | None) -> Sweep | None:
+    try:
+        return layers_data.read_sweep(swept) if swept else None
+    except BadInputError as error:
+        problem(str(error))
+        return None
+
+
+def _read_verdicts(listing: Listing, run: Artifact | None) -> layers_data.Verdicts | None:
+    found = layers_data.verdicts_of(listing, run) if run else None
+    try:
+        return layers_data.read_verdicts(found) if found else None
+    except BadInputError as error:
+        problem(str(error))
+        return None
+
+
+def _weights(listing: Listing, slug: str) -> str:
+    """Hash of a model's weights, as what was made of it says."""
+    return next(
+        (
+            artifact.weights
+            for kind in ("counts", "saes", "sweep")
+            for artifact in listing.of(kind)
+            if slug in (artifact.slug, artifact.manifest.config.get("target"))
+        ),
+        "",
+    )
 
 
 def _nothing(listing: Listing) -> None:
@@ -80,28 +143,27 @@ def _recommendation(
             f"resa-lens recommend-layers --model {counts.model} --workspace {listing.root}",
         )
         return None, RULES[0]
-    place = 0
+    chosen = found[0]
     if len(found) > 1:
-        place = st.selectbox(
-            "Recommendation",
-            range(len(found)),
-            format_func=lambda i: _choice(found[i]),
-            key="recommendation",
-        )
-    rule = str(found[place].manifest.config.get("rule", RULES[0]))
+        chosen = _chosen(st, "Recommendation", "recommendation", found) or chosen
+        st.text(_choice(chosen))
+    rule = str(chosen.manifest.config.get("rule", RULES[0]))
+    rule = rule if rule in RULES else RULES[0]
     try:
-        made = data.read(StoredRecommendation, found[place].path / "recommendation.json")
+        made = data.read(StoredRecommendation, chosen.path / "recommendation.json")
+        effects = layers_data.effects_of(chosen.manifest.config)
     except BadInputError as error:
         problem(str(error))
-        return None, rule if rule in RULES else RULES[0]
+        return None, rule
     _verdict(made, rule)
-    return made, rule if rule in RULES else RULES[0]
+    _evidence(made, chosen, effects)
+    return made, rule
 
 
 def _choice(found: Artifact) -> str:
     config = found.manifest.config
     parts = [f"{key} {config.get(key)}" for key in ("selector", "rule", "recipe")]
-    return f"{', '.join(parts)}: {found.label()}"
+    return f"{', '.join(parts)}, made {found.manifest.created[:16].replace('T', ' ')} UTC"
 
 
 def _verdict(made: StoredRecommendation, rule: str) -> None:
@@ -122,36 +184,114 @@ def _verdict(made: StoredRecommendation, rule: str) -> None:
         st.text(f"Next step: {made.next_step}")
 
 
-def _counts(counts: Counts, made: StoredRecommendation | None, one_based: bool) -> None:
-    st.subheader("Feature counts", anchor=False)
+def _evidence(
+    made: StoredRecommendation,
+    chosen: Artifact,
+    effects: Mapping[int, tuple[float, float | None, float | None]],
+) -> None:
+    """What the selector read, where that was not the counts."""
+    asked = chosen.manifest.config.get("selector")
+    if asked in ("mixture", "most-features", "middle"):
+        return
+    if not effects:
+        st.text(
+            f"Selector {asked} read more than the counts below; its other values are not kept with "
+            "the recommendation."
+        )
+        return
+    shift = int(links.one_based())
     figure(
-        plots.counts_figure(
-            {rule: counts.table(rule) for rule in RULES},
-            recommended=made.recommended if made else (),
-            verdict=made.verdict if made else None,
-            one_based=one_based,
-        ),
-        "figure-counts",
+        layer_plots.effects_figure(effects, made.recommended, one_based=bool(shift)),
+        "figure-effects",
     )
+    with st.expander("Table of effects"):
+        rows = [
+            {
+                "layer": layer,
+                "layer_1_indexed": layer + 1,
+                "effect, nats": value,
+                "low": low,
+                "high": high,
+            }
+            for layer, (value, low, high) in effects.items()
+        ]
+        table(rows, "causal_effects", dict.fromkeys(("effect, nats", "low", "high"), "%.6f"))
+
+
+def _by_layer(
+    counts: Counts | None,
+    made: StoredRecommendation | None,
+    verdicts: layers_data.Verdicts | None,
+    sweep: Sweep | None,
+    one_based: bool,
+) -> None:
+    """Counts and, where a sweep says it, the tuned accuracy on the same axis."""
+    if counts is None and sweep is None:
+        return
+    st.subheader("By layer" if sweep else "Feature counts", anchor=False)
+    held = {}
+    if counts:
+        held = {rule: counts.table(rule) for rule in RULES}
+    elif sweep:
+        held = {rule: {k: int(v) for k, v in t.items()} for rule, t in sweep.counts.items()}
+    drawn = plots.counts_figure(
+        held,
+        recommended=made.recommended if made else (),
+        verdict=made.verdict if made else None,
+        null=verdicts.null() if verdicts else None,
+        one_based=one_based,
+    )
+    if sweep:
+        layers = sorted({k for t in held.values() for k in t} | {r["layer"] for r in sweep.layers})
+        scores = sweep_figure(
+            sweep.layers,
+            sweep.jobs,
+            sweep.controls,
+            sweep.base,
+            one_based=one_based,
+            last=layers[-1],
+        )
+        drawn = layer_plots.on_one_axis(
+            drawn,
+            scores,
+            layers,
+            title="Features and tuned accuracy by layer",
+            one_based=one_based,
+        )
+    figure(drawn, "figure-counts")
     st.caption(
         "Features that are active at the think tags and at no other token of the prompt. Only the "
         "rule of the recommendation decides; the others stand beside it."
     )
+    if verdicts:
+        st.caption(
+            "Purple: what the same rule counts in SAEs of the model with random weights, and the "
+            "95 % interval of that rate; shown where the rule counts a feature."
+        )
+    if sweep:
+        st.caption(
+            "Below: accuracy after tuning through each layer's SAE; error bars: its difference to "
+            "the base model, 95 %, all layers' intervals together (controls: each alone). Grey: "
+            "the base model and its own 95 % interval."
+        )
     with st.expander("Table of counts"):
+        layers = sorted({layer for column in held.values() for layer in column})
         rows = [
             {
-                "layer": row.layer,
-                "layer_1_indexed": row.layer + 1,
-                **{rule: counts.table(rule)[row.layer] for rule in RULES},
+                "layer": layer,
+                "layer_1_indexed": layer + 1,
+                **{rule: column.get(layer) for rule, column in held.items()},
             }
-            for row in counts.layers
+            for layer in layers
         ]
         table(rows, "feature_counts", {})
 
 
 def _mixture(counts: Counts, made: StoredRecommendation | None, rule: str, one_based: bool) -> None:
     st.subheader("Mixture over layers", anchor=False)
-    chosen = st.segmented_control("Rule", RULES, default=rule, required=True, key=f"rule-{rule}")
+    chosen = st.segmented_control(
+        "Rule", RULES, default=rule, required=True, key=f"rule-{rule}", **links.BOUND
+    )
     try:
         fit = _fit(counts, made, rule, str(chosen))
     except BadInputError as error:
@@ -192,39 +332,7 @@ def _fit(counts: Counts, made: StoredRecommendation | None, rule: str, chosen: s
         return data.fitted(tuple(held), tuple(map(float, held.values())), recipe, 0)
 
 
-def _quality(listing: Listing, run: Artifact, one_based: bool) -> None:
-    st.subheader("SAE quality", anchor=False)
-    saes = data.saes_of(listing, run)
-    if saes is None:
-        problem(
-            f"The SAEs of these counts, {run.manifest.config.get('saes')}, are not in this "
-            "workspace. This command trains some:",
-            f"resa-lens train-saes --workspace {listing.root}",
-        )
-        return
-    try:
-        held = data.checked(data.Saes, saes.manifest.results, saes.path).layers
-    except BadInputError as error:
-        problem(str(error))
-        return
-    made = plots.quality_figure({row.layer: row.fvu for row in held}, one_based=one_based)
-    figure(made, "figure-quality")
-    st.caption("0 is a perfect reconstruction; 1 is no better than the mean activation.")
-    with st.expander("Table of SAEs"):
-        rows = [
-            {
-                "layer": row.layer,
-                "layer_1_indexed": row.layer + 1,
-                "FVU": row.fvu,
-                "L0": row.l0,
-                "dead share": row.dead_share,
-            }
-            for row in held
-        ]
-        table(rows, "sae_quality", {"FVU": "%.4f", "L0": "%.1f", "dead share": "%.3f"})
-
-
-def _paper(counts: Counts, rule: str, one_based: bool) -> None:
+def _paper(counts: Counts | None, rule: str, one_based: bool) -> None:
     st.subheader("Beside the paper", anchor=False)
     try:
         paper = data.paper_table()
@@ -232,11 +340,12 @@ def _paper(counts: Counts, rule: str, one_based: bool) -> None:
         problem(str(error))
         return
     ours, theirs = st.columns(2)
-    with ours:
-        shown = {rule: counts.table(rule)}
-        title = f"This model, {counts.n_layers} layers"
-        figure(plots.counts_figure(shown, one_based=one_based, title=title), "figure-ours")
-    with theirs:
+    if counts:
+        with ours:
+            shown = {rule: counts.table(rule)}
+            title = f"This model, {counts.n_layers} layers"
+            figure(plots.counts_figure(shown, one_based=one_based, title=title), "figure-ours")
+    with theirs if counts else st.container():
         shown = {"paper": {layer: int(value) for layer, value in paper.counts.items()}}
         title = f"The paper's model, {data.PAPER_LAYERS} layers"
         figure(plots.counts_figure(shown, one_based=one_based, title=title), "figure-paper")
@@ -253,7 +362,7 @@ def _paper(counts: Counts, rule: str, one_based: bool) -> None:
         "layers are 1-based there. Different models: only the shapes can be compared."
     )
     with st.expander("Table 6 and ours"):
-        own = counts.table(rule)
+        own = counts.table(rule) if counts else {}
         rows = [
             {
                 "layer": layer,
@@ -267,24 +376,21 @@ def _paper(counts: Counts, rule: str, one_based: bool) -> None:
         table(rows, "table6_and_ours", {"paper: score, %": "%.2f"})
 
 
-def _scores(listing: Listing, run: Artifact) -> None:
+def _scores(listing: Listing, weights: str) -> None:
     st.subheader("Scores before and after", anchor=False)
-    found = data.tunings(listing, run.weights)
+    found = data.tunings(listing, weights)
     if not found:
         problem(
             "No adapter of this model was scored beside its base yet. This command does both:",
             f"resa-lens tune --layer auto --workspace {listing.root}",
         )
         return
-    place = 0
+    # What was tuned through an SAE before its controls.
+    found.sort(key=lambda pair: pair.adapter.manifest.config.get("control") is not None)
+    tuning = found[0]
     if len(found) > 1:
-        place = st.selectbox(
-            "Adapter",
-            range(len(found)),
-            format_func=lambda i: found[i].adapter.label(),
-            key="adapter",
-        )
-    tuning = found[place]
+        chosen = _chosen(st, "Adapter", "adapter", [pair.adapter for pair in found])
+        tuning = next(pair for pair in found if pair.adapter is chosen)
     try:
         adapter = data.checked(
             data.AdapterResults, tuning.adapter.manifest.results, tuning.adapter.path
@@ -309,6 +415,13 @@ def _scores(listing: Listing, run: Artifact) -> None:
     st.text(
         f"Tuned minus base: {100 * paired.difference:+.1f} points (95 % {100 * low:+.1f} to "
         f"{100 * high:+.1f}), p = {paired.p_value:.3g}; {changed}; n = {paired.n}"
+    )
+    links.to(
+        links.SCORES,
+        "Compare the answers themselves",
+        icon=":material/query_stats:",
+        left=tuning.base.relative,
+        right=tuning.tuned.relative,
     )
     with st.expander("Table of scores"):
         rows = [

@@ -1,23 +1,35 @@
-"""Text as coloured tokens: how strongly a feature answers to each, and the phase it stands in."""
+"""Text as coloured tokens: how strongly a feature answers to each, and the phase it stands in.
+
+A token is text from a model or a file: it is shown as it is, tags and markup too.  Characters that
+have no picture of their own (line ends, zero-width ones, marks of direction) are named, and none
+can turn the text around it.
+"""
 
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Sequence
 
 import streamlit as st
 
-from resa_lens.phases import PHASES
+from resa_lens.prompts import PHASES
 
-_WARM = "230, 120, 0"
-"""Orange: on white and on black, and told from grey by colour-blind readers."""
+_WARM, _COLD = "230, 120, 0", "0, 114, 178"
+"""Orange and blue: on white and on black, and told apart by colour-blind readers."""
 _LINES = {"prompt": "#7F7F7F", "think": "#0072B2", "answer": "#009E73"}
 """Under the tokens of each phase; the pattern differs too."""
 _PATTERNS = {"prompt": "dotted", "think": "solid", "answer": "double"}
+_NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories without a picture: controls, formats, what is not assigned, separators."""
 STYLE = (
     "<style>.tokens{font-family:ui-monospace,monospace;font-size:.92rem;line-height:2;"
-    "overflow-wrap:anywhere;white-space:pre-wrap}.tokens span{border-radius:3px;padding:1px 0}"
-    ".tokens .peak{outline:2px solid currentColor}.tokens .mark{opacity:.55}</style>"
+    "overflow-wrap:anywhere;white-space:pre-wrap}.tokens span{border-radius:3px;padding:1px 0;"
+    "unicode-bidi:isolate}.tokens .peak{outline:2px solid currentColor}"
+    ".tokens .mark{opacity:.6}.tokens .said{font-family:inherit;opacity:.75;font-size:.8rem}"
+    ".tokens .chip{display:inline-block;line-height:1.5;padding:1px 5px;margin:2px 4px 2px 0;"
+    "max-width:100%}</style>"
 )
 
 
@@ -38,12 +50,12 @@ def coloured(
         phases: of each token, or none: then nothing is drawn below them.
         peak: the token that is framed.
     """
-    top = max([most or 0.0, *([] if most else values)], default=0.0) or 1.0
+    top = most or max([0.0, *values]) or 1.0
     parts = []
     for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
         styles = []
         if value > 0:
-            styles.append(f"background:rgba({_WARM},{min(1.0, 0.12 + 0.68 * value / top):.2f})")
+            styles.append(f"background:{_shade(_WARM, value / top)}")
         said = f"{value:.3g}"
         if phases:
             name = phases[place]
@@ -51,7 +63,7 @@ def coloured(
             said += f", {name}"
         framed = ' class="peak"' if place == peak else ""
         parts.append(
-            f'<span{framed} title="{html.escape(f"{token!r}: {said}", quote=True)}" '
+            f'<span{framed} title="{html.escape(f"{visible(token)}: {said}", quote=True)}" '
             f'style="{";".join(styles)}">{_text(token)}</span>'
         )
     return f'{STYLE}<div class="tokens">{"".join(parts)}</div>'
@@ -60,6 +72,23 @@ def coloured(
 def show(tokens: Sequence[str], values: Sequence[float], **how: object) -> None:
     """Draw coloured tokens; arguments as for `coloured`."""
     st.html(coloured(tokens, values, **how))  # type: ignore[arg-type]
+
+
+def chips(tokens: Sequence[str], values: Sequence[float]) -> str:
+    """Return tokens as HTML, each apart with its number: orange above 0, blue below.
+
+    Args:
+        tokens: their texts; spaces and line ends are marked.
+        values: a number each; the farthest from 0 has the strongest colour.
+    """
+    top = max((abs(value) for value in values), default=0.0) or 1.0
+    parts = [
+        f'<span class="chip" style="background:'
+        f'{_shade(_WARM if value > 0 else _COLD, abs(value) / top)}">'
+        f'{html.escape(visible(token), quote=True)} <span class="said">{value:.2f}</span></span>'
+        for token, value in zip(tokens, values, strict=True)
+    ]
+    return f'{STYLE}<div class="tokens">{" ".join(parts)}</div>'
 
 
 def legend() -> None:
@@ -71,7 +100,41 @@ def legend() -> None:
     st.html(f'{STYLE}<div class="tokens">{" · ".join(parts)}</div>')
 
 
+def visible(token: str) -> str:
+    """Return a token as one line of plain text in which every character can be seen."""
+    if not token:
+        return "(empty)"
+    return "".join("␣" if c == " " else _name(c) or c for c in token)
+
+
+def plain(text: str) -> str:
+    """Return text of a file as it can stand among our words: what cannot be seen is named.
+
+    Spaces and line ends stay; a mark of direction would turn what follows around.
+    """
+    return "".join(c if c in " \n" else _name(c) or c for c in text)
+
+
+def _name(character: str) -> str:
+    """What stands for a character without a picture; empty for any other."""
+    if character in _NAMED:
+        return _NAMED[character]
+    if unicodedata.category(character) in _UNSEEN or (character != " " and character.isspace()):
+        return f"[U+{ord(character):04X}]"
+    return ""
+
+
+def _shade(colour: str, share: float) -> str:
+    return f"rgba({colour},{min(1.0, 0.12 + 0.68 * share):.2f})"
+
+
 def _text(token: str) -> str:
-    """A token as it stands; a line's end is marked and kept."""
-    shown = html.escape(token, quote=True)
-    return shown.replace("\n", '<span class="mark">↵</span>\n')
+    """A token as it stands; what cannot be seen is marked, and a line's end is kept."""
+    parts = []
+    for character in token:
+        if name := _name(character):
+            kept = character if character in "\n\t" else ""
+            parts.append(f'<span class="mark">{name}</span>{kept}')
+        else:
+            parts.append(html.escape(character, quote=True))
+    return "".join(parts)

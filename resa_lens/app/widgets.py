@@ -6,7 +6,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,13 @@ def problem(text: str, command: str | None = None) -> None:
             st.code(command, language="bash", wrap_lines=True)
 
 
-def figure(made: go.Figure, key: str, *, select: bool = False, alt: str | None = None) -> Any:
+def figure(
+    made: go.Figure,
+    key: str,
+    *,
+    select: bool | Callable[[], None] = False,
+    alt: str | None = None,
+) -> Any:
     """A figure in the theme's colours, light or dark, that can be saved.
 
     PNG or SVG by the camera above the figure, as chosen in the side bar; HTML by a button below.
@@ -33,7 +39,8 @@ def figure(made: go.Figure, key: str, *, select: bool = False, alt: str | None =
     Args:
         made: the figure.
         key: of the widget, and the name of the files.
-        select: whether a click on a point runs the page again; the selection comes back.
+        select: whether a click on a point runs the page again, or what it calls before that; the
+            selection comes back.
         alt: what a screen reader says; the figure's title by default.
     """
     title = getattr(made.layout.title, "text", None)
@@ -51,7 +58,7 @@ def figure(made: go.Figure, key: str, *, select: bool = False, alt: str | None =
         theme="streamlit",
         config=config,
         key=key,
-        on_select="rerun" if select else "ignore",
+        on_select=select if callable(select) else "rerun" if select else "ignore",
         selection_mode="points",
         alt=alt or title,
     )

@@ -13,6 +13,7 @@ from resa_lens.cli import (
     compare,
     cost,
     demo,
+    doctor,
     evals,
     features,
     interventions,
@@ -74,6 +75,7 @@ app.command("cost")(cost.cost)
 app.command("convert")(saes.convert)
 app.command("runs")(workspace.runs)
 app.command("app")(workspace.explorer)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

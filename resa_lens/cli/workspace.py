@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
 import importlib.util
 import os
+import socket
 import sys
-from pathlib import Path
+import urllib.request
 from typing import Annotated, Any
 
 import typer
@@ -13,12 +16,16 @@ import typer
 from resa_lens.cli import common
 from resa_lens.cli.common import JsonOption, WorkspaceOption
 
+PORT, PORTS = 8501, 100
+"""Where the app is served first, and how many ports on are tried."""
+
 
 def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
     """List what the workspace holds, the newest first.
 
     Example: resa-lens runs
     """
+    from resa_lens.workspace import WORK, how_far
 
     def job() -> tuple[dict[str, Any], Any]:
         ctx = common.context(workspace, 0, "cpu", "auto", False, None)
@@ -37,11 +44,11 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
             )
 
         root = ctx.workspace.root
-        for work in sorted([*root.glob("*/.work-*"), *root.glob("*/*/.work-*")]):
+        for work in sorted([*root.glob(f"*/{WORK}*"), *root.glob(f"*/*/{WORK}*")]):
             stage = work.relative_to(root).parts[0]
             rows.append(
                 {
-                    "kind": f"{stage}, unfinished ({_how_far(work)})",
+                    "kind": f"{stage}, unfinished ({how_far(work)})",
                     "path": ctx.workspace.relative(work),
                     "created": "",
                     "megabytes": round(
@@ -67,30 +74,23 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
     common.run(job, as_json)
 
 
-def _how_far(work: Path) -> str:
-    """Say how far an unfinished run came, by what it has kept."""
-    from resa_lens.saes.checkpoint import read_state
-
-    def several(n: int, what: str) -> str:
-        return f"{n} {what}{'' if n == 1 else 's'}"
-
-    if (work / "answers.jsonl").exists():
-        # The first line is the run's settings.
-        lines = (work / "answers.jsonl").read_bytes().count(b"\n")
-        return several(max(0, lines - 1), "answer")
-    if (work / "locks").is_dir():
-        return several(len(list((work / "jobs").glob("*.json"))), "job")
-    if arms := len(list(work.glob("*.parquet"))):
-        return several(arms, "arm")
-    held = [read_state(place) for place in (work, *work.glob("group-*"))]
-    return f"step {max((state['step'] for state in held if state), default=0)}"
-
-
 def explorer(
     workspace: WorkspaceOption = None,
-    port: Annotated[int, typer.Option(help="On localhost.", min=1, max=65535)] = 8501,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help=f"On localhost; {PORT} by default, or the next one that is free.",
+            min=1,
+            max=65535,
+        ),
+    ] = None,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Only serve; open the address yourself.")
+    ] = False,
 ) -> None:
     """Open the feature explorer in a browser, on localhost.
+
+    Without --workspace and without ./resa-workspace it shows the example that ships.
 
     Example: resa-lens app --workspace resa-workspace
     """
@@ -100,11 +100,83 @@ def explorer(
     def job() -> tuple[dict[str, Any], Any]:
         if importlib.util.find_spec("streamlit") is None:
             raise BadInputError("streamlit is not installed; run: pip install 'resa-lens[app]'")
-        ctx = common.context(workspace, 0, "cpu", "auto", False, None)
-        os.environ["RESA_LENS_WORKSPACE"] = str(ctx.workspace.root)
-        options = ["--server.address", "localhost", "--server.port", str(port)]
-        options += ["--browser.gatherUsageStats", "false", "--client.toolbarMode", "viewer"]
-        command = [sys.executable, "-m", "streamlit", "run", str(app_script()), *options]
+        from resa_lens.app import places
+
+        place = next(iter(places.found(workspace).values()))
+        if place.root.exists() and not place.root.is_dir():
+            raise BadInputError(f"workspace {place.root} is a file; pass a folder with --workspace")
+        free, note = _port(port)
+        typer.echo(f"workspace: {place.root} ({place.why})", err=True)
+        if note:
+            typer.echo(note, err=True)
+        typer.echo(f"feature explorer: http://localhost:{free} (Ctrl+C ends it)", err=True)
+        options = {
+            "server.address": "localhost",
+            "server.port": free,
+            "server.headless": str(no_browser).lower(),
+            "server.showEmailPrompt": "false",
+            "server.fileWatcherType": "none",
+            "browser.gatherUsageStats": "false",
+            "client.showErrorDetails": "none",
+            "client.toolbarMode": "viewer",
+            # The address stands above.
+            "logger.hideWelcomeMessage": "true",
+        }
+        command = [sys.executable, "-m", "streamlit", "run", str(app_script())]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        command += ["--", "--workspace", workspace] if workspace else []
         os.execv(sys.executable, command)  # noqa: S606
 
     common.run(job, False)
+
+
+def _port(asked: int | None) -> tuple[int, str]:
+    """Return a free port of this machine, and what is to be said about it.
+
+    Raises:
+        BadInputError: the one that was asked for is taken or not permitted, or none is free.
+    """
+    from resa_lens.errors import BadInputError
+
+    if asked is not None:
+        problem = _taken(asked)
+        if problem:
+            raise BadInputError(
+                f"port {asked} {problem}.\nEnd what holds it, give another --port, or leave it out "
+                f"for the next free one from {PORT} on."
+            )
+        return asked, ""
+    first = _taken(PORT)
+    if not first:
+        return PORT, ""
+    for port in range(PORT + 1, PORT + PORTS):
+        if not _taken(port):
+            return port, f"port {PORT} {first}; using {port}"
+    raise BadInputError(
+        f"ports {PORT} to {PORT + PORTS - 1} are all taken; give a free one with --port"
+    )
+
+
+def _taken(port: int) -> str:
+    """Say why a port of this machine cannot be had, "" if it can."""
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address, port))
+        except OSError as error:
+            if error.errno == errno.EACCES:
+                return "needs the administrator's permission; ports from 1024 on do not"
+            if error.errno == errno.EADDRINUSE:
+                return f"is taken by {_holder(port)}"
+            # No such family of addresses here.
+    return ""
+
+
+def _holder(port: int) -> str:
+    """Guess what answers at a port."""
+    try:
+        with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=0.5):
+            return f"a streamlit app, perhaps another `resa-lens app` (http://localhost:{port})"
+    except (OSError, http.client.HTTPException):
+        return "another program"

@@ -247,17 +247,20 @@ def _places(run: RunScores, column: str) -> dict[Any, list[int]]:
     return {value: found[value] for value in sorted(found)}
 
 
-def _share(values: Floats, seed: int) -> Share:
-    return Share(float(values.mean()), stats.mean_interval(values, seed=seed), int(values.shape[0]))
+def _share(values: Floats, seed: int, draws: int = DRAWS) -> Share:
+    ci = stats.mean_interval(values, draws=draws, seed=seed)
+    return Share(float(values.mean()), ci, int(values.shape[0]))
 
 
-def summarise(run: RunScores, ks: Sequence[int] = (), seed: int = 0) -> RunSummary:
+def summarise(
+    run: RunScores, ks: Sequence[int] = (), seed: int = 0, draws: int = DRAWS
+) -> RunSummary:
     """Score one run: avg@n, pass@k, by task and level, each with its interval over questions.
 
     Raises:
         BadInputError: a k above the number of samples.
     """
-    overall = _share(run.means, seed)
+    overall = _share(run.means, seed, draws)
     samples = run.correct.shape[1]
     if too_many := [k for k in ks if k > samples]:
         raise BadInputError(
@@ -269,19 +272,24 @@ def summarise(run: RunScores, ks: Sequence[int] = (), seed: int = 0) -> RunSumma
     macro = None
     if len(tasks) > 1:
         groups = [run.means[where] for where in tasks.values()]
-        macro = Share(*stats.macro_average(groups, seed=seed), len(tasks))
+        macro = Share(*stats.macro_average(groups, draws=draws, seed=seed), len(tasks))
     return RunSummary(
         run.name, overall.value, overall.ci, overall.n, samples,
-        {name: _share(run.means[where], seed) for name, where in tasks.items()},
-        {name: _share(run.means[where], seed) for name, where in _places(run, "level").items()},
+        {name: _share(run.means[where], seed, draws) for name, where in tasks.items()},
+        {
+            name: _share(run.means[where], seed, draws)
+            for name, where in _places(run, "level").items()
+        },
         macro,
-        {k: _share(stats.pass_at_k(right, samples, k), seed) for k in ks},
+        {k: _share(stats.pass_at_k(right, samples, k), seed, draws) for k in ks},
     )  # fmt: skip
 
 
-def _by_group(base: RunScores, other: RunScores, column: str, seed: int) -> tuple[GroupRow, ...]:
+def _by_group(
+    base: RunScores, other: RunScores, column: str, seed: int, draws: int
+) -> tuple[GroupRow, ...]:
     rows = {
-        str(name): stats.compare_paired(base.means[where], other.means[where], seed)
+        str(name): stats.compare_paired(base.means[where], other.means[where], seed, draws=draws)
         for name, where in _places(base, column).items()
     }
     if not rows:
@@ -332,8 +340,8 @@ def compare_runs(
         stats.compare_paired(base.means, other.means, seed, draws=draws),
         stats.equivalence_test(base.means, other.means, margin, draws=draws, seed=seed),
         stats.paired_power(base.means, other.means, margin),
-        _by_group(base, other, "task", seed),
-        _by_group(base, other, "level", seed),
+        _by_group(base, other, "task", seed, draws),
+        _by_group(base, other, "level", seed, draws),
         _flips(base, other),
     )
 

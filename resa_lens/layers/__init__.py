@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import special
+import scipy
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import Floats, Interval
@@ -111,7 +111,7 @@ class MixtureFit:
             bell = np.exp(-0.5 * ((positions - part.mean) / part.std) ** 2)
             bell *= part.weight / (part.std * math.sqrt(2 * math.pi))
             if self.recipe == "robust":
-                edges = special.ndtr((np.array([first, last]) - part.mean) / part.std)
+                edges = scipy.special.ndtr((np.array([first, last]) - part.mean) / part.std)
                 bell = np.where(inside, bell / (edges[1] - edges[0]), 0.0)
             total += bell
         return total

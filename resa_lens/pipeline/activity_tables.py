@@ -1,11 +1,4 @@
-"""The tables of feature activity: their schema, how they are written and read by feature.
-
-    features.parquet    a row a feature that fired, sorted by layer and feature
-    examples.parquet    its strongest documents, the tokens around each peak with their activations
-    documents.parquet   every document's tokens and phases
-
-Row groups hold few features, so a reader that wants one feature reads one group.
-"""
+"""Feature activity as rows of its tables (feature_files.py), and how they are written."""
 
 from __future__ import annotations
 
@@ -18,68 +11,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from resa_lens.errors import BadInputError
 from resa_lens.features.activity import Activity, Density, bin_edges
 from resa_lens.features.lens import Lens
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.phases import PHASES, PhasedBatch
-
-GROUP = 1024
-"""Features in one row group."""
-FEATURES, EXAMPLES, DOCUMENTS = "features.parquet", "examples.parquet", "documents.parquet"
-
-FEATURE_SCHEMA = pa.schema(
-    [
-        ("layer", pa.int32()),
-        ("feature", pa.int32()),
-        ("tokens_fired", pa.int64()),
-        ("documents_fired", pa.int64()),
-        ("density", pa.float64()),
-        ("density_se", pa.float64()),
-        ("mean", pa.float32()),
-        ("max", pa.float32()),
-        *[
-            (f"{name}_{phase}", kind)
-            for phase in PHASES
-            for name, kind in (
-                ("tokens_fired", pa.int64()),
-                ("density", pa.float64()),
-                ("mean", pa.float32()),
-                ("max", pa.float32()),
-            )
-        ],
-        ("histogram", pa.list_(pa.int32())),
-        ("top_tokens", pa.list_(pa.string())),
-        ("top_logits", pa.list_(pa.float32())),
-        ("bottom_tokens", pa.list_(pa.string())),
-        ("bottom_logits", pa.list_(pa.float32())),
-        ("nearest", pa.list_(pa.int32())),
-        ("nearest_cosines", pa.list_(pa.float32())),
-    ]
+from resa_lens.pipeline.feature_files import (
+    DOCUMENT_SCHEMA,
+    DOCUMENTS,
+    EDGES,
+    EXAMPLE_SCHEMA,
+    EXAMPLES,
+    FEATURE_SCHEMA,
+    FEATURES,
+    GROUP,
+    histogram_edges,
+    read_feature,
 )
-"""Densities are shares of tokens, `density_se` is over documents; means are over the tokens where
-the feature fires, 0 where it does not.  The histogram's edges are in the file's metadata.  The
-lens and the neighbours are null where they were not computed."""
 
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("layer", pa.int32()),
-        ("feature", pa.int32()),
-        ("rank", pa.int32()),
-        ("document", pa.int32()),
-        ("position", pa.int32()),
-        ("phase", pa.string()),
-        ("value", pa.float32()),
-        ("start", pa.int32()),
-        ("tokens", pa.list_(pa.string())),
-        ("acts", pa.list_(pa.float32())),
-    ]
-)
-"""`position` is the peak's in its document, `start` that of the first token shown."""
-
-DOCUMENT_SCHEMA = pa.schema(
-    [("document", pa.int32()), ("ids", pa.list_(pa.int32())), ("phases", pa.list_(pa.int8()))]
-)
+__all__ = [
+    "DOCUMENTS",
+    "DOCUMENT_SCHEMA",
+    "EXAMPLES",
+    "EXAMPLE_SCHEMA",
+    "FEATURES",
+    "FEATURE_SCHEMA",
+    "GROUP",
+    "Documents",
+    "example_rows",
+    "feature_rows",
+    "histogram_edges",
+    "join_tables",
+    "layer_writer",
+    "read_feature",
+]
 
 
 class Documents:
@@ -220,37 +184,4 @@ def join_tables(layers: Sequence[Path], folder: Path) -> None:
 
 def _feature_schema() -> pa.Schema:
     edges = ",".join(f"{edge:.6g}" for edge in bin_edges().tolist())
-    return FEATURE_SCHEMA.with_metadata({"histogram_edges": edges})
-
-
-def read_feature(
-    folder: Path, layer: int, feature: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return one feature's row and its examples, the strongest first.
-
-    Raises:
-        BadInputError: the feature never fired there, the layer was not measured, or a damaged file.
-    """
-
-    def read(name: str) -> list[dict[str, Any]]:
-        wanted = [("layer", "=", layer), ("feature", "=", feature)]
-        try:
-            return pq.read_table(folder / name, filters=wanted).to_pylist()
-        except (pa.ArrowInvalid, FileNotFoundError) as error:
-            raise BadInputError(
-                f"{folder / name} is missing or damaged; --force makes it anew"
-            ) from error
-
-    rows = read(FEATURES)
-    if not rows:
-        raise BadInputError(
-            f"feature {feature} at layer {layer} (0-based) fired on none of the documents of "
-            f"{folder}, or its layer was not measured"
-        )
-    return rows[0], sorted(read(EXAMPLES), key=lambda row: row["rank"])
-
-
-def histogram_edges(folder: Path) -> list[float]:
-    """Return the edges of the histogram's bins."""
-    held = pq.read_schema(folder / FEATURES).metadata[b"histogram_edges"]
-    return [float(edge) for edge in held.decode().split(",")]
+    return FEATURE_SCHEMA.with_metadata({EDGES: edges})

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
@@ -19,10 +19,12 @@ from resa_lens.evals.compare import (
     compare_groups,
     run_scores,
 )
-from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.scores import read_eval
 from resa_lens.stats import GroupDifference, Interval
 from resa_lens.workspace import write_errors
+
+if TYPE_CHECKING:
+    # The feature explorer says the same sentences, and never loads torch.
+    from resa_lens.pipeline.context import Context
 
 SUFFIXES = (".html", ".csv")
 
@@ -62,6 +64,8 @@ def open_runs(ctx: Context, names: Sequence[str]) -> list[RunScores]:
     Raises:
         BadInputError: no evaluation, one given twice, or samples missing.
     """
+    from resa_lens.pipeline.scores import read_eval
+
     folders: dict[Path, str] = {}
     for name in names:
         given = Path(name).expanduser()

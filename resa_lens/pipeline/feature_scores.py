@@ -41,6 +41,7 @@ from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.phases import PHASES, phased_batches, phased_texts
 from resa_lens.pipeline.context import Context
+from resa_lens.pipeline.feature_files import SCORE_GROUP, SCORE_SCHEMA
 from resa_lens.pipeline.saes import FIT_BYTES, SaeRun, fit_corpus, split_records
 from resa_lens.prompts import resolve_system_prompt
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
@@ -50,24 +51,6 @@ NO_STEPS = "no-steps"
 TOKENS = 16_384
 INTERVAL_DRAWS = 500
 LEVEL = 0.05
-SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int32()),
-        pa.field("feature", pa.int32()),
-        pa.field("score", pa.string()),
-        pa.field("value", pa.float64()),
-        pa.field("null", pa.float64()),
-        pa.field("p", pa.float64()),
-        pa.field("q", pa.float64()),
-        pa.field("active_tokens", pa.int64()),
-        pa.field("active_documents", pa.int64()),
-        pa.field("reasoning_tokens", pa.int64()),
-        pa.field("other_tokens", pa.int64()),
-        pa.field("reasoning_documents", pa.int64()),
-        pa.field("other_documents", pa.int64()),
-    ]
-)
-"""A row a layer, score and feature that is active at all; for the rules, active on the prompt."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +194,7 @@ def score_run(
         },
     )
     with ctx.workspace.artifact(folder, manifest) as target:
-        pq.write_table(table, target / "scores.parquet")
+        pq.write_table(table, target / "scores.parquet", row_group_size=SCORE_GROUP)
         write_json(target / "summary.json", summary)
     return folder, summary
 
@@ -403,9 +386,9 @@ def _table(found: dict[int, dict[str, Scored]], names: Sequence[str], correction
             "active_tokens": np.concatenate([s.active_tokens for s in scored.values()]),
             "active_documents": np.concatenate([s.active_documents for s in scored.values()]),
         }
-        for key in SCHEMA.names[len(columns) :]:
+        for key in SCORE_SCHEMA.names[len(columns) :]:
             columns[key] = np.repeat([s.sizes[key] for s in scored.values()], counts)
-        parts.append(pa.table(columns, schema=SCHEMA))
+        parts.append(pa.table(columns, schema=SCORE_SCHEMA))
     return pa.concat_tables(parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from resa_lens import stats
 from resa_lens.errors import BadInputError
 from resa_lens.evals.compare import RunScores, check_paired, run_scores
-from resa_lens.evals.run import EvalResult
 from resa_lens.layers.selectors import Effect, regrets_of_selectors
 from resa_lens.workspace import read_json, write_json
+
+if TYPE_CHECKING:
+    # The feature explorer reads sweeps, and never loads torch.
+    from resa_lens.evals.run import EvalResult
 
 SWEEP, ANSWERS, SCORES = "sweep.json", "answers.parquet", "scores.csv"
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import Hookpoint
+from resa_lens.machine import MB, available_mb
 from resa_lens.models import Model
 from resa_lens.saes.optim import STATE_COPIES
 from resa_lens.saes.select import half_room
 from resa_lens.saes.train import SaeConfig, new_trainers
 from resa_lens.workspace import peak_memory_mb
 
-MB = 2**20
 RESERVE = 0.1
 """Share of the memory that is left free."""
 
@@ -83,9 +83,7 @@ class Meter:
         """Return MB that this process may still take."""
         if self.cuda:
             return torch.cuda.mem_get_info(self.device)[0] / MB
-        free = _meminfo()
-        limit, used = _cgroup()
-        return free if limit is None else min(free, limit - used)
+        return available_mb()
 
     @contextmanager
     def peak(self) -> Iterator[list[float]]:
@@ -110,33 +108,6 @@ class Meter:
             stop.set()
             watcher.join()
             found[0] = max(found[0], self.now())
-
-
-def _meminfo() -> float:
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return pages / MB
-    for line in file.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
-
-
-def _cgroup() -> tuple[float | None, float]:
-    """Return the container's limit and use in MB, (None, 0) where there is none."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        if Path(limit).exists() and Path(used).exists():
-            text = Path(limit).read_text().strip()
-            if text.isdigit() and int(text) < 2**60:
-                return int(text) / MB, int(Path(used).read_text()) / MB
-    return None, 0.0
 
 
 def state_mb(config: SaeConfig, d_model: int) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import arrays
@@ -69,13 +69,13 @@ def noninferiority_p(gained: float, lost: float, n: int, margin: float) -> float
     # Losing is at least as likely as the margin, and gaining is what is left of it.
     losing = np.geomspace(margin, (1 + margin) / 2, _GRID)
     # Tables of a share of 1e-12 under no value of the grid do not count.
-    least, most = (int(stats.binom.ppf(tail, n, p)) for tail, p in
+    least, most = (int(scipy.stats.binom.ppf(tail, n, p)) for tail, p in
                    ((1e-13, losing[0]), (1 - 1e-13, losing[-1])))  # fmt: skip
     counts = np.arange(max(0, least - 1), min(n, most + 1) + 1)
     needed = _fewest_gains(counts, n, margin, observed)
-    chance = stats.binom.pmf(counts, n, losing[:, None])
+    chance = scipy.stats.binom.pmf(counts, n, losing[:, None])
     gaining = np.clip((losing - margin) / (1 - losing), 0.0, 1.0)[:, None]
-    beyond = np.where(needed == 0, 1.0, stats.binom.sf(needed - 1, n - counts, gaining))
+    beyond = np.where(needed == 0, 1.0, scipy.stats.binom.sf(needed - 1, n - counts, gaining))
     return min(1.0, float((chance * beyond).sum(axis=1).max()))
 
 

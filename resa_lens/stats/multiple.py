@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import arrays
@@ -62,7 +62,7 @@ def expected_maximum(n: int) -> float:
     if n < 1:
         raise BadInputError(f"the maximum of {n} values: give 1 or more")
     grid = np.linspace(-12.0, 12.0, 4801)
-    below = special.ndtr(grid) ** (n - 1)
+    below = scipy.special.ndtr(grid) ** (n - 1)
     density = n * np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi) * below
     return float(np.trapezoid(grid * density, grid))
 

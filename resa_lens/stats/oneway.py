@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import arrays
@@ -80,13 +80,13 @@ def one_way(values: ArrayLike, groups: ArrayLike, level: float = 0.95) -> OneWay
     size = (n - float((sizes**2).sum()) / n) / df_between  # the mean size, for unequal groups
     ratios = (
         f,
-        f / float(stats.f.ppf(1 - tail, df_between, df_within)),
-        f * float(stats.f.ppf(1 - tail, df_within, df_between)),
+        f / float(scipy.stats.f.ppf(1 - tail, df_between, df_within)),
+        f * float(scipy.stats.f.ppf(1 - tail, df_within, df_between)),
     )
     icc, icc_low, icc_high = ((r - 1) / (r + size - 1) for r in ratios)
     return OneWay(
         f,
-        float(stats.f.sf(f, df_between, df_within)),
+        float(scipy.stats.f.sf(f, df_between, df_within)),
         df_between,
         df_within,
         ms_between,
@@ -102,15 +102,15 @@ def _noncentrality(f: float, df_between: int, df_within: int, share: float) -> f
     """The noncentrality under which `share` of the F distribution lies below f; 0 if none."""
 
     def gap(noncentrality: float) -> float:
-        return float(stats.ncf.cdf(f, df_between, df_within, noncentrality)) - share
+        return float(scipy.stats.ncf.cdf(f, df_between, df_within, noncentrality)) - share
 
     # scipy's noncentral F is the central one at 0 only in the limit.
-    if float(stats.f.cdf(f, df_between, df_within)) <= share:
+    if float(scipy.stats.f.cdf(f, df_between, df_within)) <= share:
         return 0.0
     top = max(1.0, f * df_between)
     while gap(top) > 0:
         top *= 2
-    return optimize.root_scalar(gap, bracket=(1e-9, top), method="brentq", xtol=1e-6).root
+    return scipy.optimize.root_scalar(gap, bracket=(1e-9, top), method="brentq", xtol=1e-6).root
 
 
 def one_way_permutation(

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats.arrays import Interval, check_level
@@ -22,12 +22,12 @@ def _quantiles(alpha: float, power: float) -> tuple[float, float]:
     check_level(alpha)
     if not 0.5 < power < 1.0:
         raise BadInputError(f"power {power} is none to plan for: give one between 0.5 and 1")
-    return float(special.ndtri(1 - alpha / 2)), float(special.ndtri(power))
+    return float(scipy.special.ndtri(1 - alpha / 2)), float(scipy.special.ndtri(power))
 
 
 def reach_of(freedom: float, alpha: float = ALPHA, power: float = POWER) -> float:
     """Return the standard errors from which on a two-sided t test has the power."""
-    return float(stats.t.ppf(1 - alpha / 2, freedom) + stats.t.ppf(power, freedom))
+    return float(scipy.stats.t.ppf(1 - alpha / 2, freedom) + scipy.stats.t.ppf(power, freedom))
 
 
 def _check_discordance(discordance: float) -> None:
@@ -79,7 +79,7 @@ def mcnemar_detectable(
 
     if n < 1 or excess(discordance) < 0:
         return None
-    return optimize.root_scalar(excess, bracket=(0.0, discordance)).root
+    return scipy.optimize.root_scalar(excess, bracket=(0.0, discordance)).root
 
 
 def least_detectable(n: int, alpha: float = ALPHA, power: float = POWER) -> float:
@@ -98,14 +98,15 @@ def mcnemar_power(discordance: float, difference: float, n: int, alpha: float = 
         raise BadInputError(
             f"difference {difference} with a discordance of {discordance}: it cannot be larger"
         )
-    least, most = stats.binom.ppf([1e-12, 1 - 1e-12], n, discordance)
+    least, most = scipy.stats.binom.ppf([1e-12, 1 - 1e-12], n, discordance)
     flips = np.arange(int(least), int(most) + 1)
     # Reject where the smaller side is at most so many: twice its tail stays within alpha.
-    border = stats.binom.ppf(alpha / 2, flips, 0.5)
-    border = np.where(stats.binom.cdf(border, flips, 0.5) <= alpha / 2, border, border - 1)
+    border = scipy.stats.binom.ppf(alpha / 2, flips, 0.5)
+    border = np.where(scipy.stats.binom.cdf(border, flips, 0.5) <= alpha / 2, border, border - 1)
     gaining = (discordance + difference) / (2 * discordance)
-    rejected = stats.binom.cdf(border, flips, gaining) + stats.binom.cdf(border, flips, 1 - gaining)
-    return float((stats.binom.pmf(flips, n, discordance) * rejected).sum())
+    rejected = scipy.stats.binom.cdf(border, flips, gaining)
+    rejected += scipy.stats.binom.cdf(border, flips, 1 - gaining)
+    return float((scipy.stats.binom.pmf(flips, n, discordance) * rejected).sum())
 
 
 @dataclass(frozen=True)

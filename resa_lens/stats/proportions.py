@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special, stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats.arrays import Floats, Interval, check_level
@@ -23,7 +23,7 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:
     """
     _check_counts(successes, n)
     check_level(level)
-    z = float(special.ndtri(0.5 + level / 2))
+    z = float(scipy.special.ndtri(0.5 + level / 2))
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -38,10 +38,11 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
     _check_counts(successes, n)
     check_level(level)
     tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else float(special.betaincinv(successes, n - successes + 1, tail))
-    high = 1.0
+    low, high = 0.0, 1.0
+    if successes > 0:
+        low = float(scipy.special.betaincinv(successes, n - successes + 1, tail))
     if successes < n:
-        high = float(special.betaincinv(successes + 1, n - successes, 1 - tail))
+        high = float(scipy.special.betaincinv(successes + 1, n - successes, 1 - tail))
     return low, high
 
 
@@ -51,7 +52,7 @@ def fisher_greater(hits_a: int, n_a: int, hits_b: int, n_b: int) -> float:
         if not 0 <= hits <= n:
             raise BadInputError(f"{hits} of {n}: give 0 <= hits <= n")
     # P(at least hits_a of the hits fall into a), all margins given.
-    return min(1.0, float(stats.hypergeom.sf(hits_a - 1, n_a + n_b, hits_a + hits_b, n_a)))
+    return min(1.0, float(scipy.stats.hypergeom.sf(hits_a - 1, n_a + n_b, hits_a + hits_b, n_a)))
 
 
 def score_statistic(gained: ArrayLike, lost: ArrayLike, n: int, difference: float) -> Floats:
@@ -88,7 +89,7 @@ def tango_interval(gained: float, lost: float, n: int, level: float = 0.95) -> I
     if min(gained, lost) < 0:
         raise BadInputError(f"{gained} gained and {lost} lost questions: neither can be negative")
     check_level(level)
-    z = float(special.ndtri(0.5 + level / 2))
+    z = float(scipy.special.ndtri(0.5 + level / 2))
     estimate = (gained - lost) / n
 
     def end(sign: float, border: float) -> float:

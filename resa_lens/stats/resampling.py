@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import arrays
@@ -134,7 +134,7 @@ def spearman(x: ArrayLike, y: ArrayLike, draws: int = DRAWS, seed: Seed = 0) -> 
 
     Returns (0, 1) where one side does not vary.
     """
-    first, second = stats.rankdata(vector_of(x, "x")), stats.rankdata(vector_of(y, "y"))
+    first, second = scipy.stats.rankdata(vector_of(x, "x")), scipy.stats.rankdata(vector_of(y, "y"))
     if first.size != second.size or first.size < 3:
         raise BadInputError(
             f"{first.size} and {second.size} values: give the same number, 3 or more"

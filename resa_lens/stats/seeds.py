@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats.arrays import Floats, Interval, Seed, check_level
@@ -154,9 +154,9 @@ def group_difference(
     sources = [(s.seeds / size, s.freedom) for s, size in drawn]
     se, freedom = error_of(between / n, rest / n, sources, n)
     value = float(differences.mean())
-    t = float(stats.t.ppf(0.5 + level / 2, freedom))
+    t = float(scipy.stats.t.ppf(0.5 + level / 2, freedom))
     ci = never_a_point(differences, (value - t * se, value + t * se), level)
-    p_value = 2 * float(stats.t.sf(abs(value) / se, freedom)) if se else float(value == 0)
+    p_value = 2 * float(scipy.stats.t.sf(abs(value) / se, freedom)) if se else float(value == 0)
     seeds = [max(0.0, s.seeds - s.rest / n) for s, _ in drawn]
     questions = max(0.0, between - rest)
     return GroupDifference(

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import arrays
@@ -87,7 +87,7 @@ def _largest(sweep: _Sweep, draws: int, seed: Seed, level: float) -> tuple[float
     errors = np.sqrt(np.diag(sweep.covariance))
     moving = errors > 0
     if not moving.any():
-        return float(stats.t.ppf(0.5 + level / 2, sweep.freedom)), np.zeros(draws)
+        return float(scipy.stats.t.ppf(0.5 + level / 2, sweep.freedom)), np.zeros(draws)
     scale = np.outer(errors[moving], errors[moving])
     values, vectors = np.linalg.eigh(sweep.covariance[np.ix_(moving, moving)] / scale)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
@@ -124,9 +124,9 @@ def sweep_differences(
     made = _sweep(scores, base)
     means, errors = made.differences.mean(axis=1), np.sqrt(np.diag(made.covariance))
     critical, largest = _largest(made, draws, seed, level)
-    own = float(stats.t.ppf(0.5 + level / 2, made.freedom))
+    own = float(scipy.stats.t.ppf(0.5 + level / 2, made.freedom))
     # The few changes of a layer get the level that the whole family's t amounts to.
-    together = 2 * float(stats.t.cdf(critical, made.freedom)) - 1
+    together = 2 * float(scipy.stats.t.cdf(critical, made.freedom)) - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(means == 0, 0.0, np.abs(means) / errors)
 
@@ -137,7 +137,7 @@ def sweep_differences(
         )
 
     own_p = [
-        honest_p(row, float(2 * stats.t.sf(value, made.freedom)), seed)
+        honest_p(row, float(2 * scipy.stats.t.sf(value, made.freedom)), seed)
         for row, value in zip(made.differences, t, strict=True)
     ]
     # Where differences are sparse the largest t says too much: Bonferroni's correction beside it.
@@ -264,14 +264,15 @@ def profile_correlation(
     # A perfect order has no finite z: it counts as the order with one pair of neighbours exchanged.
     most = 1 - 12 / (n * (n**2 - 1))
     z = math.atanh(max(-most, min(most, rho)))
-    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    half = float(scipy.stats.norm.ppf(0.5 + level / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
 
     # The interval's own standard error, at the correlation that is to be seen.
     def excess(size: float) -> float:
-        own = float(stats.norm.ppf(POWER)) * math.sqrt(1 + size**2 / 2)
-        return math.atanh(size) - (float(stats.norm.ppf(1 - ALPHA / 2)) + own) / math.sqrt(n - 3)
+        own = float(scipy.stats.norm.ppf(POWER)) * math.sqrt(1 + size**2 / 2)
+        both = float(scipy.stats.norm.ppf(1 - ALPHA / 2)) + own
+        return math.atanh(size) - both / math.sqrt(n - 3)
 
-    detectable = optimize.root_scalar(excess, bracket=(0.0, 1 - 1e-12)).root
+    detectable = scipy.optimize.root_scalar(excess, bracket=(0.0, 1 - 1e-12)).root
     return Correlation(rho, p_value, (math.tanh(z - half), math.tanh(z + half)), n, detectable)
 
 
@@ -320,19 +321,19 @@ def sweep_power(
     within = float(runs.mean(axis=2).var(axis=1, ddof=1).mean()) if seeds > 1 else 0.0
     if layers > 1 and within > 0:
         between, inside = layers - 1, layers * (seeds - 1)
-        border = float(stats.f.ppf(1 - alpha, between, inside))
+        border = float(scipy.stats.f.ppf(1 - alpha, between, inside))
 
         def lacking(noncentrality: float) -> float:
-            beyond = stats.ncf.sf(border, between, inside, noncentrality)
+            beyond = scipy.stats.ncf.sf(border, between, inside, noncentrality)
             return float(beyond) - power
 
-        needed = optimize.root_scalar(lacking, bracket=(1e-6, 1e5)).root
+        needed = scipy.optimize.root_scalar(lacking, bracket=(1e-6, 1e5)).root
         spread = math.sqrt(float(needed) * within / (seeds * between))
-    together = 2 * float(stats.t.sf(critical, made.freedom))
+    together = 2 * float(scipy.stats.t.sf(critical, made.freedom))
     return SweepPower(
         max(reach_of(made.freedom, alpha, power) * error, least_detectable(n, alpha, power)),
         max(
-            (critical + float(stats.t.ppf(power, made.freedom))) * error,
+            (critical + float(scipy.stats.t.ppf(power, made.freedom))) * error,
             least_detectable(n, together, power),
         ),
         spread,

@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from app_driver import HOSTILE, charts, edit, manifest_of, marked_up, state, texts
 
-from resa_lens import plots
-from resa_lens.app import data, places
+from resa_lens import layer_plots, plots, stats
+from resa_lens.app import data, layers_data, places
+from resa_lens.errors import BadInputError
 from resa_lens.layers import FLAT, SUPPORTED
 from resa_lens.layers.selectors import recommend
+from resa_lens.pipeline.sweep_page import findings
+from resa_lens.resources import data_path
+from resa_lens.score_plots import sweep_figure
+
+SHIPPED = data_path("workspace")
+SWEEP = "sweeps/tiny-reasoner-459a3904-paper-mlp_out-ac2ea40e"
+CONTROLS = "sweeps/tiny-reasoner-459a3904-paper-mlp_out-937b1cc0"
 
 
 @pytest.fixture
 def open_app(open_page):
     return lambda workspace: open_page(workspace, "layers")
+
+
+@pytest.fixture
+def shipped(tmp_path) -> Path:
+    """A copy of the workspace that ships, to be damaged."""
+    target = tmp_path / "workspace"
+    skip = shutil.ignore_patterns("*.safetensors", "activity", "scores", "ablations")
+    shutil.copytree(SHIPPED, target, ignore=skip)
+    return target
+
+
+def specs(app) -> dict[str, Any]:
+    """The figures by their titles."""
+    made = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
+    return {spec["layout"]["title"]["text"]: spec for spec in made}
+
+
+def table(app, *columns: str) -> Any:
+    return next(f.value for f in app.dataframe if set(columns) <= set(f.value.columns))
 
 
 # Logic ---------------------------------------------------------------------------------------
@@ -206,5 +236,248 @@ def test_workspace_argument():
     assert places.argument(["--workspace", "/a b"]) == "/a b"
     assert places.argument(["--workspace=/c"]) == "/c"
     assert places.argument([]) is None
-    assert places.argument(["--workspace"]) is None
+    with pytest.raises(BadInputError, match="names no folder"):
+        places.argument(["--workspace"])
     assert places.argument(["tests", "-q"]) is None
+
+
+# Sweeps --------------------------------------------------------------------------------------
+
+
+def test_sweep_and_counts_stand_on_one_axis(open_page):
+    app = open_page(SHIPPED, "layers")
+    assert app.selectbox(key="sweep").value == SWEEP  # the one of all layers
+    sweep = layers_data.read_sweep(data.scan(str(SHIPPED)).at(SWEEP))
+    shown = texts(app)
+    for sentence in findings(sweep):
+        assert sentence in shown
+    for name, reason in sweep.reasons.items():
+        assert f"{name}: {reason}" in shown
+    made = specs(app)["Features and tuned accuracy by layer"]
+    assert made["layout"]["xaxis"]["range"] == made["layout"]["xaxis2"]["range"]
+    assert made["layout"]["xaxis"]["matches"] == "x2"
+    below = [t for t in made["data"] if t.get("xaxis") == "x2"]
+    above = [t for t in made["data"] if t.get("xaxis") == "x"]
+    assert [t["name"] for t in below] == ["one seed", "through the SAE (interval among all layers)"]
+    rows = table(app, "p, all layers")
+    assert list(rows["layer"]) == below[1]["x"] == list(range(12))
+    assert list(rows["accuracy, %"]) == pytest.approx([100 * r["accuracy"] for r in sweep.layers])
+    assert list(rows["minus base low, points"]) == pytest.approx(
+        [100 * row["simultaneous_ci"][0] for row in sweep.layers]
+    )
+    assert above[2]["x"] == list(range(1, 11))  # these counts have no first and last layer
+    regrets = table(app, "regret, points")
+    assert list(regrets["regret, points"])[:-1] == pytest.approx(
+        [row["regret"] for row in sweep.regrets["selectors"]]
+    )
+    assert list(regrets["regret, points"])[-1] == pytest.approx(sweep.regrets["random"])
+    # The recommended layer is marked in both, and dotted: it is a fallback.
+    marks = [m for m in made["layout"]["shapes"] if m["type"] == "line" and m["x0"] == m["x1"] == 5]
+    assert {m["xref"] for m in marks} == {"x", "x2"}
+    assert {m["line"]["dash"] for m in marks} == {"dot"}
+
+
+def test_the_address_chooses_sweep_and_numbering(open_page):
+    app = open_page(SHIPPED, "layers", sweep=CONTROLS, one_based="true")
+    made = specs(app)["Features and tuned accuracy by layer"]
+    below = {t["name"]: t for t in made["data"] if t.get("xaxis") == "x2"}
+    assert below["through the SAE (interval among all layers)"]["x"] == [5, 9]
+    assert made["layout"]["xaxis2"]["title"]["text"] == "layer (1-based)"
+    # The controls that use no layer stand to the right of all, also of those only counted.
+    assert min(below["cot"]["x"]) >= 12
+    assert "no layer" in made["layout"]["xaxis2"]["ticktext"]
+    rows = table(app, "p, all controls")
+    assert set(rows["control"]) == {
+        "noise", "pca", "shuffled", "random", "random-weights", "cot-free", "cot", "own-samples",
+    }  # fmt: skip
+    assert list(rows["layer_1_indexed"].dropna().unique()) == [5, 9]
+
+
+def test_controls_without_a_layer_keep_off_the_layers():
+    row = {"layer": 2, "accuracy": 0.5, "difference": 0.0, "simultaneous_ci": (-0.1, 0.1)}
+    control = {"control": "cot", "layer": None, "difference": 0.0, "ci": (-0.1, 0.1)}
+    base = {"accuracy": 0.5, "ci": (0.4, 0.6)}
+    for last, place in ((None, 3), (7, 8)):
+        figure = sweep_figure([row], [], [control], base, last=last)
+        made: list[Any] = [*figure.data]
+        assert list(made[-1].x) == [place]
+
+
+def test_a_workspace_of_sweeps_alone(tmp_path, open_page):
+    shutil.copytree(SHIPPED / "sweeps", tmp_path / "sweeps")
+    app = open_page(tmp_path, "layers")
+    assert "No feature counts in" in texts(app)
+    assert "it holds: sweep" in texts(app)
+    assert app.selectbox(key="model").value == "tiny-reasoner-459a3904"
+    assert table(app, "all", "any", "either")["either"].sum() == 165  # the sweep's own counts
+    held = specs(app)
+    assert {"Features and tuned accuracy by layer", "SAE quality on held-out sequences"} <= set(
+        held
+    )
+    assert len(held["SAE quality on held-out sequences"]["data"][0]["x"]) == 12
+    for file in tmp_path.rglob("sweep.json"):
+        file.write_text("{")
+    app = open_page(tmp_path, "layers")
+    assert "sweep.json is damaged or of another version" in texts(app)
+
+
+def test_a_workspace_of_saes_alone(shipped, open_page):
+    for folder in shipped.iterdir():
+        if folder.is_dir() and folder.name != "saes":
+            shutil.rmtree(folder)
+    app = open_page(shipped, "layers")
+    assert "it holds: saes" in texts(app)
+    assert any("resa-lens recommend-layers" in code.value for code in app.code)
+    panels = specs(app)["SAE quality on held-out sequences"]["data"]
+    assert [panel["name"] for panel in panels] == ["FVU", "L0", "dead share"]
+    assert "The paper's tuned models" in specs(app)
+
+
+def test_a_damaged_sweep_leaves_the_counts(shipped, open_page):
+    file = shipped / SWEEP / "sweep.json"
+    whole = file.read_text()
+    for change in (
+        lambda v: v.update(layers=[]),
+        lambda v: v["layers"][0].update(simultaneous_ci="wide"),
+        lambda v: v.pop("scores"),
+        lambda v: v.update(more=1),
+    ):
+        file.write_text(whole)
+        edit(file, change)
+        app = open_page(shipped, "layers")
+        assert "sweep.json is damaged or of another version" in texts(app)
+        assert "Think-tag exclusive features" in specs(app)
+    # Another one can still be chosen.
+    app.selectbox(key="sweep").set_value(CONTROLS).run()
+    assert "Features and tuned accuracy by layer" in specs(app)
+
+
+# Falsification -------------------------------------------------------------------------------
+
+
+def test_random_weights_stand_beside_the_counts(open_page):
+    app = open_page(SHIPPED, "layers")
+    listing = data.scan(str(SHIPPED))
+    counts = listing.of("counts")[0]
+    held = layers_data.read_verdicts(layers_data.verdicts_of(listing, counts))
+    null = held.null()["either"]
+    made = specs(app)["Features and tuned accuracy by layer"]
+    (marks,) = (t for t in made["data"] if t["name"] == "random weights, 95 %")
+    assert marks["y"] == [counted for counted, _ in null.values()]
+    counted, active = null[1]
+    low, high = stats.clopper_pearson(counted, active)
+    assert marks["error_y"]["array"][0] == pytest.approx(active * high - counted)
+    assert marks["error_y"]["arrayminus"][0] == pytest.approx(counted - active * low)
+    # Over the third of three bars of its layer.
+    assert marks["x"][0] == pytest.approx(1 + 0.8 / 3)
+    assert held.summary.reason in texts(app)
+    tally = table(app, "random weights: counted")
+    assert list(tally["rule"]) == ["all", "any", "either"]
+    verdicts = specs(app)["Counted features by verdict"]
+    bars = {t["name"]: t for t in verdicts["data"]}
+    assert sum(bars["survives"]["y"]) == tally["survives"].iloc[2]
+    assert bars["counted with random weights"]["x"] == list(null)
+    links = [link.proto for link in app.get("page_link") if link.proto.page == "features"]
+    listed = {parse_qs(link.query_string)["layer"][0]: link.label for link in links}
+    totals = {str(k): sum(v.values()) for k, v in held.by_layer(range(1, 11)).items()}
+    assert listed == {layer: f"layer {layer}: {n}" for layer, n in totals.items() if n}
+
+
+def test_damaged_verdicts_leave_the_rest(shipped, open_page):
+    file = next(shipped.rglob("verdicts.json"))
+    edit(file, lambda v: v["features"][0].pop("verdict"))
+    app = open_page(shipped, "layers")
+    assert f"{file} is damaged or of another version" in texts(app)
+    assert "Features and tuned accuracy by layer" in specs(app)
+    file.write_text(file.read_text()[:99])
+    assert "is damaged" in texts(open_page(shipped, "layers"))
+
+
+def test_hostile_names_in_sweeps_and_verdicts(shipped, open_page):
+    def sweep(value):
+        value["reasons"]["mixture"] = HOSTILE
+        value["jobs"][0]["name"] = HOSTILE
+        value["counts"][HOSTILE] = value["counts"]["either"]
+        value["failed"] = {HOSTILE: HOSTILE}
+
+    edit(shipped / SWEEP / "sweep.json", sweep)
+    edit(shipped / SWEEP / "manifest.json", lambda m: m["results"].update(preset=HOSTILE))
+
+    def verdicts(value):
+        value["summary"]["reason"] = HOSTILE
+        value["trials"] = {HOSTILE: 3}
+        value["skipped"] = [HOSTILE]
+        for feature in value["features"]:
+            feature["rule"] = HOSTILE
+
+    edit(next(shipped.rglob("verdicts.json")), verdicts)
+    app = open_page(shipped, "layers")
+    assert f"mixture: {HOSTILE}" in texts(app)
+    assert "onerror" not in marked_up(app)
+    assert "<img" not in "".join(chart.proto.spec for chart in app.get("plotly_chart"))
+
+
+# Quality and other selectors -----------------------------------------------------------------
+
+
+def test_quality_by_phase(shipped, open_page):
+    figures = {
+        "tokens": 100, "documents": 16, "fvu": 0.1, "l0": 32.0, "dead_share": 0.5,
+        "loss_change": 0.25, "loss_change_se": 0.125, "loss_recovered": 0.9,
+    }  # fmt: skip
+    phases = {"think": figures, "answer": {**figures, "loss_recovered": None}, "all": figures}
+    saes = next((shipped / "saes").rglob("manifest.json")).parent
+    folder = shipped / "quality" / "tiny" / "run"
+    folder.mkdir(parents=True)
+    manifest = {"kind": "quality", "config": {"saes": str(saes.relative_to(shipped))}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "quality.json").write_text(json.dumps({"3": phases, "4": phases}))
+    app = open_page(shipped, "layers")
+    drawn = {t["name"]: t for t in specs(app)["Loss recovered by phase"]["data"]}
+    assert drawn["think"]["x"] == [3, 4]
+    assert drawn["think"]["y"] == [90, 90]
+    assert drawn["answer"]["y"] == [None, None]
+    rows = table(app, "phase", "loss change, nats")
+    assert list(rows["phase"]) == ["think", "answer", "all"] * 2
+    assert rows["high, nats"].iloc[0] == pytest.approx(0.25 + 2.1314495 * 0.125)  # t, 15 degrees
+    (folder / "quality.json").write_text('{"3": {"think": {"tokens": "many"}}}')
+    app = open_page(shipped, "layers")
+    assert "quality.json is damaged or of another version" in texts(app)
+    assert "SAE quality on held-out sequences" in specs(app)
+
+
+def test_a_causal_recommendation_shows_its_effects(shipped, open_page):
+    manifest = manifest_of(shipped, "recommendations")
+    effects = {"4": [0.5, 0.1, 10], "5": [0.25, 0.1], "6": 0.125, "7": [-0.5, 0.1, None]}
+    del effects["7"]
+    edit(manifest, lambda m: m["config"].update(selector="causal", causal=effects))
+    app = open_page(shipped, "layers")
+    (points, *_) = specs(app)["Causal effect by layer"]["data"]
+    assert points["x"] == [4, 5, 6]
+    assert points["y"] == [0.5, 0.25, 0.125]
+    reach = [2.2281389 * 0.1, 1.9599640 * 0.1, 0.0]
+    assert points["error_y"]["array"] == pytest.approx(reach, abs=1e-6)
+    assert points["marker"]["symbol"] == ["circle", "diamond", "circle"]  # layer 5 is recommended
+    assert math.isnan(table(app, "effect, nats")["low"].iloc[2])
+    edit(manifest, lambda m: m["config"].update(causal={"4": "much"}))
+    app = open_page(shipped, "layers")
+    assert "causal effects are no numbers by layer" in texts(app)
+    edit(manifest, lambda m: m["config"].pop("causal"))
+    said = texts(open_page(shipped, "layers"))
+    assert "Selector causal read more than the counts below" in said
+
+
+def test_stacking_moves_every_mark_to_its_row():
+    above = plots.counts_figure({"all": {0: 0, 1: 0}}, recommended=[1], verdict=FLAT)
+    below = plots.profile_figure({0: 1.0, 1: 2.0}, title="t", y="accuracy")
+    below.add_hrect(y0=1, y1=2)
+    made = layer_plots.on_one_axis(above, below, [0, 1], title="both", one_based=False)
+    refs = [(mark.xref, mark.yref) for mark in made.layout.shapes]
+    assert refs == [("x", "y domain"), ("x2 domain", "y2"), ("x2", "y2 domain")]
+    assert {(a.xref, a.yref) for a in made.layout.annotations} == {
+        ("x", "y domain"), ("x domain", "y domain"),
+    }  # fmt: skip
+    assert made.layout.yaxis2.title.text == "accuracy"
+    assert list(made.layout.xaxis.ticktext) == ["0", "1"]
+    many = layer_plots.on_one_axis(above, below, range(28), title="both", one_based=True)
+    assert list(many.layout.xaxis.ticktext) == [str(k) for k in range(1, 29, 2)]

@@ -1,0 +1,440 @@
+"""Work in other processes: started, asked, watched and stopped by a page that never waits for it.
+
+Two kinds: the worker (worker.py), which holds a loaded model for the prompt lab, and any
+`resa-lens` command line.  Both end with the browser's session (streamlit keeps one for some minutes
+after the browser left), and with the app, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from resa_lens.app.widgets import problem
+
+EVERY_S = 0.5
+"""Between two looks at work that is under way."""
+SOON_S = 0.4
+"""What a page waits for work that may be quick, before it draws a progress bar."""
+GRACE_S = 10
+"""What a command gets to end by itself once it is stopped."""
+LAST_LINES = 6
+"""Of what a process said, shown where it died."""
+WORKER = (sys.executable, "-m", "resa_lens.app.worker")
+PROGRAM = (*WORKER, "command")
+_BAR = re.compile(r"(?P<label>.*?)\s+[━╸╺\s]*(?P<share>\d{1,3})%")
+"""A line of rich's progress bars, as resa-lens draws them."""
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(eq=False)
+class Job:
+    """Work under way in another process, as far as it has told."""
+
+    label: str = "starting"
+    share: float | None = None
+    """Of the work that is done, 0 to 1; None where that is not known."""
+    text: str = ""
+    """What is there so far."""
+    result: Any = None
+    error: str | None = None
+    """One message, where the work could not be done."""
+    stopped: bool = False
+    """Whether it was stopped by the person."""
+    halt: Callable[[], None] = lambda: None
+    """Ends its process."""
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._ended.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait a little; return whether it has ended."""
+        return self._ended.wait(seconds)
+
+    def stop(self) -> None:
+        """End it now."""
+        if not self.done:
+            self.stopped = True
+            self.halt()
+
+    def end(self, *, result: Any = None, error: str | None = None) -> None:
+        """Take the result, or why there is none; what was stopped has neither."""
+        if not self.done:
+            self.result = result
+            self.error = None if self.stopped else error
+            self._ended.set()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process and its group, and wait until it is gone."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+
+
+def _start(
+    command: Sequence[str], environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    # A session of its own: the interrupt of a terminal is the app's, and all of it can be ended.
+    return subprocess.Popen(  # noqa: S603
+        list(command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, **(environment or {})},
+        start_new_session=True,
+    )
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+    more = "; the machine may be out of memory" if name == "SIGKILL" else ""
+    return f"killed by {name}{more}"
+
+
+class Worker:
+    """The process that holds a model; it starts with the first request, and again after an end."""
+
+    def __init__(self, command: Sequence[str] = WORKER) -> None:
+        self._command = command
+        self._number = 0
+        self._jobs: dict[int, Job] = {}
+        self._held: list[subprocess.Popen[str]] = []
+        self._end = weakref.finalize(self, _end_all, self._held)
+
+    @property
+    def process(self) -> subprocess.Popen[str] | None:
+        """The process, where one is alive."""
+        alive = [process for process in self._held if process.poll() is None]
+        return alive[-1] if alive else None
+
+    def ask(self, do: str, **values: Any) -> Job:
+        """Send a request; requests are answered one after the other."""
+        process = self.process or self._begin()
+        self._number += 1
+        job = Job(halt=partial(_kill, process))
+        self._jobs[self._number] = job
+        line = json.dumps({"id": self._number, "do": do, "with": values}) + "\n"
+        # Not here: a process that hangs reads nothing, and its pipe is soon full.
+        threading.Thread(target=_send, args=(process, line), daemon=True).start()
+        if (code := process.poll()) is not None:  # it died before the job was on its list
+            job.end(error=_dead(code))
+        return job
+
+    def close(self) -> None:
+        """End the process."""
+        _end_all(self._held)
+
+    def _begin(self) -> subprocess.Popen[str]:
+        process = _start(self._command)
+        self._held[:] = [process]
+        self._jobs = {}
+        said: deque[str] = deque(maxlen=LAST_LINES)
+        # The threads know nothing of the worker: it may be forgotten while they listen.
+        errors = threading.Thread(target=_collect, args=(process, said), daemon=True)
+        errors.start()
+        listen = threading.Thread(
+            target=_listen, args=(process, self._jobs, said, errors), daemon=True
+        )
+        listen.start()
+        return process
+
+
+def _end_all(held: list[subprocess.Popen[str]]) -> None:
+    for process in held:
+        _kill(process)
+    held.clear()
+
+
+def _send(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError, ValueError):  # its end is told by the listening thread
+        process.stdin.write(line)
+        process.stdin.flush()
+
+
+def _collect(process: subprocess.Popen[str], said: deque[str]) -> None:
+    """Keep the last lines of what a process says, and pass all on to the app's own log."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        said.append(line.rstrip())
+        sys.stderr.write(line)
+
+
+def _listen(
+    process: subprocess.Popen[str],
+    jobs: dict[int, Job],
+    said: deque[str],
+    errors: threading.Thread,
+) -> None:
+    """Hand the replies to their jobs; where the process ends, say so to those that wait."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            reply = json.loads(line)
+        except ValueError:  # cut short by its end
+            continue
+        job = jobs.get(reply["id"])
+        if job is None:
+            continue
+        if told := reply.get("progress"):
+            job.label, job.text = told["label"], told["text"]
+            job.share = told["done"] / told["total"] if told["total"] else None
+        else:
+            jobs.pop(reply["id"])
+            job.end(result=reply.get("result"), error=reply.get("error"))
+    code = process.wait()
+    errors.join(timeout=1)
+    last = "\n".join(line for line in said if line)
+    for job in list(jobs.values()):
+        job.end(error=_dead(code) + (f"\nIt said last:\n{last}" if last else ""))
+
+
+def _dead(code: int) -> str:
+    return (
+        f"The process that runs the model ended before it had answered ({_how_it_ended(code)}). "
+        "The next click starts a new one."
+    )
+
+
+class Command(Job):
+    """A `resa-lens` command line as a process; its result is the object that --json prints."""
+
+    def __init__(self, arguments: Sequence[str], program: Sequence[str] = PROGRAM) -> None:
+        """Start it.
+
+        Args:
+            arguments: behind `resa-lens`.
+            program: what takes them, and ends with its input.
+        """
+        super().__init__()
+        given = [*arguments] if "--json" in arguments else [*arguments, "--json"]
+        # As on a terminal, so that bars are drawn.
+        terminal = {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "160"}
+        self.process = process = _start([*program, *given], terminal)
+        self.halt = partial(_interrupt, process)
+        said: deque[str] = deque(maxlen=LAST_LINES)
+        # It ends with its input: see worker.py.
+        assert process.stdin is not None
+        weakref.finalize(self, process.stdin.close)
+        me = weakref.ref(self)
+        errors = threading.Thread(target=_follow, args=(process, me, said), daemon=True)
+        errors.start()
+        threading.Thread(target=_finish, args=(process, me, said, errors), daemon=True).start()
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """Stop as a person at a terminal would; what does not end then is killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    timer = threading.Timer(GRACE_S, _kill, [process])
+    timer.daemon = True
+    timer.start()
+
+
+def _follow(process: subprocess.Popen[str], me: weakref.ref[Command], said: deque[str]) -> None:
+    """Read a command's notes and bars."""
+    assert process.stderr is not None
+    for raw in process.stderr:
+        # A bar is drawn anew on its own line.
+        for part in re.split(r"[\r\n]", _CONTROL.sub("", raw)):
+            line = part.strip()
+            job = me()
+            if not line or job is None:
+                continue
+            if found := _BAR.match(line):
+                job.label, job.share = found["label"], min(1.0, int(found["share"]) / 100)
+            else:
+                said.append(line)
+                job.label, job.share = line, None
+
+
+def _finish(
+    process: subprocess.Popen[str],
+    me: weakref.ref[Command],
+    said: deque[str],
+    errors: threading.Thread,
+) -> None:
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    code = process.wait()
+    errors.join(timeout=1)
+    job = me()
+    if job is None:
+        return
+    last = "\n".join(said)
+    if code == 0:
+        try:
+            job.end(result=json.loads(printed))
+        except ValueError:
+            job.end(error=f"the command printed no JSON object: {printed[:200]!r}")
+    elif any(line.startswith("error: ") for line in said):
+        first = next(i for i, line in enumerate(said) if line.startswith("error: "))
+        job.end(error="\n".join(list(said)[first:]).removeprefix("error: "))
+    else:
+        job.end(error=f"the command ended before its result ({_how_it_ended(code)})\n{last}")
+
+
+# What a browser's session holds
+
+
+def worker() -> Worker:
+    """The worker of this browser session; a short loss of the connection does not end it."""
+    if "lab-worker" not in st.session_state:
+        st.session_state["lab-worker"] = Worker()
+    return st.session_state["lab-worker"]
+
+
+def _commands() -> dict[str, Command]:
+    """The commands of this session by panel."""
+    return st.session_state.setdefault("commands-under-way", {})
+
+
+def _scratch() -> Path:
+    """A folder that goes with the session."""
+    name = "scratch-folder"
+    if name not in st.session_state:
+        st.session_state[name] = tempfile.TemporaryDirectory(
+            prefix="resa-lens-scratch-", ignore_cleanup_errors=True
+        )
+    return Path(st.session_state[name].name)
+
+
+# On a page
+
+
+def show_progress(job: Job, key: str) -> None:
+    """Draw how far a job is, with a button that stops it; the page is drawn anew at its end."""
+
+    @st.fragment(run_every=EVERY_S)
+    def draw() -> None:
+        if job.done:
+            st.rerun()
+        # Names of models and text of the model are no Markdown.
+        st.progress(0.0 if job.share is None else job.share)
+        with st.container(horizontal=True, vertical_alignment="center"):
+            if st.button("Stop", icon=":material/stop_circle:", key=f"stop-{key}"):
+                job.stop()
+                st.rerun()
+            st.text(job.label[:200])
+        if job.text:
+            st.text(job.text[-2000:])
+
+    draw()
+
+
+def run_command_panel(command: Sequence[str], key: str) -> None:
+    """Offer to run a `resa-lens` command here: where to write, run, progress, stop, result.
+
+    It writes into a scratch folder or one that is named, and into the workspace of its
+    --workspace, which the app reads, only where a box that names it is ticked.
+
+    Args:
+        command: the words of the command line, "resa-lens" first.
+        key: of the panel's widgets.
+    """
+    words = [str(word) for word in command]
+    arguments, read = _without_workspace(words[1:])
+
+    running = _commands().get(key)
+    if running is not None and not running.done:
+        show_progress(running, key)
+        return
+    target = _target(read, key)
+    line = ["resa-lens", *arguments, *(["--workspace", str(target)] if target else [])]
+    st.code(shlex.join(line), language="bash", wrap_lines=True)
+    clicked = st.button(
+        "Run it here", icon=":material/play_arrow:", key=f"run-{key}", disabled=target is None
+    )
+    if clicked and target is not None:
+        _commands()[key] = Command(line[1:])
+        st.rerun()
+    if running is not None:
+        _outcome(running, key)
+
+
+def _without_workspace(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Return the arguments but --workspace, and its folder."""
+    kept: list[str] = []
+    read = None
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--workspace":
+            read = next(rest, None)
+        elif word.startswith("--workspace="):
+            read = word.partition("=")[2]
+        else:
+            kept.append(word)
+    return kept, Path(read).expanduser().resolve() if read else None
+
+
+def _target(read: Path | None, key: str) -> Path | None:
+    """Choose the folder that is written to; None until it is settled."""
+    choices = ["a scratch folder", "a folder of mine", *(["this workspace"] if read else [])]
+    chosen = st.radio("Write into", choices, horizontal=True, key=f"where-{key}")
+    if chosen == choices[0]:
+        st.caption(
+            "Empty at first: what the command needs and does not find there, it makes. It goes "
+            "with this session."
+        )
+        return _scratch()
+    if chosen == choices[1]:
+        named = st.text_input("Folder", key=f"folder-{key}", placeholder="a path on this machine")
+        if not named.strip():
+            return None
+        target = Path(named.strip()).expanduser().resolve()
+        if read is None or not target.is_relative_to(read):
+            return target
+    assert read is not None
+    agreed = st.checkbox(f"Write into {literal(str(read))}", key=f"agree-{key}")
+    return read if agreed else None
+
+
+def _outcome(job: Command, key: str) -> None:
+    if job.stopped:
+        st.text("Stopped. The same command goes on where it was, where it can.")
+    elif job.error is not None:
+        problem(job.error)
+    else:
+        st.json(job.result, expanded=1)
+        st.download_button(
+            "Download as JSON",
+            json.dumps(job.result, indent=2),
+            file_name=f"{key}.json",
+            mime="application/json",
+            icon=":material/download:",
+            type="tertiary",
+            on_click="ignore",
+            key=f"json-{key}",
+        )
+
+
+def literal(text: str) -> str:
+    """Return text that a label, which is Markdown, shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!:$<>|~&-])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,358 @@
+"""Processes behind a page: their protocol, how they are stopped, and that none is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from app_driver import HOSTILE, texts
+from streamlit.testing.v1 import AppTest
+
+from resa_lens.app import jobs
+from resa_lens.app.jobs import Command, Worker
+
+# A worker whose work is as told, without a model: the protocol is the real one.
+STUB = """
+import os, subprocess, sys, time
+from resa_lens.app import worker
+from resa_lens.errors import BadInputError
+
+class Bench:
+    def answer(self, do, values, tell):
+        tell("at it", 1, 4, "so far")
+        if do == "print":
+            print("a library's print")
+            os.write(1, b"{}\\n")
+            subprocess.run([sys.executable, "-c", "import sys; print(9); sys.stdin.read()"])
+        if do == "refuse":
+            raise BadInputError("that is no model\\nuse another")
+        if do == "fail":
+            raise ValueError("deep\\n  inside")
+        if do == "die":
+            print("last words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), 9)
+        if do == "hang":
+            time.sleep(60)
+        return {"values": values}
+
+worker.Bench = Bench
+if len(sys.argv) > 1:
+    worker.IDLE_S = float(sys.argv[1])
+worker.main([])
+"""
+
+
+@pytest.fixture
+def stub():
+    worker = Worker([sys.executable, "-c", STUB])
+    yield worker
+    worker.close()
+
+
+def ended(pid: int, seconds: float = 10) -> bool:
+    """Whether a process goes away."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":  # it is gone; only whoever started it has not looked
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_request_and_its_answer(stub):
+    first, second = stub.ask("echo", text=HOSTILE, number=3), stub.ask("print", x=[1.5])
+    assert second.wait(20)
+    assert first.result == {"values": {"text": HOSTILE, "number": 3}}
+    # What libraries and their processes print is no part of the answers.
+    assert second.result == {"values": {"x": [1.5]}}
+    assert (second.label, second.share, second.text) == ("at it", 0.25, "so far")
+    assert first.error is second.error is None
+
+
+def test_errors_come_back_and_the_process_goes_on(stub):
+    refused = stub.ask("refuse")
+    assert refused.wait(20)
+    pid = stub.process.pid
+    assert refused.error == "that is no model\nuse another"
+    failed = stub.ask("fail")
+    assert failed.wait(20)
+    assert failed.error == "the work failed (ValueError: deep inside); the app's log has more"
+    again = stub.ask("echo")
+    assert again.wait(20)
+    assert again.result == {"values": {}}
+    assert stub.process.pid == pid
+
+
+def test_a_worker_that_dies_is_said_and_replaced(stub):
+    dead = stub.ask("die")
+    assert dead.wait(20)
+    assert "killed by SIGKILL; the machine may be out of memory" in dead.error
+    assert "last words" in dead.error
+    again = stub.ask("echo", x=1)
+    assert again.wait(20)
+    assert again.result == {"values": {"x": 1}}
+
+
+def test_stop_ends_the_process_at_once(stub):
+    job = stub.ask("hang")
+    while job.label == "starting":
+        time.sleep(0.02)
+    pid = stub.process.pid
+    assert not job.done
+    job.stop()
+    assert job.wait(5)
+    assert job.stopped
+    assert (job.result, job.error) == (None, None)
+    assert ended(pid)
+    again = stub.ask("echo")
+    assert again.wait(20)
+    assert again.result is not None
+
+
+def test_a_hang_does_not_block_asking(stub):
+    job = stub.ask("echo")
+    assert job.wait(20)
+    os.kill(stub.process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    more = stub.ask("echo", text="x" * 500_000)  # far more than a pipe holds
+    assert time.monotonic() - began < 1
+    assert not more.wait(0.1)
+    more.stop()
+    assert more.wait(5)
+
+
+@pytest.mark.parametrize("how", ["forgotten", "closed"])
+def test_a_worker_ends_with_its_owner(how):
+    worker = Worker([sys.executable, "-c", STUB])
+    job = worker.ask("echo")
+    assert job.wait(20)
+    pid = worker.process.pid
+    if how == "closed":
+        worker.close()
+    del worker, job
+    assert ended(pid)
+
+
+def test_a_forgotten_page_costs_no_memory_for_long():
+    worker = Worker([sys.executable, "-c", STUB, "0.2"])
+    first = worker.ask("echo")
+    assert first.wait(20)
+    pid = worker._held[0].pid
+    assert ended(pid)
+    again = worker.ask("echo", x=1)
+    assert again.wait(20)
+    assert again.result == {"values": {"x": 1}}
+    worker.close()
+
+
+OWNER = """
+import sys, time
+from resa_lens.app.jobs import Command, Worker
+if sys.argv[1] == "worker":
+    held = Worker([sys.executable, "-c", sys.argv[2]])
+    job = held.ask("hang")
+    while job.label == "starting":
+        time.sleep(0.02)
+    pid = held.process.pid
+else:
+    held = Command([], [sys.executable, "-c", sys.argv[2]])
+    while held.label == "starting":
+        time.sleep(0.02)
+    pid = held.process.pid
+print(pid, flush=True)
+time.sleep(60)
+"""
+
+# A long command behind the real entry: `worker command`.
+LONG = """
+import sys, time
+import resa_lens.cli
+from resa_lens.app import worker
+def main():
+    print("at work", file=sys.stderr, flush=True)
+    time.sleep(60)
+resa_lens.cli.main = main
+worker.main(["command"])
+"""
+
+
+@pytest.mark.parametrize(("kind", "script"), [("worker", STUB), ("command", LONG)])
+def test_nothing_is_left_when_the_app_is_killed(kind, script):
+    """SIGKILL in the middle of work: nobody is there to say goodbye."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, kind, script], stdout=subprocess.PIPE, text=True
+    )
+    pid = int(owner.stdout.readline())
+    assert not ended(pid, 0.2)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert ended(pid)
+
+
+# Commands
+
+
+BAR = """
+import json, sys, time
+from resa_lens.progress import ConsoleReporter
+reporter = ConsoleReporter()
+reporter.note("workspace: /a <b>")
+with reporter.bar("training 2 SAEs", 4) as advance:
+    for _ in range(3):
+        advance(1)
+        time.sleep(0.15)
+    if "--stay" in sys.argv:
+        time.sleep(60)
+print(json.dumps({"arguments": sys.argv[1:]}))
+"""
+
+
+def test_a_command_tells_how_far_it_is():
+    command = Command(["go", HOSTILE], [sys.executable, "-c", BAR])
+    seen = []
+    while not command.wait(0.02):
+        seen.append((command.label, command.share))
+    assert command.error is None
+    assert command.result == {"arguments": ["go", HOSTILE, "--json"]}
+    shares = [share for label, share in seen if label == "training 2 SAEs" and share is not None]
+    assert {0.25, 0.5} <= set(shares)
+    assert shares == sorted(shares)
+
+
+def test_a_command_is_stopped_as_at_a_terminal():
+    command = Command(["--stay", "--json"], [sys.executable, "-c", BAR])
+    while command.share is None:
+        time.sleep(0.02)
+    command.stop()
+    assert command.wait(10)
+    assert command.stopped
+    assert (command.result, command.error) == (None, None)
+    assert ended(command.process.pid)
+
+
+def test_a_command_that_ignores_the_interrupt_is_killed(monkeypatch):
+    monkeypatch.setattr(jobs, "GRACE_S", 0.2)
+    script = (
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print('deaf', file=sys.stderr, flush=True)\ntime.sleep(60)"
+    )
+    command = Command([], [sys.executable, "-c", script])
+    while command.label != "deaf":
+        time.sleep(0.02)
+    command.stop()
+    assert command.wait(10)
+    assert command.process.poll() == -signal.SIGKILL
+
+
+@pytest.mark.slow  # the command line imports torch
+def test_commands_of_resa_lens(tmp_path):
+    listed = Command(["runs", "--workspace", str(tmp_path / "none")])
+    assert listed.wait(60)
+    assert listed.error is None
+    assert listed.result == {"runs": []}
+
+
+def test_a_failure_of_a_command_is_told():
+    script = "import sys\nprint('note')\nprint('Traceback', file=sys.stderr)\nsys.exit(3)"
+    command = Command([], [sys.executable, "-c", script])
+    assert command.wait(10)
+    assert command.error == "the command ended before its result (exit code 3)\nTraceback"
+    script = "import sys\nprint('note\\nerror: no x\\nuse y', file=sys.stderr)\nsys.exit(2)"
+    refused = Command([], [sys.executable, "-c", script])
+    assert refused.wait(10)
+    assert refused.error == "no x\nuse y"
+    silent = Command([], [sys.executable, "-c", "print('no object')"])
+    assert silent.wait(10)
+    assert "printed no JSON object" in silent.error
+
+
+# The panel
+
+
+def _panel(words: list[str]) -> None:
+    from resa_lens.app import jobs
+
+    jobs.run_command_panel(words, "it")
+
+
+@pytest.fixture
+def panel(monkeypatch):
+    monkeypatch.setattr(jobs.Command.__init__, "__defaults__", ((sys.executable, "-c", BAR),))
+
+    def open_panel(*words: str) -> AppTest:
+        return AppTest.from_function(_panel, default_timeout=20, args=(list(words),)).run()
+
+    return open_panel
+
+
+def settled(app: AppTest) -> AppTest:
+    until = time.monotonic() + 20
+    while any(button.label == "Stop" for button in app.button) and time.monotonic() < until:
+        time.sleep(0.1)
+        app.run()
+    assert not app.exception
+    return app
+
+
+def test_the_panel_writes_into_a_scratch_folder(panel, tmp_path):
+    app = panel("resa-lens", "eval", "--workspace", str(tmp_path), "--model", HOSTILE)
+    line = app.code[0].value
+    assert line.startswith("resa-lens eval --model '<img")
+    assert "resa-lens-scratch-" in line
+    assert str(tmp_path) not in line
+    app.button(key="run-it").click().run()
+    settled(app)
+    result = json.loads(app.json[0].value)
+    target = result["arguments"][4]
+    assert result["arguments"] == ["eval", "--model", HOSTILE, "--workspace", target, "--json"]
+    assert Path(target).is_dir()
+    assert "resa-lens-scratch-" in target
+
+
+def test_the_panel_writes_where_it_reads_only_when_told(panel, tmp_path):
+    read = tmp_path / "a *b* workspace"
+    app = panel("resa-lens", "eval", f"--workspace={read}")
+    app.radio(key="where-it").set_value("this workspace").run()
+    assert app.button(key="run-it").disabled
+    # The box names the folder, as text: stars are no emphasis.
+    assert app.checkbox(key="agree-it").label.replace("\\", "") == f"Write into {read}"
+    assert "\\*b\\*" in app.checkbox(key="agree-it").label
+    app.checkbox(key="agree-it").check().run()
+    assert not app.button(key="run-it").disabled
+    assert str(read) in app.code[0].value
+    # A folder of one's own that is the same one, or in it, is no way around.
+    app.radio(key="where-it").set_value("a folder of mine").run()
+    assert app.button(key="run-it").disabled
+    app.text_input(key="folder-it").set_value(str(tmp_path / "own")).run()
+    assert not app.button(key="run-it").disabled
+    for same in (read, read / "evals", f"{read}/../{read.name}"):
+        app.text_input(key="folder-it").set_value(str(same)).run()
+        assert app.button(key="run-it").disabled == (not app.checkbox(key="agree-it").value)
+        app.checkbox(key="agree-it").uncheck().run()
+        assert app.button(key="run-it").disabled
+
+
+def test_the_panel_stops_and_says_so(panel):
+    app = panel("resa-lens", "go", "--stay")
+    app.button(key="run-it").click().run()
+    pid = app.session_state["commands-under-way"]["it"].process.pid
+    assert any(button.label == "Stop" for button in app.button)
+    app.button(key="stop-it").click().run()
+    settled(app)
+    assert "Stopped." in texts(app)
+    assert ended(pid)
+
+
+def test_text_in_labels_is_literal():
+    assert jobs.literal("a\n:red[b] `c`") == "a \\:red\\[b\\] \\`c\\`"

@@ -1,0 +1,178 @@
+"""The overview: the answers first, what came from what, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from app_driver import HOSTILE, edit, manifest_of, marked_up, state, texts
+
+from resa_lens.app import overview_page
+from resa_lens.resources import data_path
+from resa_lens.workspace import MANIFEST, Manifest, Workspace
+
+SHIPPED = data_path("workspace")
+MODEL = "tiny-reasoner-459a3904"
+COUNTS = f"counts/{MODEL}/mlp_out-1a79b6e5"
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """A copy of the shipped workspace without what is large, to be damaged."""
+    target = tmp_path / "w"
+    skip = shutil.ignore_patterns("*.safetensors", "sweeps", "features.parquet")
+    shutil.copytree(SHIPPED, target, ignore=skip)
+    return target
+
+
+def states(app) -> dict[str, str]:
+    table = next(f.value for f in app.dataframe if "stage" in f.value)
+    return dict(zip(table["stage"], table["state"], strict=True))
+
+
+def test_the_answers_stand_first_and_nothing_is_written(open_page):
+    before = state(SHIPPED)
+    app = open_page(SHIPPED, "overview")
+    shown = texts(app)
+    manifest = json.loads(manifest_of(SHIPPED, "falsified").read_text())
+    row = max(manifest["results"]["summary"]["rules"], key=lambda row: row["counted"])
+    assert f"{row['survivors']} of {row['counted']}" in shown
+    assert "12 layers; weights 459a3904" in shown
+    verdict = json.loads(manifest_of(SHIPPED, "recommendations").read_text())["results"]["verdict"]
+    assert f"verdict: {verdict}" in shown
+    assert "None is told from the others. A place to try: layer 5 (0-based; 6th of 12)" in shown
+    assert "points (95 %" in shown
+    assert "n = 500" in shown
+    assert "control noise:" in shown
+    # Before all details: the first heading comes after the four questions.
+    assert [c.value for c in app.caption][:4] == [
+        "Which model?", "Which layers carry features?", "How many counted features survive tests?",
+        "Did tuning help?",
+    ]  # fmt: skip
+    assert state(SHIPPED) == before
+
+
+def test_every_stage_of_the_shipped_workspace_is_done(open_page):
+    app = open_page(SHIPPED, "overview")
+    assert all(said.startswith("done") for said in states(app).values())
+    assert "Every stage is done for this model." in texts(app)
+    assert not app.code
+
+
+def test_a_chosen_artifact_shows_its_manifest_and_its_relations(open_page):
+    app = open_page(SHIPPED, "overview", artifact=COUNTS)
+    assert app.selectbox(key="artifact").value == COUNTS
+    shown = texts(app)
+    assert "0 by rule all, 0 by rule any, 73 by rule either" in shown
+    assert app.code[0].value.startswith("resa-lens recommend-layers --model tiny-reasoner")
+    table = next(f.value for f in app.dataframe if "value" in f.value and "what" in f.value)
+    rows = dict(zip(table["what"], table["value"], strict=True))
+    assert rows["device"] == "cpu, float32, 1 thread(s)"
+    assert "torch 2.13.0" in rows["versions"]
+    assert rows["folder"].endswith(COUNTS)
+    settings = next(f.value for f in app.dataframe if "setting" in f.value)
+    assert "count.open_tag" in settings["setting"].tolist()
+    links = [link.label.replace("\\", "") for link in app.get("page_link")]
+    assert "Open in Layers" in links
+    assert any(label.startswith("SAEs: 1,024 latents") for label in links)
+    assert any(label.startswith("falsification") for label in links)
+
+
+def test_choosing_by_keyboard_and_by_a_click_do_the_same(open_page, monkeypatch):
+    app = open_page(SHIPPED, "overview")
+    app.selectbox(key="artifact").select(COUNTS).run()
+    by_choice = texts(app)
+    assert "active at the think tags" in by_choice
+    session = {
+        "lineage": {"selection": {"points": [{"customdata": [COUNTS]}]}},
+    }
+    monkeypatch.setattr(overview_page.st, "session_state", session)
+    overview_page._clicked()
+    assert session["artifact"] == COUNTS
+    session["lineage"]["selection"]["points"] = []
+    overview_page._clicked()
+    assert session["artifact"] == COUNTS
+
+
+def test_what_is_missing_has_its_command(held: Path, open_page):
+    shutil.rmtree(held / "falsified")
+    shutil.rmtree(held / "saes")
+    (held / "activity" / MODEL / ".work-x" / "checkpoint-7").mkdir(parents=True)
+    shutil.rmtree(manifest_of(held, "activity").parent)
+    app = open_page(held, "overview")
+    found = states(app)
+    assert found["SAEs"] == "missing"
+    assert found["Falsification"] == "missing"
+    assert found["Activity"] == "unfinished (step 7)"
+    assert "Not tested yet." in texts(app)
+    commands = [code.value for code in app.code]
+    assert f"resa-lens falsify --model tiny-reasoner --workspace {held}" in commands
+    assert any(command.startswith("resa-lens sweep --model") for command in commands)
+    # The counts' parent is drawn hollow; chosen, it says how it is made.
+    missing = next(key for key in app.selectbox(key="artifact").options if key.startswith("saes/"))
+    app.selectbox(key="artifact").select(missing).run()
+    assert "not in this workspace" in texts(app)
+    assert any("train-saes --model tiny-reasoner --latents 1024" in c.value
+               or "--latents 1024" in c.value for c in app.code)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["recommendations", "falsified", "adapters", "counts", "evals"])
+def test_results_of_another_version_hide_nothing_else(held: Path, open_page, kind: str):
+    for file in (held / kind).rglob(MANIFEST):
+        edit(file, lambda manifest: manifest.update(results={"summary": 7, "layers": "no"}))
+    app = open_page(held, "overview")
+    assert "What is done and what is missing" in marked_up(app)
+    assert not app.exception
+    for key in app.selectbox(key="artifact").options:
+        if key.startswith(kind):
+            app.selectbox(key="artifact").select(key).run()
+            assert not app.exception
+
+
+def test_damaged_answers_are_said_in_their_place(held: Path, open_page):
+    for file in held.rglob("samples.parquet"):
+        file.write_bytes(b"PAR1 broken")
+    app = open_page(held, "overview")
+    assert "is missing or damaged" in texts(app)
+    assert "All runs" in marked_up(app)
+
+
+def test_numbering_is_switched(open_page):
+    app = open_page(SHIPPED, "overview")
+    app.toggle(key="one_based").set_value(True).run()
+    runs = next(f.value for f in app.dataframe if "CPU seconds" in f.value)
+    assert "layer 6" in runs["what"].tolist()
+
+
+def test_text_from_files_stays_text(tmp_path: Path, open_page):
+    space = Workspace(tmp_path / "w")
+    made = Manifest(
+        kind="counts", config={}, command=["resa-lens", HOSTILE],
+        results={"model": HOSTILE, "n_layers": 2, "site": HOSTILE, "warnings": [HOSTILE],
+                 "layers": [{"layer": 0, "all": 1, "any": 1, "either": 1}]},
+        hashes={"weights": "0" * 64},
+    )  # fmt: skip
+    with space.artifact(space.path("counts", "m-00000000", "r"), made):
+        pass
+    app = open_page(tmp_path / "w", "overview", artifact="counts/m-00000000/r")
+    shown = texts(app)
+    assert HOSTILE in shown
+    assert HOSTILE not in marked_up(app)
+    assert shown.count("warning") == 0
+    labels = [link.label for link in app.get("page_link")]
+    assert not any("**bold**" in label or ":red[" in label for label in labels)
+    assert overview_page.plain("**b** [x](y) :red[z]") == (
+        r"\*\*b\*\* \[x\]\(y\) \:red\[z\]"
+    )  # fmt: skip
+
+
+def test_the_demo_and_a_workspace_under_way(demo, open_page):
+    app = open_page(demo.workspace, "overview")
+    found = states(app)
+    assert found["SAEs"].startswith("done")
+    assert found["Tuning"].startswith("done")
+    assert found["Sweep"] == "missing"
+    paired = demo.result["tune"]["paired"]
+    assert f"{100 * paired['difference']:+.1f} points" in texts(app)
