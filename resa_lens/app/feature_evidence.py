@@ -17,6 +17,7 @@ from resa_lens.app.features_data import (
     attributions_of,
     command,
     effects_of,
+    mapping,
     scores_of,
     stored,
     verdict_of,
@@ -131,13 +132,14 @@ def falsification(listing: Listing, source: Source, layer: int, feature: int) ->
         )
         return
     config = source.verdicts.manifest.config if source.verdicts else {}
-    fires = config.get("falsify", {}).get("fires", FIRES)
+    fires = mapping(config.get("falsify")).get("fires")
+    fires = fires if isinstance(fires, int | float) else FIRES
     shares = {
         kind: (held.fired, held.n, held.ci)
         for kind, held in found.shares.items()
         if kind in feature_plots.TRIALS
     }
-    figure(feature_plots.trials_figure(shares, float(fires)), "figure-trials")
+    figure(feature_plots.trials_figure(shares, fires), "figure-trials")
     st.text(plain(_beside(found)))
     with st.expander("Table of trials"):
         rows = [

@@ -179,8 +179,9 @@ def _examples(source: Source, layer: int, feature: int, held: Activity) -> None:
         phases = phases_of(source, [row["document"] for row in rows])
     tokens.legend()
     st.caption(
-        "The darker, the stronger; one scale for all. The peak is framed, the line below a token "
-        "is its phase, ↵ is a line's end; a token's value stands where the pointer rests."
+        "The deeper the orange, the stronger; one scale for all. The peak is framed, the line "
+        "below a token is its phase, ↵ is a line's end; a token's value stands where the pointer "
+        "rests."
     )
     parts, listed = [], []
     for row in rows:

@@ -158,8 +158,9 @@ def same_activity(source: Source) -> list[str]:
     if source.activity is None:
         return []
     config = source.activity.manifest.config
-    kept, corpus = config.get("activity") or {}, config.get("corpus") or {}
-    count, longest = config.get("generations") or (None, None)
+    kept, corpus = mapping(config.get("activity")), mapping(config.get("corpus"))
+    answered = config.get("generations")
+    count, longest = answered if isinstance(answered, list) and len(answered) == 2 else (None, None)
     given = {
         "--layers": ",".join(map(str, source.layers)),
         "--text-tokens": config.get("tokens"),
@@ -171,6 +172,14 @@ def same_activity(source: Source) -> list[str]:
         "--seed": corpus.get("seed"),
     }
     return [str(word) for pair in given.items() if pair[1] is not None for word in pair]
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a part of a manifest's configuration; empty where it is not what this version writes.
+
+    What a manifest is made with is not checked when it is read: only its results are.
+    """
+    return value if isinstance(value, dict) else {}
 
 
 # Files, each opened once for each state of it
@@ -252,8 +261,17 @@ def activity(source: Source, layer: int, feature: int) -> Activity | None:
     if file is None:
         return None
     groups = opened(file)
-    rows = groups.find(layer, feature)
+    rows = groups.find(layer, feature)[:1]
+    _whole(rows, FEATURE_SCHEMA.names[: FEATURE_SCHEMA.get_field_index("histogram")], file)
     return Activity(rows[0], tuple(edges_of(groups.schema, file))) if rows else None
+
+
+def _whole(rows: Sequence[dict[str, Any]], names: Sequence[str], file: Path) -> None:
+    """Raise BadInputError where a row lacks a value that our writer always gives."""
+    for row in rows:
+        for name in names:
+            if row[name] is None:
+                raise BadInputError(f"{file} has a row without {name}; --force makes it anew")
 
 
 def examples(source: Source, layer: int, feature: int) -> list[dict[str, Any]]:
@@ -265,7 +283,9 @@ def examples(source: Source, layer: int, feature: int) -> list[dict[str, Any]]:
     file = source.file(EXAMPLES)
     if file is None:
         return []
-    return sorted(opened(file).find(layer, feature), key=lambda row: row["rank"])
+    rows = opened(file).find(layer, feature)
+    _whole(rows, EXAMPLE_SCHEMA.names, file)
+    return sorted(rows, key=lambda row: row["rank"])
 
 
 def phases_of(source: Source, numbers: Sequence[int]) -> dict[int, list[str]]:
@@ -321,9 +341,10 @@ def ablations_of(source: Source, layer: int, feature: int) -> list[Artifact]:
     """Return the ablations that took this feature away, the fewest others with it first."""
     found: list[tuple[int, Artifact]] = []
     for run in source.ablations:
-        config = run.manifest.config.get("ablation", {})
-        listed = config.get("features", [])
-        if config.get("point", {}).get("layer") == layer and feature in listed:
+        config = mapping(run.manifest.config.get("ablation"))
+        listed = config.get("features")
+        here = mapping(config.get("point")).get("layer") == layer
+        if here and isinstance(listed, list) and feature in listed:
             found.append((len(listed), run))
     return [run for _, run in sorted(found, key=lambda item: item[0])]
 

@@ -415,7 +415,9 @@ def _rows(found: Found, query: Query) -> None:
         if rows and rows[0] < len(found.order):
             _open(*found.order[rows[0]])
 
-    st.caption("Choose a row, by the box at its left or by the space bar, to open its feature.")
+    st.caption(
+        "Choose a row by the box at its left, or by Shift and the space bar, to open its feature."
+    )
     frame(
         shown,
         "features",

@@ -39,7 +39,7 @@ LAST_LINES = 6
 """Of what a process said, shown where it died."""
 WORKER = (sys.executable, "-m", "resa_lens.app.worker")
 PROGRAM = (*WORKER, "command")
-_BAR = re.compile(r"(?P<label>.*?)\s+[━╸╺\s]*(?P<share>\d{1,3})%")
+_BAR = re.compile(r"(?P<label>.*?)\s+[━╸╺]+\s*(?P<share>\d{1,3})%")
 """A line of rich's progress bars, as resa-lens draws them."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -105,7 +105,7 @@ def _start(
         text=True,
         encoding="utf-8",
         errors="replace",
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **(environment or {})},
         start_new_session=True,
     )
 

@@ -216,8 +216,8 @@ def _random(result: dict[str, Any]) -> None:
     st.text(
         f"Random features, {len(sets)} different set(s) that come near in activation mass: "
         f"{sum(row['same text'] for row in rows)} leave the text as it is; the named ones move its "
-        f"log-probability farther than {beyond} of them. Features like any others are the farthest of "
-        f"all in 1 of {len(sets) + 1} cases."
+        f"log-probability farther than {beyond} of them. By luck alone they would be the farthest "
+        f"in 1 of {len(sets) + 1} cases."
     )
     table(rows, "lab_random_features", {"mass / named": "%.2f", "log-prob. moved": "%+.3f"})
 

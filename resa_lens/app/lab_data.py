@@ -78,9 +78,16 @@ def models(listing: Listing) -> dict[str, str]:
         elif artifact.manifest.kind not in ("saes", "counts") or not isinstance(name, str):
             continue
         # Models that a run made for itself, as falsification's random ones, are gone with it.
-        elif "/" in name or Path(name).exists():
+        elif "/" in name or _is_here(name):
             found[name] = name
     return found
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # no name that a file can have
+        return False
 
 
 def saes(listing: Listing, weights: Sequence[str | None]) -> tuple[list[Saes], list[str]]:

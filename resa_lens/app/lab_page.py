@@ -6,6 +6,7 @@ view needs of it is asked for as the view changes.
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,10 @@ def show(listing: Listing) -> None:
         tokens.show(document["tokens"], [0.0] * len(document["ids"]), phases=document["phases"])
         tokens.legend()
         return
+    if chosen.artifact.weights != made["model"]["weights"]:
+        st.caption(
+            "These SAEs were trained on the base of this adapter, not on what it makes of it."
+        )
     with st.container():
         coloured = _features(listing, chosen, made, asked.request["model"])
     with st.container():
@@ -142,6 +147,11 @@ def _answer(made: dict[str, Any], request: dict[str, Any]) -> None:
     st.text(lab_data.said(document, request["question"]))
 
 
+def _command(what: str, model: str, listing: Listing) -> str:
+    words = ["resa-lens", what, "--model", model, "--workspace", str(listing.root)]
+    return shlex.join(words)
+
+
 def _saes(listing: Listing, model: dict[str, Any], name: str) -> Saes | None:
     """Choose among the SAEs of the loaded model."""
     found, problems = lab_data.saes(listing, [model["weights"], model["base"]])
@@ -151,7 +161,7 @@ def _saes(listing: Listing, model: dict[str, Any], name: str) -> Saes | None:
         problem(
             f"{listing.root} holds no SAEs of {model['name']}, so there are no features to look "
             "at. This command trains some:",
-            f"resa-lens train-saes --model {name} --workspace {listing.root}",
+            _command("train-saes", name, listing),
         )
         return None
     by_name = {each.artifact.relative: each for each in found}
@@ -212,7 +222,7 @@ def _features(
         None,
         step=1,
         key="feature",
-        placeholder="the strongest",
+        placeholder="strongest",
         disabled=colour != ONE,
         **links.BOUND,
     )
@@ -290,7 +300,7 @@ def _counted(
     if stored is None:
         problem(
             "The features of these SAEs were not counted yet. This command does it:",
-            f"resa-lens count-features --workspace {listing.root}",
+            _command("count-features", asked["model"], listing),
         )
         return {}, None
     rule = st.segmented_control(

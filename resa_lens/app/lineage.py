@@ -66,6 +66,8 @@ class Node:
     """One artifact, or those that are folded; none of a model or a missing parent."""
     command: str | None = None
     """That makes a missing parent."""
+    absent: tuple[Node, ...] = ()
+    """The missing parents that are folded into one."""
 
     @property
     def column(self) -> int:
@@ -89,6 +91,8 @@ class Graph:
         """The node of a key, or the one that an artifact's path is folded into."""
         for node in self.nodes:
             if node.key == key or any(a.relative == key for a in node.members):
+                return node
+            if any(n.key == key for n in node.absent):
                 return node
         return None
 
@@ -170,6 +174,7 @@ def build(listing: Listing, *, fold: int = FOLD, one_based: bool = False) -> Gra
             for node in made:
                 nodes[node.key] = node
                 placed |= {artifact.relative: node.key for artifact in node.members}
+    placed |= _fold_missing(nodes)
     edges = {(placed.get(parent, parent), placed.get(child, child)) for parent, child in edges}
     ordered = sorted(nodes.values(), key=lambda node: (node.column, node.key))
     return Graph(tuple(ordered), tuple(sorted(edges)))
@@ -245,6 +250,25 @@ def _folded(group: list[Artifact], one_based: bool) -> Node:
     newest = max(group, key=lambda a: (a.manifest.created, a.relative))
     key = f"{len(group)} {what}, the newest {newest.relative}"
     return Node(key, kind, f"{len(group)} {what}", said, tuple(group))
+
+
+def _fold_missing(nodes: dict[str, Node]) -> dict[str, str]:
+    """Put one node in place of a model's missing ones of a kind; returns {path: its key}."""
+    groups: dict[tuple[str, str], list[Node]] = {}
+    for node in nodes.values():
+        if node.missing:
+            groups.setdefault((node.kind, slug_of(node.key)), []).append(node)
+    placed = {}
+    for (kind, _), group in groups.items():
+        if len(group) == 1:
+            continue
+        what = f"{len(group)} {PLURALS[NAMES[kind]]}"
+        pile = Node(f"{what} missing, {group[0].key}", kind, what, "missing", absent=tuple(group))
+        nodes[pile.key] = pile
+        for node in group:
+            del nodes[node.key]
+            placed[node.key] = pile.key
+    return placed
 
 
 def _layers(layers: Iterable[int], one_based: bool) -> str:

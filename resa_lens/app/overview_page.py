@@ -247,6 +247,7 @@ def _lineage(listing: Listing) -> None:
     )
     graph = lineage.build(listing, one_based=links.one_based())
     folded = [a.relative for n in graph.nodes if len(n.members) > 1 for a in n.members]
+    folded += [missing.key for node in graph.nodes for missing in node.absent]
     # Before the choice below exists, as on a link's first run, only the address holds it.
     key = st.session_state.get("artifact") or st.query_params.get("artifact")
     node = graph.node(str(key)) if key else None
@@ -291,11 +292,12 @@ def _chosen(listing: Listing, graph: Graph, node: Node, key: str) -> None:
         _artifact(artifact)
     elif node.missing:
         st.text(f"{node.title} that something here was made from; not in this workspace.")
-        if node.command:
-            st.text("This command makes it:")
-            st.code(node.command, language="bash", wrap_lines=True)
-        else:
-            st.text(f"It lies elsewhere: {node.key}")
+        for missing in [n for n in node.absent if n.key == key] or node.absent or (node,):
+            if missing.command:
+                st.text(f"This command makes {missing.key}:")
+                st.code(missing.command, language="bash", wrap_lines=True)
+            else:
+                st.text(f"It lies elsewhere: {missing.key}")
     elif node.members:
         st.text(f"{node.title} with the same parents; choose one above by its path.")
         table([_row(member) for member in node.members], "folded", _FORMATS)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from resa_lens.evals.engines import HFEngine
     from resa_lens.hookpoints import Hookpoint
     from resa_lens.models import Model
-    from resa_lens.pipeline.lab import Change, Changed, Document
+    from resa_lens.pipeline.lab import Document
+    from resa_lens.pipeline.lab_changes import Change, Changed
     from resa_lens.pipeline.saes import SaeRun
     from resa_lens.saes.coder import SparseCoder
 
@@ -149,7 +150,7 @@ class Bench:
         draws: int,
     ) -> dict[str, Any]:
         """Let the model go on under a change, and with `draws` under that of random features."""
-        from resa_lens.pipeline import lab
+        from resa_lens.pipeline import lab_changes
 
         host, engine = self._host(model, tell)
         run = _run(host, saes)
@@ -160,10 +161,10 @@ class Bench:
         coders = {p: self._coder(host, run, p, decoder=True) for p in made.features}
         written = _written(host, config.max_new_tokens, tell)
         held = (host, engine, asked, config, plain, made, coders)
-        changed = lab.change(*held, written=written)
+        changed = lab_changes.change(*held, written=written)
         beside = []
         if draws:
-            beside = lab.random_changes(
+            beside = lab_changes.random_changes(
                 *held,
                 draws=draws,
                 seed=config.seed,
@@ -259,7 +260,7 @@ def _document(values: dict[str, Any]) -> Document:
 
 def _change(wanted: dict[str, list[int]], how: dict[str, Any], site: str) -> Change:
     from resa_lens.hookpoints import Hookpoint
-    from resa_lens.pipeline.lab import Change
+    from resa_lens.pipeline.lab_changes import Change
 
     features = {Hookpoint(int(k), site): tuple(some) for k, some in wanted.items()}
     return Change(features, **{**how, "phases": tuple(how["phases"])})

@@ -41,7 +41,8 @@ from resa_lens.hookpoints import Hookpoint
 from resa_lens.models import Model
 from resa_lens.phases import PHASES, phased_batches, phased_texts
 from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.feature_files import SCORE_GROUP, SCORE_SCHEMA
+from resa_lens.pipeline.feature_files import SCORE_GROUP
+from resa_lens.pipeline.feature_files import SCORE_SCHEMA as SCHEMA
 from resa_lens.pipeline.saes import FIT_BYTES, SaeRun, fit_corpus, split_records
 from resa_lens.prompts import resolve_system_prompt
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
@@ -386,9 +387,9 @@ def _table(found: dict[int, dict[str, Scored]], names: Sequence[str], correction
             "active_tokens": np.concatenate([s.active_tokens for s in scored.values()]),
             "active_documents": np.concatenate([s.active_documents for s in scored.values()]),
         }
-        for key in SCORE_SCHEMA.names[len(columns) :]:
+        for key in SCHEMA.names[len(columns) :]:
             columns[key] = np.repeat([s.sizes[key] for s in scored.values()], counts)
-        parts.append(pa.table(columns, schema=SCORE_SCHEMA))
+        parts.append(pa.table(columns, schema=SCHEMA))
     return pa.concat_tables(parts)
 
 

@@ -1,49 +1,206 @@
-"""The app in a real browser, page by page."""
+"""The app in a real browser: every page, on the shipped workspace and on one fresh from the demo."""
 
 from __future__ import annotations
 
+import json
+import re
+import time
 from pathlib import Path
+from typing import Any
 
-from app_driver import browser, fits_width, new_page, served
+import pytest
+from app_driver import browser, fits_width, new_page, served, state
+
+from resa_lens.resources import data_path
+
+SHIPPED = data_path("workspace")
+COMPLETE = {
+    "": "All runs",
+    "layers": "What falsification leaves of the counts",
+    "features": "features match",
+    "lab": "What the model reads",
+    "scores": "questions; 10 a page",
+}
+"""Of each page by its path: a text at its end."""
 
 
-def test_app_in_a_browser(demo, tmp_path):
-    made = demo.result["recommendation"]
-    views = {"desktop": (1280, 5200, "light"), "phone": (390, 6800, "light")}
-    views["dark"] = (1280, 5200, "dark")
-    with browser() as opened, served(demo.workspace, tmp_path / "server.log") as url:
-        for name, (width, height, scheme) in views.items():
+def settled(page: Any) -> None:
+    """Wait until the script and the figures have come to rest."""
+    page.locator("[data-test-script-state='notRunning']").wait_for(timeout=60_000)
+    page.locator("[data-testid='stSkeleton']").first.wait_for(state="detached", timeout=30_000)
+
+
+def open_at(page: Any, url: str, path: str, text: str) -> None:
+    page.goto(f"{url}/{path}")
+    page.get_by_text(text).first.wait_for(timeout=60_000)
+    settled(page)
+
+
+def walk_through(page: Any, name: str, text: str) -> None:
+    """Go to a page by the side bar, as a person does."""
+    page.get_by_test_id("stSidebarNav").get_by_text(name, exact=True).click()
+    page.get_by_text(text).first.wait_for(timeout=60_000)
+    settled(page)
+
+
+def check(page: Any, wrong: list[str], shot: Path) -> None:
+    """Nothing failed, nothing sticks out, and something was drawn."""
+    assert page.locator("[data-testid='stException']").count() == 0
+    assert "Traceback" not in page.content()
+    assert fits_width(page), shot.stem
+    page.screenshot(path=shot)
+    assert shot.stat().st_size > 20_000
+    # Streamlit looks for its server below the page's own address first.
+    assert [w for w in wrong if "404" not in w] == []
+
+
+def test_every_page_of_the_shipped_workspace(tmp_path):
+    """Opened without a workspace, from an empty folder: on a desk, and on a phone in the dark."""
+    before = state(SHIPPED)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with browser() as opened, served(None, tmp_path / "server.log", cwd=empty) as url:
+        for name, (width, height, scheme) in {
+            "desk": (1280, 2400, "light"),
+            "phone": (390, 2600, "dark"),
+        }.items():
             page, wrong = new_page(opened, width, height, scheme)
-            page.goto(url)
-            figures = page.locator(".js-plotly-plot .subplot.xy")
-            page.get_by_text("Tuned minus base").wait_for(timeout=60_000)
-            figures.nth(6).wait_for(state="attached", timeout=30_000)
-            assert page.get_by_text(f"Verdict: {made['verdict']}").first.is_visible()
-            assert page.get_by_text(f"workspace: {demo.workspace}").is_visible()
-            assert page.locator("[data-testid='stException']").count() == 0
-            assert fits_width(page), name
-            dark = page.evaluate("getComputedStyle(document.querySelector('.stApp')).colorScheme")
-            assert dark == scheme
-            if name == "desktop":
-                page.get_by_role("radio", name="either").click()
-                page.get_by_text("this rule only stands beside it").wait_for()
-                page.locator("[data-test-script-state='notRunning']").wait_for()
-                below = page.get_by_test_id("stExpander").filter(has_text="Table of scores")
-                below.get_by_text("Table of scores").click()
-                with page.expect_download() as download:
-                    # By keyboard: the figures above still settle, and a click that the button
-                    # slides away from between press and release is none.
-                    below.get_by_test_id("stDownloadButton").locator("button").press("Enter")
-                lines = Path(download.value.path()).read_text().splitlines()
-                assert lines[0].startswith("run,group,")
-                assert len(lines) > 4
-            page.wait_for_timeout(500)
-            shot = tmp_path / f"app-{name}.png"
-            page.screenshot(path=shot)
-            assert shot.stat().st_size > 50_000
-            assert page.locator("[data-testid='stException']").count() == 0
-            assert wrong == []
+            for path, text in COMPLETE.items():
+                open_at(page, url, path, text)
+                dark = page.evaluate(
+                    "getComputedStyle(document.querySelector('.stApp')).colorScheme"
+                )
+                assert dark == scheme
+                check(page, wrong, tmp_path / f"{name}-{path or 'overview'}.png")
             page.close()
+    assert state(SHIPPED) == before
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path):
+    made = demo.result["recommendation"]
+    before = state(demo.workspace)
+    with browser() as opened, served(demo.workspace, tmp_path / "server.log") as url:
+        page, wrong = new_page(opened, 1280, 1600)
+        open_at(page, url, "", COMPLETE[""])
+        assert page.get_by_text(f"workspace: {demo.workspace}").is_visible()
+        check(page, wrong, tmp_path / "overview.png")
+        # A square of the graph, then the page that shows it.
+        point = page.locator(".js-plotly-plot .points path").nth(2)
+        point.scroll_into_view_if_needed()
+        point.click()
+        page.wait_for_url(re.compile("artifact="), timeout=20_000)
+        page.get_by_text("Made from").first.wait_for()
+        walk_through(page, "Layers", f"Verdict: {made['verdict']}")
+        page.get_by_role("radio", name="either").click()
+        page.get_by_text("this rule only stands beside it").wait_for()
+        check(page, wrong, tmp_path / "layers.png")
+        walk_through(page, "Features", "resa-lens activity")  # the demo measured none
+        check(page, wrong, tmp_path / "features.png")
+        walk_through(page, "Scores", COMPLETE["scores"])
+        check(page, wrong, tmp_path / "scores.png")
+        walk_through(page, "Prompt lab", COMPLETE["lab"])
+        check(page, wrong, tmp_path / "lab.png")
+    assert state(demo.workspace) == before
+
+
+@pytest.mark.slow
+def test_figures_and_tables_are_saved_and_the_address_opens_the_same_view(tmp_path):
+    with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
+        page, wrong = new_page(opened, 1280, 1400)
+        open_at(page, url, "layers", COMPLETE["layers"])
+
+        def download(click: Any) -> tuple[str, bytes]:
+            with page.expect_download() as got:
+                click()
+            return got.value.suggested_filename, Path(got.value.path()).read_bytes()
+
+        figure = page.locator(".js-plotly-plot").first
+        camera = figure.locator(".modebar-btn[data-title*='Download plot']")
+
+        def press() -> None:
+            figure.scroll_into_view_if_needed()
+            figure.hover()
+            camera.click()
+
+        name, content = download(press)
+        assert name.endswith(".png")
+        assert content.startswith(b"\x89PNG")
+        page.get_by_test_id("stSidebar").get_by_text("SVG", exact=True).click()
+        settled(page)
+        name, content = download(press)
+        assert name.endswith(".svg")
+        assert b"<svg" in content[:200]
+        # Downloads by keyboard: a click that the button slides away from, while the figures above
+        # it still settle, is none.
+        html = page.get_by_test_id("stDownloadButton").get_by_role("button", name="HTML").first
+        name, content = download(lambda: html.press("Enter"))
+        assert name.endswith(".html")
+        assert b"plotly" in content
+        assert len(content) > 1_000_000
+        csv = page.get_by_test_id("stExpander").filter(has_text="Table of counts")
+        csv.get_by_text("Table of counts").click()
+        button = csv.get_by_test_id("stDownloadButton").locator("button")
+        name, content = download(lambda: button.press("Enter"))
+        assert content.decode().startswith("layer,layer_1_indexed,")
+
+        # The same view again: numbering and a filter stand in the address.
+        page.get_by_test_id("stSidebar").get_by_text("Count layers from 1").click()
+        page.wait_for_url(re.compile("one_based=true"))
+        walk_through(page, "Scores", COMPLETE["scores"])
+        page.get_by_role("radio", name="lost").click()
+        lost = page.get_by_text(re.compile(r"^\d+ of 500 questions"))
+        lost.wait_for()
+        said, address = lost.inner_text(), page.url
+        assert "one_based=true" in address
+        again, also_wrong = new_page(opened, 1280, 1400)
+        again.goto(address)
+        again.get_by_text(said).wait_for(timeout=60_000)
+        assert [w for w in [*wrong, *also_wrong] if "404" not in w] == []
+
+
+@pytest.mark.slow
+def test_the_app_is_used_by_keyboard(tmp_path):
+    """Tab reaches the pages and the widgets, Enter and space act."""
+    with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
+        page, _ = new_page(opened, 1280, 1200)
+        open_at(page, url, "", COMPLETE[""])
+        reached: set[str] = set()
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            reached.add(
+                page.evaluate(
+                    "(document.activeElement.innerText || document.activeElement.ariaLabel || '')"
+                    ".trim()"
+                )
+            )
+            if page.evaluate("document.activeElement.innerText").strip() == "Layers":
+                break
+        assert "Layers" in " ".join(reached)
+        page.keyboard.press("Enter")
+        page.get_by_text("By layer").first.wait_for(timeout=60_000)
+        assert "/layers" in page.url
+
+
+@pytest.mark.slow
+def test_the_first_page_is_quick(tmp_path):
+    """From the start of the process to the answers; the target is 3 s on two quiet cores.
+
+    Asserted with room for a busy machine: docs/log.md has the measured time.
+    """
+    began = time.monotonic()
+    with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
+        started = time.monotonic()
+        page, _ = new_page(opened, 1280, 1200)
+        page.goto(url)
+        page.get_by_text("Did tuning help?").wait_for(timeout=60_000)
+        print(json.dumps({"server": started - began, "page": time.monotonic() - started}))
+        again, _ = new_page(opened, 1280, 1200)
+        began = time.monotonic()
+        again.goto(url)
+        again.get_by_text("Did tuning help?").wait_for(timeout=60_000)
+        assert time.monotonic() - began < 3
 
 
 def test_report_in_a_browser(demo, tmp_path):

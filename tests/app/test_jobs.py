@@ -268,10 +268,10 @@ def test_a_failure_of_a_command_is_told():
     command = Command([], [sys.executable, "-c", script])
     assert command.wait(10)
     assert command.error == "the command ended before its result (exit code 3)\nTraceback"
-    script = "import sys\nprint('note\\nerror: no x\\nuse y', file=sys.stderr)\nsys.exit(2)"
+    script = "import sys\nprint('note\\nerror: 50% is no x\\nuse y', file=sys.stderr)\nsys.exit(2)"
     refused = Command([], [sys.executable, "-c", script])
     assert refused.wait(10)
-    assert refused.error == "no x\nuse y"
+    assert refused.error == "50% is no x\nuse y"
     silent = Command([], [sys.executable, "-c", "print('no object')"])
     assert silent.wait(10)
     assert "printed no JSON object" in silent.error

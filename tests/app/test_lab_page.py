@@ -208,13 +208,13 @@ from resa_lens.app import worker
 
 class Bench:
     def answer(self, do, values, tell):
-        tell("writing", 1, 4, values["text"])
+        tell("writing", 1, 4, values.get("text", ""))
         if do == sys.argv[1]:
             time.sleep(60) if sys.argv[2] == "hang" else os.kill(os.getpid(), 9)
         document = {"ids": [1, 2], "tokens": ["a", "b"], "phases": ["prompt", "answer"],
                     "prompt_tokens": 1, "text": "b", "finished": True, "answer": "b",
                     "correct": None}
-        model = {"name": sys.argv[3], "slug": sys.argv[3], "weights": sys.argv[2], "base": None,
+        model = {"name": sys.argv[3], "slug": sys.argv[3], "weights": sys.argv[4], "base": None,
                  "layers": 3, "width": 4, "device": "cpu", "dtype": "float32",
                  "notes": [sys.argv[3]]}
         return {"document": document, "prompt": "a", "model": model}
@@ -238,7 +238,7 @@ def stub():
 
 
 def test_stop_and_a_dead_worker(lab, stub):
-    app = lab(process=stub("respond", "hang", "m"), prompt=HOSTILE)
+    app = lab(process=stub("respond", "hang", "m", "0"), prompt=HOSTILE)
     app = app.button(key="generate").click().run()
     assert working(app)
     assert app.button(key="generate").disabled
@@ -250,17 +250,24 @@ def test_stop_and_a_dead_worker(lab, stub):
     app.button(key="stop-respond").click().run()
     assert "Stopped." in texts(settled(app))
     assert not app.button(key="generate").disabled
-    app = click(lab(process=stub("respond", "die", "m")), "generate")
+    app = click(lab(process=stub("respond", "die", "m", "0")), "generate")
     assert "killed by SIGKILL; the machine may be out of memory" in texts(app)
+    weights = json.loads(manifest_of(BUNDLED, "saes").read_text())["hashes"]["weights"]
+    app = click(lab(process=stub("layer", "die", "m", weights)), "generate")
+    assert "killed by SIGKILL" in texts(app)
+    first = app.session_state["lab-requests"]["layer"].job
+    click(app, "again-layer")
+    assert app.session_state["lab-requests"]["layer"].job is not first
+    assert "killed by SIGKILL" in texts(app)
 
 
 def test_a_model_without_saes_names_the_command(lab, stub, tmp_path):
-    app = click(lab(process=stub("none", "0" * 64, HOSTILE)), "generate")
+    app = click(lab(process=stub("none", "", HOSTILE, "0" * 64)), "generate")
     assert f"holds no SAEs of {HOSTILE}" in texts(app)
     assert f"resa-lens train-saes --model tiny-reasoner --workspace {BUNDLED}" in commands(app)
     assert len(app.get("html")) == 2  # the text is there all the same
     assert "onerror" not in marked_up(app)
-    app = click(lab(tmp_path / "none", process=stub("none", "1", "m")), "generate")
+    app = click(lab(tmp_path / "none", process=stub("none", "", "m", "1")), "generate")
     assert "resa-lens train-saes" in commands(app)
     assert not (tmp_path / "none").exists()
 

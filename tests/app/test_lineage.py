@@ -226,3 +226,19 @@ def test_names_are_quoted_for_the_shell(hostile: str):
     held = listing(artifact(SAES, "saes", results={"model": hostile}))
     command = stages.checklist(held, stages.models(held)[0])[0].command
     assert shlex.split(command)[3] == hostile
+
+
+def test_missing_parents_of_a_kind_stand_in_one_pile_and_keep_their_commands():
+    others = [SAES.replace("3bd33d80", f"{n:08d}") for n in (1, 2)]
+    graph = lineage.build(
+        listing(artifact(COUNTS, "counts", (others[0],)), artifact("counts/c", "counts", others[1:]))
+    )
+    pile = graph.node(others[0])
+    assert pile is graph.node(others[1])
+    assert pile.missing
+    assert (pile.title, pile.detail) == ("2 SAEs", "missing")
+    assert {node.key for node in pile.absent} == set(others)
+    assert all("train-saes" in node.command for node in pile.absent)
+    assert {child.key for child in graph.children(pile)} == {COUNTS, "counts/c"}
+    one = lineage.build(listing(artifact(COUNTS, "counts", (SAES,)))).node(SAES)
+    assert (one.key, one.absent) == (SAES, ())

@@ -15,7 +15,7 @@ from resa_lens.evals.run import EvalConfig, evaluate
 from resa_lens.evals.tasks import EvalItem, load_questions
 from resa_lens.hookpoints import Hookpoint
 from resa_lens.phases import PHASES, tag_phases
-from resa_lens.pipeline import lab
+from resa_lens.pipeline import lab, lab_changes
 from resa_lens.saes.coder import encode, new_coder
 
 SHORT = GenerationConfig(max_new_tokens=40)
@@ -131,8 +131,8 @@ def test_activations_are_those_of_the_model_encoded(tiny, coders, plain):
 
 @pytest.mark.parametrize("kind", ["ablate", "scale", "steer"])
 def test_strength_zero_changes_nothing(tiny, engine, coders, plain, named, kind):
-    wanted = lab.Change(named, kind, 0.0, value=1.0 if kind == "steer" else None)
-    made = lab.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
+    wanted = lab_changes.Change(named, kind, 0.0, value=1.0 if kind == "steer" else None)
+    made = lab_changes.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
     assert made.document == plain
     assert made.first is None
     assert made.moved["all"] == 0
@@ -141,8 +141,8 @@ def test_strength_zero_changes_nothing(tiny, engine, coders, plain, named, kind)
 def test_a_change_takes_the_features_out_of_the_activation(tiny, engine, coders, plain, named):
     """x' = x - 5 sum z_i d_i at the thoughts' tokens: by hand, through hooks of our own."""
     phases = ("think",)
-    wanted = lab.Change(named, "ablate", 5.0, phases)
-    made = lab.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
+    wanted = lab_changes.Change(named, "ablate", 5.0, phases)
+    made = lab_changes.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
     ids = torch.tensor([plain.ids])
     inside = torch.tensor([[phase in phases for phase in plain.phases]])
 
@@ -168,8 +168,8 @@ def test_a_change_takes_the_features_out_of_the_activation(tiny, engine, coders,
 
 
 def test_a_strong_change_moves_the_text_and_says_where(tiny, engine, coders, plain, named):
-    wanted = lab.Change(named, "steer", 1.0, ("think", "answer"), value=200.0)
-    made = lab.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
+    wanted = lab_changes.Change(named, "steer", 1.0, ("think", "answer"), value=200.0)
+    made = lab_changes.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
     assert made.first is not None
     other = made.document.written
     assert other[: made.first] == plain.written[: made.first]
@@ -184,17 +184,17 @@ def test_clamp_takes_its_value_from_the_text(tiny, engine, coders, plain, named)
         for feature in named[point]:
             values = acts[point].values[acts[point].latents == feature]
             means[point, feature] = float(values.mean())
-    one = lab.Change({POINTS[0]: named[POINTS[0]][:1]}, "clamp")
-    given = lab.Change(one.features, "clamp", value=means[POINTS[0], named[POINTS[0]][0]])
-    made = [lab.change(tiny, engine, ASKED, SHORT, plain, w, coders) for w in (one, given)]
+    one = lab_changes.Change({POINTS[0]: named[POINTS[0]][:1]}, "clamp")
+    given = lab_changes.Change(one.features, "clamp", value=means[POINTS[0], named[POINTS[0]][0]])
+    made = [lab_changes.change(tiny, engine, ASKED, SHORT, plain, w, coders) for w in (one, given)]
     assert made[0].moved["all"] == pytest.approx(made[1].moved["all"], abs=1e-5)
     assert abs(made[0].moved["all"]) > 1e-4
 
 
 def test_random_features_differ_and_come_near(tiny, engine, coders, plain, named):
-    wanted = lab.Change({POINTS[1]: named[POINTS[1]]})
+    wanted = lab_changes.Change({POINTS[1]: named[POINTS[1]]})
     steps = []
-    made = lab.random_changes(
+    made = lab_changes.random_changes(
         tiny, engine, ASKED, SHORT, plain, wanted, coders, draws=2,
         progress=lambda done, of: steps.append((done, of)),
     )  # fmt: skip
@@ -203,24 +203,26 @@ def test_random_features_differ_and_come_near(tiny, engine, coders, plain, named
     for one in made:
         control = one.controls[POINTS[1]]
         assert not set(control.features) & set(named[POINTS[1]])
-        assert lab.FAIR[0] <= control.mass["all"] <= lab.FAIR[1]
-    alone = lab.change(tiny, engine, ASKED, SHORT, plain, lab.Change({POINTS[1]: drawn[0]}), coders)
+        assert lab_changes.FAIR[0] <= control.mass["all"] <= lab_changes.FAIR[1]
+    alone = lab_changes.change(
+        tiny, engine, ASKED, SHORT, plain, lab_changes.Change({POINTS[1]: drawn[0]}), coders
+    )
     assert alone == made[0].changed
 
 
 def test_random_features_are_refused_where_none_come_near(tiny, engine, coders, plain):
     acts = lab.activations(tiny, POINTS[0], coders[POINTS[0]], plain.ids)
     mass = torch.bincount(acts.latents, acts.values, minlength=256)
-    silent = lab.Change({POINTS[0]: (int(mass.argmin()),)})
+    silent = lab_changes.Change({POINTS[0]: (int(mass.argmin()),)})
     assert float(mass.min()) == 0
     with pytest.raises(BadInputError, match="never active at prompt, think, answer tokens"):
-        lab.random_changes(tiny, engine, ASKED, SHORT, plain, silent, coders)
+        lab_changes.random_changes(tiny, engine, ASKED, SHORT, plain, silent, coders)
     stretched = new_coder(tiny.d_model, 256, 16, seed=3).requires_grad_(False)
     strongest = int(mass.argmax())
     stretched.W_dec[strongest] *= 100
     with pytest.raises(BadInputError, match="no random features come near"):
-        lab.random_changes(
-            tiny, engine, ASKED, SHORT, plain, lab.Change({POINTS[0]: (strongest,)}),
+        lab_changes.random_changes(
+            tiny, engine, ASKED, SHORT, plain, lab_changes.Change({POINTS[0]: (strongest,)}),
             {POINTS[0]: stretched},
         )  # fmt: skip
 
@@ -237,35 +239,41 @@ def test_texts_of_tokens_join_to_the_text(tiny):
 
 
 def test_first_difference():
-    assert lab.first_difference([1, 2], [1, 2]) is None
-    assert lab.first_difference([1, 2], [1, 3]) == 1
-    assert lab.first_difference([1, 2], [1, 2, 3]) == 2
-    assert lab.first_difference([], [5]) == 0
+    assert lab_changes.first_difference([1, 2], [1, 2]) is None
+    assert lab_changes.first_difference([1, 2], [1, 3]) == 1
+    assert lab_changes.first_difference([1, 2], [1, 2, 3]) == 2
+    assert lab_changes.first_difference([], [5]) == 0
 
 
 def test_bad_input(tiny, engine, coders, plain):
     with pytest.raises(BadInputError, match="the prompt is empty"):
         lab.ask("  ")
     with pytest.raises(BadInputError, match="no feature was given"):
-        lab.Change({})
+        lab_changes.Change({})
     with pytest.raises(BadInputError, match="kind 'ablate' takes no value"):
-        lab.Change({POINTS[0]: (1,)}, value=2.0)
+        lab_changes.Change({POINTS[0]: (1,)}, value=2.0)
     with pytest.raises(BadInputError, match="kind 'break' is unknown"):
-        lab.Change({POINTS[0]: (1,)}, "break")
+        lab_changes.Change({POINTS[0]: (1,)}, "break")
     with pytest.raises(BadInputError, match="no phase was given"):
-        lab.Change({POINTS[0]: (1,)}, phases=())
+        lab_changes.Change({POINTS[0]: (1,)}, phases=())
     for point, feature, message in (
         (POINTS[0], 999, "feature 999 is out of range"),
         (Hookpoint(4), 1, "there is no SAE at layer 4"),
     ):
-        wanted = lab.Change({point: (feature,)})
+        wanted = lab_changes.Change({point: (feature,)})
         with pytest.raises(BadInputError, match=message):
-            lab.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
+            lab_changes.change(tiny, engine, ASKED, SHORT, plain, wanted, coders)
     silent = lab.activations(tiny, POINTS[0], coders[POINTS[0]], plain.ids)
     dead = sorted(set(range(256)) - set(silent.latents.tolist()))[0]
     with pytest.raises(BadInputError, match="so clamp has no value to take"):
-        lab.change(
-            tiny, engine, ASKED, SHORT, plain, lab.Change({POINTS[0]: (dead,)}, "clamp"), coders
+        lab_changes.change(
+            tiny,
+            engine,
+            ASKED,
+            SHORT,
+            plain,
+            lab_changes.Change({POINTS[0]: (dead,)}, "clamp"),
+            coders,
         )
     longest = tiny.model.config.max_position_embeddings
     with pytest.raises(BadInputError, match=f"tiny-reasoner reads {longest} in all"):

@@ -1,0 +1,301 @@
+"""One feature's page through AppTest: what was measured, what is missing, damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from app_driver import HOSTILE, edit, marked_up, texts
+from features_driver import SMALL, commands, shown, source_of, tables
+from synthetic_workspace import (
+    ACTIVITY,
+    COUNTS,
+    PLANTED,
+    SAES,
+    SLUG,
+    write_workspace,
+)
+
+from resa_lens.app.features_table import Query, select
+from resa_lens.workspace import digest
+
+NASTY = f"{HOSTILE} $x^2$ `c`\n\u202eabc\u200b</div>"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A workspace that no test changes."""
+    return write_workspace(tmp_path_factory.mktemp("features") / "workspace", SMALL)
+
+
+@pytest.fixture
+def workspace(made, tmp_path):
+    """A copy to be changed."""
+    return shutil.copytree(made, tmp_path / "workspace")
+
+
+@pytest.fixture
+def features(open_page):
+    return lambda root, **query: open_page(root, "features", **query)
+
+
+# One feature ----------------------------------------------------------------------------------
+
+
+def test_a_features_page_has_everything_that_was_measured(made, features):
+    app = features(made, layer=str(PLANTED.layer), feature=str(PLANTED.feature))
+    said = texts(app)
+    headings = [element.value for element in app.subheader]
+    assert headings[0] == f"Feature {PLANTED.feature}, layer 1 (0-based; 2nd of 3)"
+    assert "survives" in marked_up(app)
+    assert f"Why: {PLANTED.reason}" in said
+    low, high = 100 * PLANTED.overall - 0.196, 100 * PLANTED.overall + 0.196
+    assert f"Fires at {100 * PLANTED.overall:.3g} % of all tokens (95 % over documents" in said
+    assert f"over documents {low:.3g} % to {high:.3g} %)" in said
+    assert "Densest in thoughts: 0.1 % of the prompt, 50 % of thoughts, 0.2 % of the answer" in said
+    assert "rule all counts 16 of its 645 active features" in said
+    assert "1 of these pass the tests on texts" in said
+    held = tables(app)
+    scores = held["score"].set_index("score")
+    assert set(scores.index) == set(SMALL.scores)
+    row = scores.loc["auc"]
+    assert (row["value"], row["by chance"], row["p"], row["q"]) == (2.5, 0.01, 0.001, 0.004)
+    assert row["95 %"] == "2.1 to 2.9"
+    assert row["of features"] == 4500
+    trials = held["kind"].set_index("kind")
+    assert (trials.loc["injected"]["fires in"], trials.loc["injected"]["of"]) == (0, 40)
+    ablated = held["what"]
+    assert list(ablated["what"]) == ["ablate, this feature alone", "ablate, it and 2 others"]
+    assert (ablated["accuracy, points"][0], ablated["p"][0]) == (-4.0, 0.02)
+    assert (ablated["beyond random, points"][0], ablated["beyond, p"][0]) == (-3.0, 0.04)
+    assert ablated["questions"][0] == 200
+    weighed = held["measure"].iloc[0]
+    assert weighed["gradient, 1e-3 nats"] == pytest.approx(2.1)
+    assert weighed["patching, 1e-3 nats"] == pytest.approx(1.9)
+    assert "resa-lens" not in commands(app)
+    assert len(app.get("plotly_chart")) == 4
+    assert f"layer={PLANTED.layer}&feature={PLANTED.feature}" in commands(app)
+    assert shlex.quote(ACTIVITY).replace("/", "%2F") in commands(app)
+
+
+def test_examples_frame_the_peak_and_underline_phases(made, features):
+    app = features(made, layer="1", feature=str(PLANTED.feature))
+    body = next(h.proto.body for h in app.get("html") if "Document" in h.proto.body)
+    assert body.count('class="peak"') == SMALL.examples
+    first = body.split('class="peak"')[1]
+    assert first.startswith(' title="␣zebra: 4, think"')
+    # Tokens 20 to 28 of a document whose thoughts begin at its 20th.
+    assert body.count("3px solid") == 9 * SMALL.examples
+    assert "Document 4, token 24, think: 4" in body
+    listed = tables(app)["document"]
+    assert listed["peak"].iloc[0] == "␣zebra"
+
+
+def test_what_was_not_measured_names_its_command(workspace, features):
+    for folder in ("ablations", "attributions", "scores", "falsified"):
+        shutil.rmtree(workspace / folder)
+    app = features(workspace, layer="0", feature="7")
+    texts(app)
+    where = f"--saes {workspace / SAES} --workspace {workspace}"
+    for line in (
+        f"resa-lens ablate --model synthetic --layer 0 --features 7 {where}",
+        f"resa-lens attribute --model synthetic --layer 0 --features 7 {where}",
+        f"resa-lens score-features --model synthetic {where}",
+        f"resa-lens falsify --model synthetic {where}",
+    ):
+        assert line in commands(app)
+    shutil.rmtree(workspace / "counts")
+    assert "Features were not counted" in texts(features(workspace, layer="0", feature="7"))
+    # And where the SAEs themselves are elsewhere, no folder is named.
+    shutil.rmtree(workspace / "saes")
+    app = features(workspace, layer="0", feature="7")
+    assert f"--features 7 --workspace {workspace}" in commands(app)
+
+
+def test_without_a_lens_the_command_prints_it(workspace, features):
+    file = workspace / ACTIVITY / "features.parquet"
+    table = pq.read_table(file)
+    for name in table.schema.names[-6:]:
+        place = table.schema.get_field_index(name)
+        empty = pa.nulls(table.num_rows, table.schema.field(name).type)
+        table = table.set_column(place, table.schema.field(name), empty)
+    pq.write_table(table, file)
+    assert set(shown(features(workspace))["raises"]) == {""}
+    # What has no lens raises nothing that could be found.
+    found = select(source_of(workspace), Query(find=PLANTED.token))
+    assert list(found.shown["found in"]) == ["examples"]
+    app = features(workspace, layer="0", feature="7")
+    line = "resa-lens activity --model synthetic --show 0:7 --layers 0,1,2"
+    assert line in commands(app)
+    assert "keep no neighbours" in texts(app)
+
+
+def test_the_set_of_a_rule_has_its_effect(workspace, features):
+    counts = json.loads((workspace / COUNTS / "features.json").read_text())
+    named = {str(row["layer"]): row["features"]["all"] for row in counts["layers"]}
+    effect = {
+        "value": 0.002, "se": 0.0005, "freedom": 9.0, "n": 35, "control": 0.001, "target": 0.003,
+        "p_value": 0.003, "rank_p": 0.1, "features": 1, "controls": 10,
+    }  # fmt: skip
+    folder = workspace / "effects" / SLUG / "run"
+    folder.mkdir(parents=True)
+    manifest = json.loads((workspace / "scores" / SLUG / "run" / "manifest.json").read_text())
+    manifest |= {"kind": "effects", "config": {"features": digest(named), "saes": SAES}}
+    manifest["results"] |= {"layers": {"1": effect}, "rule": "all"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = texts(features(workspace, layer="1", feature="62"))
+    assert "With all 1 features that rule all counts" in said
+    assert "+2e-3 beyond them (se 0.5e-3, p = 0.003; 35 documents, 10 sets)" in said
+    # Effects of other features are not this one's.
+    edit(folder / "manifest.json", lambda m: m["config"].update(features="00000000"))
+    assert "beyond them" not in texts(features(workspace, layer="1", feature="62"))
+
+
+def test_runs_of_other_saes_are_not_shown(workspace, features):
+    for kind in ("scores", "falsified", "ablations", "attributions"):
+        for file in (workspace / kind).rglob("manifest.json"):
+            edit(file, lambda m: m.update(parents=["saes/others/run"]))
+    app = features(workspace, layer="1", feature="62")
+    assert "counted, not tested" in marked_up(app)
+    assert {"resa-lens score-features", "resa-lens ablate"} <= {
+        " ".join(line.split()[:2]) for line in commands(app).splitlines()
+    }
+
+
+# What is missing or damaged -------------------------------------------------------------------
+
+
+def test_empty_missing_and_foreign_workspaces(tmp_path, features, workspace):
+    assert "There is no workspace" in texts(features(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    app = features(tmp_path / "empty")
+    assert "holds no finished run" in texts(app)
+    assert "resa-lens demo" in commands(app)
+    for folder in ("activity", "counts"):
+        shutil.rmtree(workspace / folder)
+    app = features(workspace)
+    assert "neither counted nor measured" in texts(app)
+    assert "resa-lens activity" in commands(app)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "kept"),
+    [
+        ("features.parquet", "half", "Why: "),
+        ("features.parquet", "other", "Why: "),
+        ("examples.parquet", "half", "Fires at"),
+        ("documents.parquet", "gone", "Fires at"),
+        ("documents.parquet", "other", "Fires at"),
+        ("features.json", "half", "Fires at"),
+        ("verdicts.json", "other", "Fires at"),
+        ("scores.parquet", "half", "Why: "),
+        ("summary.json", "other", "Why: "),
+        ("results.json", "gone", "Why: "),
+        ("results.json", "other", "Why: "),
+    ],
+)
+def test_a_damaged_file_leaves_the_rest_of_the_page(workspace, features, name, damage, kept):
+    for file in workspace.rglob(name):
+        whole = file.read_bytes()
+        if damage == "half":
+            file.write_bytes(whole[: len(whole) // 2])
+        elif damage == "gone":
+            file.unlink()
+        elif name.endswith(".json"):
+            file.write_text('{"features": [{"layer": 1}], "layers": [1]}')
+        else:
+            pq.write_table(pa.table({"layer": [1], "feature": [62]}), file)
+    app = features(workspace, layer="1", feature="62")
+    said = texts(app)
+    assert kept in said
+    assert name in said
+    assert "this cannot be shown" in marked_up(app)
+    if name in ("features.parquet", "features.json", "verdicts.json"):
+        assert name in texts(features(workspace))
+
+
+def test_a_manifest_of_another_version_is_a_problem(workspace, features):
+    edit(workspace / ACTIVITY / "manifest.json", lambda m: m["results"].pop("tokens"))
+    app = features(workspace)
+    assert "damaged or of another version, at tokens" in texts(app)
+    assert "features match" in texts(app)  # the counts stand
+
+
+def test_a_manifest_that_was_changed_by_hand_is_no_error(workspace, features):
+    for file in workspace.rglob("manifest.json"):
+        edit(file, lambda m: m["config"].update(ablation="x", falsify=[1], activity=3, layer="a"))
+    app = features(workspace, layer="1", feature="62")
+    assert "Fires at" in texts(app)
+    assert "resa-lens ablate" in commands(app)
+
+
+def test_a_row_that_lacks_a_value_is_a_problem(workspace, features):
+    file = workspace / ACTIVITY / "features.parquet"
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("density_se")
+    empty = pa.nulls(table.num_rows, pa.float64())
+    pq.write_table(table.set_column(place, table.schema.field("density_se"), empty), file)
+    said = texts(features(workspace, layer="1", feature="62"))
+    assert "has a row without density_se" in said
+    assert "Why: " in said
+
+
+def test_examples_whose_lengths_differ_are_a_problem(workspace, features):
+    file = workspace / ACTIVITY / "examples.parquet"
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("acts")
+    short = pa.array([[1.0]] * table.num_rows, table.schema.field("acts").type)
+    pq.write_table(table.set_column(place, table.schema.field("acts"), short), file)
+    assert "9 tokens and 1 activations" in texts(features(workspace, layer="1", feature="62"))
+
+
+# Hostile text ---------------------------------------------------------------------------------
+
+
+class _Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.seen |= {name for name, _ in attrs}
+
+
+def test_hostile_texts_are_shown_as_text(tmp_path, features):
+    root = write_workspace(tmp_path / "w", SMALL, hostile=NASTY)
+    for query in ({}, {"layer": "1", "feature": "62"}, {"layer": "2", "feature": "20"}):
+        app = features(root, **query)
+        said = texts(app).split("workspace:")[0]
+        assert "<img src=x" in said
+        # Nor do our own words run backwards behind theirs.
+        assert "[U+202E]" in said
+        assert "\u202e" not in said
+        assert "onerror" not in marked_up(app) + "".join(b.label for b in app.button)
+        for element in app.get("html"):
+            assert _Tags(element.proto.body).seen <= {"style", "div", "span", "class", "title"}
+        for chart in app.get("plotly_chart"):
+            assert "<img" not in json.loads(chart.proto.spec)["layout"]["title"]["text"]
+        lines = [code.value for code in app.code if code.value.startswith("resa-lens")]
+        assert all(shlex.split(line)[3] == NASTY for line in lines)
+    assert lines
+    held = shown(features(root))
+    assert any("<img" in text and "[U+202E]" in text for text in held["raises"])
+
+
+def test_hostile_names_of_runs_and_scores(workspace, features):
+    nasty = ":red[x] $y$ <b>"
+    (workspace / ACTIVITY).rename(workspace / "activity" / SLUG / nasty)
+    for file in (workspace / "scores").rglob("summary.json"):
+        edit(file, lambda v: [s.update(score=nasty) for s in v["scores"]])
+    app = features(workspace)
+    texts(app)
+    assert ":red" not in marked_up(app)
+    app = features(workspace, rule="every feature", score=nasty)
+    assert "features match" in texts(app)
