@@ -36,7 +36,7 @@ from resa_lens.plots import RULE_NAMES
 from resa_lens.prompts import PHASES
 
 NO_SCORE, ALL = "none", -1
-AT = "at"
+AT = "show"
 """LAYER:FEATURE in the address, for links; turned into layer and feature."""
 DENSITIES = ("0", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1")
 AUTO = "what fits the filters"

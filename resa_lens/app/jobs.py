@@ -352,8 +352,8 @@ def show_progress(job: Job, key: str) -> None:
 def run_command_panel(command: Sequence[str], key: str) -> None:
     """Offer to run a `resa-lens` command here: where to write, run, progress, stop, result.
 
-    It writes into a scratch folder or one that is named, and into the workspace of its
-    --workspace, which the app reads, only where a box that names it is ticked.
+    It writes into a scratch folder or one that is named, never into the workspace of its
+    --workspace, which the app reads.
 
     Args:
         command: the words of the command line, "resa-lens" first.
@@ -396,7 +396,7 @@ def _without_workspace(arguments: Sequence[str]) -> tuple[list[str], Path | None
 
 def _target(read: Path | None, key: str) -> Path | None:
     """Choose the folder that is written to; None until it is settled."""
-    choices = ["a scratch folder", "a folder of mine", *(["this workspace"] if read else [])]
+    choices = ["a scratch folder", "a folder of mine"]
     chosen = st.radio("Write into", choices, horizontal=True, key=f"where-{key}")
     if chosen == choices[0]:
         st.caption(
@@ -404,16 +404,17 @@ def _target(read: Path | None, key: str) -> Path | None:
             "with this session."
         )
         return _scratch()
-    if chosen == choices[1]:
-        named = st.text_input("Folder", key=f"folder-{key}", placeholder="a path on this machine")
-        if not named.strip():
-            return None
-        target = Path(named.strip()).expanduser().resolve()
-        if read is None or not target.is_relative_to(read):
-            return target
-    assert read is not None
-    agreed = st.checkbox(f"Write into {literal(str(read))}", key=f"agree-{key}")
-    return read if agreed else None
+    named = st.text_input("Folder", key=f"folder-{key}", placeholder="a path on this machine")
+    if not named.strip():
+        return None
+    target = Path(named.strip()).expanduser().resolve()
+    if read is not None and target.is_relative_to(read):
+        problem(
+            f"{target} belongs to the workspace that is shown here, which the app never writes to. "
+            "Name another folder, or run the command in a terminal."
+        )
+        return None
+    return target
 
 
 def _outcome(job: Command, key: str) -> None:
@@ -433,8 +434,3 @@ def _outcome(job: Command, key: str) -> None:
             on_click="ignore",
             key=f"json-{key}",
         )
-
-
-def literal(text: str) -> str:
-    """Return text that a label, which is Markdown, shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]()#+.!:$<>|~&-])", r"\\\1", " ".join(text.split()))

@@ -362,7 +362,7 @@ def _strongest(
             links.to(
                 links.FEATURES,
                 f"{feature}: {value:.3g}",
-                layer=layer,
-                feature=feature,
+                # In one: streamlit leaves out of a link what the page with the link binds itself.
+                show=f"{layer}:{feature}",
                 **({"run": run} if run else {}),
             )

@@ -285,6 +285,10 @@ def _clicked() -> None:
         st.session_state["artifact"] = held[0] if isinstance(held, list | tuple) else held
 
 
+def _choose(key: str) -> None:
+    st.session_state["artifact"] = key
+
+
 def _chosen(listing: Listing, graph: Graph, node: Node, key: str) -> None:
     """Everything of a node, or of one artifact that is folded into it."""
     artifact = listing.at(key)
@@ -355,7 +359,15 @@ def _related(heading: str, nodes: list[Node]) -> None:
     for node in nodes:
         parts = [node.title, node.detail, "" if node.kind == lineage.MODEL else node.key]
         label = ": ".join(part for part in parts if part)
-        links.to(links.OVERVIEW, plain(label), icon=":material/arrow_forward:", artifact=node.key)
+        # A button: streamlit leaves out of a link what the page with the link binds itself.
+        st.button(
+            plain(label),
+            icon=":material/arrow_forward:",
+            type="tertiary",
+            on_click=_choose,
+            args=(node.key,),
+            key=f"{heading} {node.key}",
+        )
 
 
 def plain(text: str) -> str:

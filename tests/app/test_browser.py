@@ -1,4 +1,4 @@
-"""The app in a real browser: every page, on the shipped workspace and on one fresh from the demo."""
+"""The app in a real browser: every page, on the shipped workspace and on a fresh demo's."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ COMPLETE = {
 
 def settled(page: Any) -> None:
     """Wait until the script and the figures have come to rest."""
+    page.wait_for_timeout(300)  # a click's own run begins
     page.locator("[data-test-script-state='notRunning']").wait_for(timeout=60_000)
     page.locator("[data-testid='stSkeleton']").first.wait_for(state="detached", timeout=30_000)
 
@@ -82,14 +83,13 @@ def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path)
     made = demo.result["recommendation"]
     before = state(demo.workspace)
     with browser() as opened, served(demo.workspace, tmp_path / "server.log") as url:
-        page, wrong = new_page(opened, 1280, 1600)
+        page, wrong = new_page(opened, 1280, 2400)
         open_at(page, url, "", COMPLETE[""])
         assert page.get_by_text(f"workspace: {demo.workspace}").is_visible()
         check(page, wrong, tmp_path / "overview.png")
         # A square of the graph, then the page that shows it.
-        point = page.locator(".js-plotly-plot .points path").nth(2)
-        point.scroll_into_view_if_needed()
-        point.click()
+        box = page.locator(".js-plotly-plot .points path").nth(2).bounding_box()
+        page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_url(re.compile("artifact="), timeout=20_000)
         page.get_by_text("Made from").first.wait_for()
         walk_through(page, "Layers", f"Verdict: {made['verdict']}")
@@ -103,6 +103,43 @@ def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path)
         walk_through(page, "Prompt lab", COMPLETE["lab"])
         check(page, wrong, tmp_path / "lab.png")
     assert state(demo.workspace) == before
+
+
+@pytest.mark.slow
+def test_a_feature_is_found_tried_and_switched_off(tmp_path):
+    before = state(SHIPPED)
+    with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
+        page, wrong = new_page(opened, 1280, 2400)
+        open_at(page, url, "", COMPLETE[""])
+        walk_through(page, "Features", COMPLETE["features"])
+        # The box of the table's first row: it is drawn on a canvas.
+        page.get_by_test_id("stDataFrame").first.click(position={"x": 12, "y": 52})
+        page.get_by_text("Link to this page").wait_for(timeout=30_000)
+        settled(page)
+        assert re.search(r"layer=\d+&feature=\d+|feature=\d+&layer=\d+", page.url)
+        check(page, wrong, tmp_path / "feature.png")
+        page.get_by_role("link", name="Try it in the prompt lab").click()
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("features are active").wait_for(timeout=90_000)
+        assert page.get_by_text("Answer: ").first.is_visible()
+        place = page.url
+        layer, feature = (re.search(rf"{key}=(\d+)", place)[1] for key in ("layer", "feature"))
+        page.get_by_placeholder("5:978, 5:490").fill(f"{layer}:{feature}")
+        page.keyboard.press("Enter")
+        settled(page)
+        page.get_by_role("button", name="Compare", exact=True).click()
+        page.get_by_text("Log-probability").first.wait_for(timeout=60_000)
+        settled(page)
+        check(page, wrong, tmp_path / "changed.png")
+        # A long command runs here, says how far it is, and can be stopped.
+        page.get_by_role("button", name="Run it here").click()
+        page.get_by_text("arm plain").first.wait_for(timeout=90_000)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped.").first.wait_for(timeout=30_000)
+        # Another feature that is active there has a page too.
+        page.get_by_role("link", name=re.compile(r"^\d+: ")).first.click()
+        page.get_by_text("Link to this page").wait_for(timeout=30_000)
+    assert state(SHIPPED) == before
 
 
 @pytest.mark.slow
@@ -166,21 +203,25 @@ def test_the_app_is_used_by_keyboard(tmp_path):
     with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
         page, _ = new_page(opened, 1280, 1200)
         open_at(page, url, "", COMPLETE[""])
-        reached: set[str] = set()
-        for _ in range(40):
-            page.keyboard.press("Tab")
-            reached.add(
-                page.evaluate(
-                    "(document.activeElement.innerText || document.activeElement.ariaLabel || '')"
-                    ".trim()"
-                )
-            )
-            if page.evaluate("document.activeElement.innerText").strip() == "Layers":
-                break
-        assert "Layers" in " ".join(reached)
+
+        def focused(script: str) -> str:
+            return str(page.evaluate(f"document.activeElement.{script} || ''"))
+
+        def tab_to(script: str, wanted: str) -> None:
+            for _ in range(60):
+                page.keyboard.press("Tab")
+                if focused(script).strip().endswith(wanted):
+                    return
+            pytest.fail(f"Tab does not reach {wanted!r}")
+
+        tab_to("innerText", "Layers")
         page.keyboard.press("Enter")
         page.get_by_text("By layer").first.wait_for(timeout=60_000)
         assert "/layers" in page.url
+        settled(page)
+        tab_to("ariaLabel", "Count layers from 1")
+        page.keyboard.press("Space")
+        page.wait_for_url(re.compile("one_based=true"), timeout=20_000)
 
 
 @pytest.mark.slow

@@ -236,11 +236,11 @@ def test_a_typed_feature_opens_and_the_list_comes_back_as_it_was(made, features,
 
 
 def test_a_link_may_name_layer_and_feature_in_one(made, features):
-    app = features(made, at="2nd:62")
+    app = features(made, show="2nd:62")
     assert app.subheader[0].value.startswith("Feature 62, layer 1")
     assert (app.query_params["layer"], app.query_params["feature"]) == ("2nd", "62")
-    assert "at" not in app.query_params
-    app = features(made, at="<b>")
+    assert "show" not in app.query_params
+    app = features(made, show="<b>")
     assert "write LAYER:FEATURE" in texts(app)
 
 

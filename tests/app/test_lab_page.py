@@ -95,9 +95,9 @@ def test_a_question_its_answer_and_its_features(lab, worker):
     place = app.slider(key="token").value
     part = slice(acts["starts"][place], acts["starts"][place + 1])
     top = max(zip(acts["values"][part], acts["features"][part], strict=True))
-    links = [link.proto for link in app.get("page_link") if "feature=" in link.proto.query_string]
+    links = [link.proto for link in app.get("page_link") if "show=" in link.proto.query_string]
     assert links[0].label == f"{top[1]}: {top[0]:.3g}"
-    assert f"layer=5&feature={top[1]}" in links[0].query_string
+    assert f"show=5%3A{top[1]}" in links[0].query_string
     assert "run=activity" in links[0].query_string
     # Another feature and another layer, by the number inputs.
     other = acts["features"][0]

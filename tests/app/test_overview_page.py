@@ -74,10 +74,13 @@ def test_a_chosen_artifact_shows_its_manifest_and_its_relations(open_page):
     assert rows["folder"].endswith(COUNTS)
     settings = next(f.value for f in app.dataframe if "setting" in f.value)
     assert "count.open_tag" in settings["setting"].tolist()
-    links = [link.label.replace("\\", "") for link in app.get("page_link")]
-    assert "Open in Layers" in links
-    assert any(label.startswith("SAEs: 1,024 latents") for label in links)
-    assert any(label.startswith("falsification") for label in links)
+    assert "Open in Layers" in [link.label for link in app.get("page_link")]
+    related = {button.label.replace("\\", ""): button for button in app.button}
+    assert any(label.startswith("falsification") for label in related)
+    (above,) = (b for label, b in related.items() if label.startswith("SAEs: 1,024 latents"))
+    above.click().run()
+    assert app.selectbox(key="artifact").value.startswith("saes/")
+    assert "sparse autoencoders" in texts(app).lower()
 
 
 def test_choosing_by_keyboard_and_by_a_click_do_the_same(open_page, monkeypatch):
@@ -161,7 +164,7 @@ def test_text_from_files_stays_text(tmp_path: Path, open_page):
     assert HOSTILE in shown
     assert HOSTILE not in marked_up(app)
     assert shown.count("warning") == 0
-    labels = [link.label for link in app.get("page_link")]
+    labels = [link.label for link in app.get("page_link")] + [b.label for b in app.button]
     assert not any("**bold**" in label or ":red[" in label for label in labels)
     assert overview_page.plain("**b** [x](y) :red[z]") == (
         r"\*\*b\*\* \[x\]\(y\) \:red\[z\]"
