@@ -35,8 +35,8 @@ SHARED = ("workspace", "seed", "device", "dtype", "threads", "force", "yes", "as
 
 ROOMS = {
     "Ground floor": (
-        "errors", "resources", "tables", "progress", "workspace", "hookpoints", "prompts",
-        "phases", "corpora", "model_files", "models", "activations", "cost", "energy",
+        "errors", "resources", "machine", "tables", "progress", "workspace", "hookpoints",
+        "prompts", "phases", "corpora", "model_files", "models", "activations", "cost", "energy",
     ),
     "Statistics": ("stats",),
     "SAEs": ("saes",),

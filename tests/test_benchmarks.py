@@ -79,3 +79,12 @@ def test_memory_of_the_chunked_kl() -> None:
     # The script itself ends with 1 where memory or gradients miss their targets.
     out = run("tuning_memory.py", "--vocab", "60000", "--tokens", "1024")
     assert out.count(": met") == 2
+
+
+def test_waiting_for_the_app() -> None:
+    if not Path("/usr/bin/chromium").exists():
+        pytest.skip("/usr/bin/chromium is not installed; install chromium to time the app")
+    out = run("app_speed.py", "--layers", "2", "--latents", "1024", "--rounds", "1")
+    times = dict(re.findall(r"^(\S.*?) +([\d.]+) s", out, re.MULTILINE))
+    assert len(times) == 16
+    assert all(float(seconds) > 0 for seconds in times.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from resa_lens.app import data, feature_view, links
+from resa_lens.app import empty, feature_view, links
 from resa_lens.app.data import Listing
 from resa_lens.app.feature_evidence import missing
 from resa_lens.app.features_data import Source, command, sources
@@ -54,7 +54,7 @@ def show(listing: Listing) -> None:
     for text in problems:
         problem(text)
     if not found:
-        _nothing(listing)
+        empty.lacking(listing, "No features were counted or measured", "activity")
         return
     source = _source(found)
     chosen = _chosen(source)
@@ -63,23 +63,6 @@ def show(listing: Listing) -> None:
     else:
         _navigation(source, chosen)
         feature_view.show(listing, source, *chosen, go=_open)
-
-
-def _nothing(listing: Listing) -> None:
-    if not listing.exists:
-        text = f"There is no workspace at {listing.root}."
-    elif listing.unfinished:
-        text = (
-            f"{listing.unfinished} unfinished folder(s): a run is at work there or was killed. "
-            "Nothing is complete enough to show; the same command again goes on."
-        )
-    elif listing.artifacts:
-        held = ", ".join(sorted({a.manifest.kind for a in listing.artifacts}))
-        text = f"Features were neither counted nor measured in {listing.root}; it holds: {held}."
-    else:
-        text = f"{listing.root} holds no finished run that this version can read."
-    name = "resa-lens activity" if listing.of("saes") else data.DEMO
-    problem(f"{text} This command makes what is missing:", f"{name} --workspace {listing.root}")
 
 
 def _source(found: list[Source]) -> Source:

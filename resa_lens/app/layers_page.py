@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens import layer_plots, plots
-from resa_lens.app import data, layers_data, layers_saes, layers_sweep, links
+from resa_lens.app import data, empty, layers_data, layers_saes, layers_sweep, links
 from resa_lens.app.data import Artifact, Counts, Listing, StoredRecommendation
 from resa_lens.app.widgets import figure, problem, table
 from resa_lens.errors import BadInputError
@@ -26,7 +26,7 @@ def show(listing: Listing) -> None:
         problem(text)
     slugs = layers_data.models_of(listing)
     if not listing.of("counts"):
-        _nothing(listing)
+        empty.lacking(listing, "No feature counts", "recommend-layers")
     if not slugs:
         return
     columns = st.columns([2, 3, 3], vertical_alignment="bottom")
@@ -112,23 +112,6 @@ def _weights(listing: Listing, slug: str) -> str:
         ),
         "",
     )
-
-
-def _nothing(listing: Listing) -> None:
-    if not listing.exists:
-        text = f"There is no workspace at {listing.root}."
-    elif listing.unfinished:
-        text = (
-            f"{listing.unfinished} unfinished folder(s): a run is at work there or was killed. "
-            "Nothing is complete enough to show; the same command again goes on."
-        )
-    elif listing.artifacts:
-        held = ", ".join(sorted({a.manifest.kind for a in listing.artifacts}))
-        text = f"No feature counts in {listing.root} yet; it holds: {held}."
-    else:
-        text = f"{listing.root} holds no finished run that this version can read."
-    command = "resa-lens recommend-layers" if listing.of("saes") else data.DEMO
-    problem(f"{text} This command makes what is missing:", f"{command} --workspace {listing.root}")
 
 
 def _recommendation(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from resa_lens.app import data, described, lineage, links, stages
+from resa_lens.app import data, described, empty, lineage, links, stages
 from resa_lens.app.lineage import Graph, Node
 from resa_lens.app.listing import Artifact, Listing
 from resa_lens.app.stages import DONE, UNFINISHED, Model, Step
@@ -55,7 +55,7 @@ def show(listing: Listing) -> None:
     known = stages.models(listing)
     if not known:
         _problems(listing)
-        _nothing(listing)
+        empty.nothing(listing)
         return
     model = _model(listing, known)
     columns = st.columns(4)
@@ -93,38 +93,6 @@ def _problems(listing: Listing) -> None:
             "looked at. If it is no workspace, open one by its own path:",
             "resa-lens app --workspace resa-workspace",
         )
-
-
-def _nothing(listing: Listing) -> None:
-    """Say why there is nothing to show, and which command makes something."""
-    demo = stages.line("demo", *stages.workspace_option(listing))
-    if not listing.exists:
-        text = (
-            f"There is no workspace at {listing.root}. Check the path, or make one there; this "
-            "command takes a few minutes:"
-        )
-    elif listing.under_way:
-        text = (
-            f"Nothing in {listing.root} is complete yet; {listing.unfinished} unfinished "
-            "folder(s), listed below. Reload this page when the run is done, or begin with:"
-        )
-    elif listing.others:
-        held = ", ".join(listing.others[:4]) + (", ..." if len(listing.others) > 4 else "")
-        text = (
-            f"{listing.root} is not a workspace of resa-lens: it holds {held} and no artifact. "
-            "Give the folder of another one, or make one elsewhere:"
-        )
-        demo = stages.line("demo", "--workspace", "resa-workspace")
-    else:
-        text = f"{listing.root} is empty. This command fills it in a few minutes:"
-    problem(text, demo)
-    if listing.under_way:
-        _unfinished(listing)
-
-
-def _unfinished(listing: Listing) -> None:
-    rows = [{"folder": u.relative, "state": u.state} for u in listing.under_way]
-    table(rows, "unfinished", {})
 
 
 # The answers
@@ -391,7 +359,7 @@ def _checklist(listing: Listing, model: Model) -> None:
         st.text("Every stage is done for this model.")
     if listing.under_way:
         with st.expander(f"{listing.unfinished} unfinished folder(s)"):
-            _unfinished(listing)
+            empty.unfinished(listing)
 
 
 def _state(step: Step) -> str:

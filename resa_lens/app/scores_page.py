@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens import plots, prompts
-from resa_lens.app import links, scores_data
+from resa_lens.app import empty, links, scores_data
 from resa_lens.app.data import Listing
 from resa_lens.app.scores_data import Answers, Run, Wanted
 from resa_lens.app.widgets import figure, problem, table
@@ -33,11 +33,7 @@ def show(listing: Listing) -> None:
     for text in (*listing.problems, *problems):
         problem(text)
     if not runs:
-        missing = "There is no workspace at" if not listing.exists else "No scores yet in"
-        problem(
-            f"{missing} {listing.root}. This command answers the questions and scores the answers:",
-            f"resa-lens eval --model tiny-reasoner --workspace {listing.root}",
-        )
+        empty.lacking(listing, "No scores", "eval", "--model", "tiny-reasoner")
         return
     chosen = _readable(_choose(runs))
     if not chosen:

@@ -381,6 +381,8 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["command"]:
         from resa_lens.cli import main as command
 
+        # Of an app in the background it is ignored, and handed down so: Stop would do nothing.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _watch_parent()
         os.dup2(nothing, 0)
         sys.argv = ["resa-lens", *arguments[1:]]

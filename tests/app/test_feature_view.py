@@ -174,12 +174,12 @@ def test_empty_missing_and_foreign_workspaces(tmp_path, features, workspace):
     assert "There is no workspace" in texts(features(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     app = features(tmp_path / "empty")
-    assert "holds no finished run" in texts(app)
+    assert "empty is empty" in texts(app)
     assert "resa-lens demo" in commands(app)
     for folder in ("activity", "counts"):
         shutil.rmtree(workspace / folder)
     app = features(workspace)
-    assert "neither counted nor measured" in texts(app)
+    assert "No features were counted or measured" in texts(app)
     assert "resa-lens activity" in commands(app)
 
 

@@ -204,7 +204,8 @@ def test_nothing_is_left_when_the_app_is_killed(kind, script):
 
 
 BAR = """
-import json, sys, time
+import json, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind
 from resa_lens.progress import ConsoleReporter
 reporter = ConsoleReporter()
 reporter.note("workspace: /a <b>")

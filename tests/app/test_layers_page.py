@@ -137,7 +137,7 @@ def test_missing_and_empty(tmp_path, open_app):
     empty = tmp_path / "empty"
     empty.mkdir()
     app = open_app(empty)
-    assert f"{empty} holds no finished run" in texts(app)
+    assert f"{empty} is empty" in texts(app)
     assert any("resa-lens demo" in code.value for code in app.code)
     file = tmp_path / "file"
     file.write_text("x")

@@ -223,7 +223,11 @@ def test_base_and_the_newest_tuned_run_come_first(open_page):
 
 def test_without_scores_the_command_that_makes_them(tmp_path, open_page):
     app = open_page(tmp_path, "scores")
-    assert f"No scores yet in {tmp_path}" in texts(app)
+    assert f"{tmp_path} is empty" in texts(app)
+    assert any(code.value.startswith("resa-lens demo") for code in app.code)
+    shutil.copytree(SHIPPED / "counts", tmp_path / "counts")
+    app = open_page(tmp_path, "scores")
+    assert f"No scores in {tmp_path} yet; it holds: counts" in texts(app)
     assert any(code.value.startswith("resa-lens eval") for code in app.code)
     assert f"There is no workspace at {tmp_path / 'x'}" in texts(
         open_page(tmp_path / "x", "scores")
