@@ -9,7 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=${1:-data/workspace}
-work=${2:-$(mktemp -d)}
+work=${2:-}
+if [ -z "$work" ]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
 python=.venv/bin/python
 export RESA_LENS_WORKSPACE=$work HF_HUB_OFFLINE=1
 

@@ -307,7 +307,8 @@ def how_far(folder: Path) -> str:
 
     if (folder / "answers.jsonl").exists():
         # The first line is the run's settings.
-        lines = (folder / "answers.jsonl").read_bytes().count(b"\n")
+        with (folder / "answers.jsonl").open("rb") as stream:
+            lines = sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
         return several(max(0, lines - 1), "answer")
     if (folder / "locks").is_dir():
         return several(len(list((folder / "jobs").glob("*.json"))), "job")

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from resa_lens.app.listing import Artifact as Artifact
 from resa_lens.app.listing import Listing as Listing
 from resa_lens.app.listing import scan as scan
+from resa_lens.app.listing import state as state
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import MixtureFit, read_table
@@ -157,7 +158,7 @@ def read(kind: type[Stored], file: Path) -> Stored:
         BadInputError: missing, damaged, or not what this version writes.
     """
     try:
-        text = _text(str(file), file.stat().st_mtime_ns)
+        text = _text(str(file), state(file))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(
             f"{file} is missing or unreadable; make it again, for example with: {DEMO}"
@@ -222,8 +223,7 @@ def comparison(tuning: Tuning) -> PairedComparison:
     """
     files = [run.path / "samples.parquet" for run in (tuning.base, tuning.tuned)]
     try:
-        times = [file.stat().st_mtime_ns for file in files]
-        return _comparison([str(file) for file in files], times)
+        return _comparison([str(file) for file in files], [state(file) for file in files])
     except (OSError, pa.ArrowException, KeyError) as error:
         raise BadInputError(
             f"{files[0]} or {files[1]} is missing or damaged; score again, for example with: {DEMO}"

@@ -18,7 +18,7 @@ import streamlit as st
 from pydantic import BaseModel
 
 from resa_lens.app import data
-from resa_lens.app.data import Artifact, Listing
+from resa_lens.app.data import Artifact, Listing, state
 from resa_lens.app.features_stored import (
     ActivityResults,
     CountedFeatures,
@@ -186,13 +186,13 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def changed(file: Path) -> int:
-    """When a file was written: with its path, its state.
+    """Return a file's state, for caches.
 
     Raises:
         BadInputError: it is missing or unreadable.
     """
     try:
-        return file.stat().st_mtime_ns
+        return state(file)
     except OSError as error:
         raise BadInputError(f"{file} is missing or unreadable; make it again") from error
 

@@ -12,7 +12,7 @@ import streamlit as st
 from pydantic import BaseModel, Field, RootModel
 
 from resa_lens.app import data
-from resa_lens.app.data import Artifact, Listing
+from resa_lens.app.data import Artifact, Listing, state
 from resa_lens.errors import BadInputError
 from resa_lens.pipeline.sweep_tables import SWEEP, Sweep
 from resa_lens.stats import Interval
@@ -177,7 +177,7 @@ def read_sweep(artifact: Artifact) -> Sweep:
     file = artifact.path / SWEEP
     data.read(StoredSweep, file)
     try:
-        return _sweep(str(artifact.path), file.stat().st_mtime_ns)
+        return _sweep(str(artifact.path), state(file))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInputError(
             f"{file} is damaged or of another version; the sweep's command makes it again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import streamlit as st
@@ -116,7 +117,7 @@ def scan(root: str | None) -> Listing:
     try:
         workspace = Workspace(root, recover=False)
         exists = workspace.root.is_dir()
-        names = sorted(p.name for p in workspace.root.iterdir()) if exists else []
+        names = sorted(e.name for e in _entries(workspace.root)[0]) if exists else []
     except OSError as error:
         raise BadInputError(
             f"workspace {root} cannot be read: {error.strerror}; choose another --workspace, or "
@@ -158,13 +159,13 @@ class _Seen:
 def _walk(root: Path) -> _Seen:
     """Look for artifacts and unfinished folders: first in all that resa-lens makes, then beside."""
     seen = _Seen([], [], [])
-    entries = 0
+    looked_at = 0
     known = set(FOLDERS.values())
     waiting = deque([(root, 0, False)])
     while waiting:
         folder, depth, ours = waiting.popleft()
         try:
-            found = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            found, all_of_it = _entries(folder)
         except FileNotFoundError:
             continue  # removed meanwhile
         except OSError as error:
@@ -176,8 +177,10 @@ def _walk(root: Path) -> _Seen:
         if depth and any(entry.name == MANIFEST for entry in found):
             seen.complete.append(folder)
             continue
-        entries += len(found) if depth else 0
-        if entries > MOST_ENTRIES:
+        # An empty folder costs a look too; the root's own entries are counted as they are opened.
+        looked_at += 1 + (len(found) if depth else 0)
+        seen.whole = seen.whole and all_of_it
+        if looked_at > MOST_ENTRIES:
             seen.whole = False
             return seen
         for entry in found:
@@ -189,6 +192,35 @@ def _walk(root: Path) -> _Seen:
                 add = waiting.appendleft if inside else waiting.append
                 add((Path(entry.path), depth + 1, inside))
     return seen
+
+
+def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], bool]:
+    """Return a folder's entries by name, and whether these are all: not where there are too many.
+
+    What resa-lens makes in a root comes first, so that no crowd beside it hides it.
+    """
+    with os.scandir(folder) as stream:
+        found = list(islice(stream, MOST_ENTRIES + 1))
+    whole = len(found) <= MOST_ENTRIES
+    if not whole:
+        names = {entry.name for entry in found}
+        wanted = [folder / name for name in FOLDERS.values() if name not in names]
+        with os.scandir(folder) as stream:
+            known = {path.name for path in wanted if path.exists()}
+            found += [entry for entry in stream if entry.name in known] if known else []
+    return sorted(found, key=lambda entry: entry.name), whole
+
+
+def state(file: Path) -> int:
+    """Return a number that is another one when a file was written or replaced.
+
+    Its time alone is kept by copies that keep times.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+    """
+    found = file.stat()
+    return hash((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -221,7 +253,7 @@ def _manifest_at(root: Path, file: Path) -> tuple[Manifest | None, str, int]:
     """A manifest or the problem with it, and when it was written."""
     try:
         changed = file.stat().st_mtime_ns
-        manifest, problem = _manifest(str(root), str(file.parent), changed)
+        manifest, problem = _manifest(str(root), str(file.parent), state(file))
     except FileNotFoundError:  # removed meanwhile: no longer a problem
         return None, "", 0
     except OSError as error:

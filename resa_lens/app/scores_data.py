@@ -20,7 +20,7 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from resa_lens import prompts
-from resa_lens.app.data import AdapterResults, Artifact, Listing, checked
+from resa_lens.app.data import AdapterResults, Artifact, Listing, checked, state
 from resa_lens.errors import BadInputError
 from resa_lens.evals.compare import (
     Comparison,
@@ -77,7 +77,7 @@ class Run:
             BadInputError: the file is missing.
         """
         try:
-            return str(self.file), self.column, self.file.stat().st_mtime_ns
+            return str(self.file), self.column, state(self.file)
         except OSError as error:
             raise BadInputError(
                 f"{self.file} is missing or unreadable: {error.strerror}; score again"
@@ -125,7 +125,7 @@ def runs_of(listing: Listing) -> tuple[list[Run], list[str]]:
     for artifact in listing.of("sweep"):
         file = artifact.path / ANSWERS
         try:
-            columns = _columns(str(file), file.stat().st_mtime_ns)
+            columns = _columns(str(file), state(file))
         except (OSError, pa.ArrowException):
             problems.append(f"{file} is missing or damaged: its runs cannot be compared")
             continue

@@ -120,6 +120,8 @@ class Groups:
     """The largest ones."""
     scores: tuple[tuple[str, str] | None, ...]
     """First and last score of each group; None where unknown, or there is no such column."""
+    written: tuple[int, int]
+    """When, and how many bytes: another file in its place has its groups elsewhere."""
 
     @property
     def rows(self) -> int:
@@ -149,12 +151,15 @@ class Groups:
         """Read row groups, in full or some columns.
 
         Raises:
-            BadInputError: the file is damaged.
+            BadInputError: the file is damaged, or another one since it was opened.
         """
         wanted = self.schema.names if columns is None else list(columns)
         try:
             with pq.ParquetFile(self.file, metadata=self.metadata) as held:
-                return held.read_row_groups(list(groups), wanted)
+                found = held.read_row_groups(list(groups), wanted)
+            if _written(self.file) == self.written:
+                return found
+            raise BadInputError(f"{self.file} was written anew while it was read; read it again")
         except (pa.ArrowException, OSError) as error:
             raise _damaged(self.file) from error
 
@@ -180,6 +185,7 @@ def open_groups(file: Path, schema: pa.Schema) -> Groups:
         BadInputError: missing, damaged, or without these columns.
     """
     try:
+        written = _written(file)
         with pq.ParquetFile(file) as held:
             metadata, own = held.metadata, held.schema_arrow
     except (pa.ArrowException, OSError) as error:
@@ -202,7 +208,13 @@ def open_groups(file: Path, schema: pa.Schema) -> Groups:
     # Where nothing is known, a group can hold anything.
     both = [[pair or (0, 2**31 - 1) for pair in ends(name)] for name in ("layer", "feature")]
     bounds = np.array(both, dtype=np.int64).reshape(2, len(groups), 2)
-    return Groups(file, metadata, own, bounds[:, :, 0].T, bounds[:, :, 1].T, tuple(ends("score")))
+    low, high = bounds[:, :, 0].T, bounds[:, :, 1].T
+    return Groups(file, metadata, own, low, high, tuple(ends("score")), written)
+
+
+def _written(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def read_feature(

@@ -166,7 +166,7 @@ def _gguf(name: str, path: Path) -> Shape:
     from gguf import GGMLQuantizationType
 
     try:
-        fields, tensors = _gguf_header(path.open("rb"))
+        fields, tensors = _gguf_header(path.open("rb"), path.stat().st_size)
         architecture = fields["general.architecture"]
         layers = int(fields[f"{architecture}.block_count"])
         width = int(fields[f"{architecture}.embedding_length"])
@@ -192,7 +192,9 @@ def _gguf(name: str, path: Path) -> Shape:
     )
 
 
-def _gguf_header(stream: BinaryIO) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int]]]:
+def _gguf_header(
+    stream: BinaryIO, size: int
+) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int]]]:
     """Return a GGUF file's scalar fields, and name, shape and type of its tensors.
 
     The package gguf makes an array of every token of the vocabulary, which takes seconds.
@@ -201,20 +203,27 @@ def _gguf_header(stream: BinaryIO) -> tuple[dict[str, Any], list[tuple[str, tupl
     def number(form: str) -> Any:
         return struct.unpack(f"<{form}", stream.read(struct.calcsize(form)))[0]
 
+    def length() -> int:
+        # What it counts takes a byte at least: more of them is damage, and no memory is asked for.
+        found = int(number("Q"))
+        if found > size:
+            raise ValueError(f"a length of {found} in a file of {size} bytes")
+        return found
+
     def text() -> str:
-        return stream.read(number("Q")).decode()
+        return stream.read(length()).decode()
 
     def value(kind: int) -> Any:
         if kind == _GGUF_TEXT:
             return text()
         if kind != _GGUF_ARRAY:
             return number(_GGUF_NUMBERS[kind])
-        kind, length = number("I"), number("Q")
+        kind, count = number("I"), length()
         if kind in (_GGUF_TEXT, _GGUF_ARRAY):
-            for _ in range(length):
+            for _ in range(count):
                 value(kind)
         else:
-            stream.seek(length * struct.calcsize(_GGUF_NUMBERS[kind]), os.SEEK_CUR)
+            stream.seek(count * struct.calcsize(_GGUF_NUMBERS[kind]), os.SEEK_CUR)
         return None
 
     with stream:

@@ -15,7 +15,7 @@ import pytest
 from app_driver import SCRIPT, edit, state, texts
 from typer.testing import CliRunner
 
-from resa_lens.app import listing, places
+from resa_lens.app import data, listing, places
 from resa_lens.cli import app as command
 from resa_lens.cli import workspace as cli_workspace
 from resa_lens.errors import BadInputError
@@ -82,6 +82,32 @@ def test_a_folder_that_is_no_workspace_is_not_crawled(tmp_path: Path, monkeypatc
     assert held.others[0] == "photos0"
 
 
+def test_a_crowd_of_empty_folders_ends_too(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(listing, "MOST_ENTRIES", 200)
+    for folder in range(400):
+        (tmp_path / f"empty{folder}").mkdir()
+    fill(tmp_path)
+    opened = []
+    scan = os.scandir
+    monkeypatch.setattr(listing.os, "scandir", lambda path: opened.append(path) or scan(path))
+    held = listing.scan(str(tmp_path))
+    assert not held.whole
+    assert [a.relative for a in held.artifacts] == ["counts/m-0/r"]
+    assert len(opened) < 250
+
+
+def test_a_file_in_another_ones_place_is_read_anew(tmp_path: Path):
+    """Copies that keep times, as of an archive, keep the size too where only a digit differs."""
+    one, other = tmp_path / "a.json", tmp_path / "b.json"
+    one.write_text('{"accuracy": 0.5, "n": 9, "ci": [0, 1]}')
+    other.write_text('{"accuracy": 0.7, "n": 9, "ci": [0, 1]}')
+    for file in (one, other):
+        os.utime(file, ns=(10**18, 10**18))
+    assert data.read(data.StoredScore, one).accuracy == 0.5
+    other.replace(one)
+    assert data.read(data.StoredScore, one).accuracy == 0.7
+
+
 def test_deep_and_circular_folders_end(tmp_path: Path):
     deep = tmp_path / "a" / "b" / "c" / "d" / "e" / "f"
     deep.mkdir(parents=True)
@@ -138,11 +164,8 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(listing.os, "scandir", scandir)
     (problem,) = listing.scan(str(tmp_path)).problems
     assert "counts cannot be read: Permission denied" in problem
-    monkeypatch.setattr(
-        Path,
-        "iterdir",
-        lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
-    )
+    refuse = PermissionError(13, "Permission denied")
+    monkeypatch.setattr(listing.os, "scandir", lambda path: (_ for _ in ()).throw(refuse))
     with pytest.raises(BadInputError, match="cannot be read: Permission denied"):
         listing.scan(str(tmp_path))
 

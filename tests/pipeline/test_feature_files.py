@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,3 +125,13 @@ def test_damage_after_the_opening_is_told(root, tmp_path):
     file.write_bytes(whole[:2000])
     with pytest.raises(BadInputError, match="missing or damaged"):
         groups.find(2, 2000)
+
+
+def test_another_file_in_its_place_is_told_and_not_misread(root, tmp_path):
+    file = tmp_path / FEATURES
+    shutil.copy(root / ACTIVITY / FEATURES, file)
+    groups = open_groups(file, FEATURE_SCHEMA)
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(BadInputError, match="written anew"):
+        groups.find(2, 2000)
+    assert open_groups(file, FEATURE_SCHEMA).find(2, 2000)

@@ -122,6 +122,12 @@ def write_gguf(file: Path, *, version: int = 3, blocks: bool = True) -> Path:
     return file
 
 
+def long_key(file: Path, length: int) -> Path:
+    """A header whose first key has a length that no file holds."""
+    file.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, length) + bytes(64))
+    return file
+
+
 def test_a_gguf_file(tmp_path: Path):
     shape = read_shape(str(write_gguf(tmp_path / "m.gguf")))
     assert (shape.layers, shape.width, shape.feed_forward, shape.vocabulary) == (2, 8, 16, 10)
@@ -140,6 +146,8 @@ def test_a_gguf_file(tmp_path: Path):
         (lambda p: (p / "h.gguf").write_bytes(b"hello") and p / "h.gguf", "does not begin with"),
         (lambda p: write_gguf(p / "v.gguf", version=1), "version 1"),
         (lambda p: write_gguf(p / "b.gguf", blocks=False), "llama.block_count"),
+        (lambda p: long_key(p / "k.gguf", 2**63), "a length of 9223372036854775808 in a file of"),
+        (lambda p: long_key(p / "k.gguf", 2**45), "a length of 35184372088832 in a file of"),
         (lambda p: Path("nobody/such-model"), "hf download nobody/such-model"),
     ],
 )

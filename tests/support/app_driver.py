@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -112,7 +113,14 @@ def new_page(opened: Any, width: int, height: int, scheme: str = "light") -> tup
     page.set_viewport_size({"width": width, "height": height})
     page.emulate_media(color_scheme=scheme)
     wrong: list[str] = []
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+
+    def said(message: Any) -> None:
+        # Streamlit looks for its server below the page's own address first, by design.
+        probe = re.search(r"/[a-z]+/_stcore/(health|host-config)$", message.location.get("url", ""))
+        if message.type == "error" and not probe:
+            wrong.append(f"{message.text} {message.location}")
+
+    page.on("console", said)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", lambda request: wrong.append(request.url))
     return page, wrong
