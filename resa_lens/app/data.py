@@ -192,6 +192,11 @@ def saes_of(listing: Listing, counts: Artifact) -> Artifact | None:
     return found if found and found.manifest.kind == "saes" else None
 
 
+def activity_of(listing: Listing, saes: str) -> Artifact | None:
+    """The newest activity of these SAEs: what a link to their features names."""
+    return next((a for a in listing.of("activity") if saes in a.manifest.parents), None)
+
+
 def tunings(listing: Listing, weights: str) -> list[Tuning]:
     """The adapters of a model (by the hash of its weights) that were scored, the newest first."""
     evals = listing.of("eval")

@@ -20,6 +20,7 @@ from resa_lens.app.features_data import (
     activity,
     command,
     examples,
+    mapping,
     phases_of,
     same_activity,
     verdict_of,
@@ -29,8 +30,9 @@ from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
 from resa_lens.prompts import PHASES
 
+SURVIVES = "survives"
 BADGES: dict[str, tuple[str, Any]] = {
-    "survives": (":material/check_circle:", "green"),
+    SURVIVES: (":material/check_circle:", "green"),
     "prompt artefact": (":material/help:", "orange"),
     "token detector": (":material/cancel:", "red"),
 }
@@ -113,12 +115,21 @@ def _verdict(source: Source, layer: int, feature: int) -> None:
         icon, colour = BADGES[found.verdict]
         st.badge(found.verdict, icon=icon, color=colour)
         st.text(f"Why: {tokens.plain(found.reason)}")
+        if found.verdict == SURVIVES:
+            st.caption("What survives was not refuted, no more. Of all that were counted:")
+            st.text(tokens.plain(_of_all(source)))
     elif found:
         st.text(tokens.plain(f"Verdict: {found.verdict}\nWhy: {found.reason}"))
     elif rules_of(source, layer, feature):
         st.badge("counted, not tested", icon=":material/help:", color="blue")
     else:
         st.badge("not counted by any rule", color="gray")
+
+
+def _of_all(source: Source) -> str:
+    """What the same tests leave of all counted features, beside random weights."""
+    results = source.verdicts.manifest.results if source.verdicts else {}
+    return str(mapping(results.get("summary")).get("reason", "not told"))
 
 
 def _silent(listing: Listing, source: Source, layer: int) -> None:

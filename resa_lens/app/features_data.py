@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import streamlit as st
 from pydantic import BaseModel
 
-from resa_lens.app import data
+from resa_lens.app import data, stages
 from resa_lens.app.data import Artifact, Listing, state
 from resa_lens.app.features_stored import (
     ActivityResults,
@@ -150,7 +150,7 @@ def command(listing: Listing, source: Source, name: str, *arguments: str) -> str
         words += ["--saes", str(listing.root / source.saes)]
     if source.site != "mlp_out":
         words += ["--site", source.site]
-    return shlex.join([*words, "--workspace", str(listing.root)])
+    return shlex.join([*words, *stages.workspace_option(listing)])
 
 
 def same_activity(source: Source) -> list[str]:

@@ -27,7 +27,9 @@ from typing import Any
 
 import streamlit as st
 
+from resa_lens.app.places import resolved
 from resa_lens.app.widgets import problem
+from resa_lens.errors import BadInputError
 
 EVERY_S = 0.5
 """Between two looks at work that is under way."""
@@ -87,10 +89,16 @@ class Job:
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """End a process and its group, and wait until it is gone."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _signal(process, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
+
+
+def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal to a process and its group; an ended one's number may be another's by now."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
 
 def _start(
@@ -125,6 +133,7 @@ class Worker:
         self._command = command
         self._number = 0
         self._jobs: dict[int, Job] = {}
+        self._stopped = threading.Event()
         self._held: list[subprocess.Popen[str]] = []
         self._end = weakref.finalize(self, _end_all, self._held)
 
@@ -138,7 +147,7 @@ class Worker:
         """Send a request; requests are answered one after the other."""
         process = self.process or self._begin()
         self._number += 1
-        job = Job(halt=partial(_kill, process))
+        job = Job(halt=partial(_halt, process, self._stopped))
         self._jobs[self._number] = job
         line = json.dumps({"id": self._number, "do": do, "with": values}) + "\n"
         # Not here: a process that hangs reads nothing, and its pipe is soon full.
@@ -146,6 +155,16 @@ class Worker:
         if (code := process.poll()) is not None:  # it died before the job was on its list
             job.end(error=_dead(code))
         return job
+
+    def drop(self, job: Job) -> None:
+        """Give a request up: one that is not begun never is, and no answer to it is awaited."""
+        for number, held in list(self._jobs.items()):
+            if held is job and (process := self.process) is not None:
+                self._jobs.pop(number, None)
+                line = json.dumps({"cancel": number}) + "\n"
+                threading.Thread(target=_send, args=(process, line), daemon=True).start()
+                job.stopped = True
+                job.end()
 
     def close(self) -> None:
         """End the process."""
@@ -155,15 +174,22 @@ class Worker:
         process = _start(self._command)
         self._held[:] = [process]
         self._jobs = {}
+        self._stopped = threading.Event()
         said: deque[str] = deque(maxlen=LAST_LINES)
         # The threads know nothing of the worker: it may be forgotten while they listen.
         errors = threading.Thread(target=_collect, args=(process, said), daemon=True)
         errors.start()
         listen = threading.Thread(
-            target=_listen, args=(process, self._jobs, said, errors), daemon=True
+            target=_listen, args=(process, self._jobs, said, errors, self._stopped), daemon=True
         )
         listen.start()
         return process
+
+
+def _halt(process: subprocess.Popen[str], stopped: threading.Event) -> None:
+    """End a worker's process because a person wants it."""
+    stopped.set()
+    _kill(process)
 
 
 def _end_all(held: list[subprocess.Popen[str]]) -> None:
@@ -192,6 +218,7 @@ def _listen(
     jobs: dict[int, Job],
     said: deque[str],
     errors: threading.Thread,
+    stopped: threading.Event,
 ) -> None:
     """Hand the replies to their jobs; where the process ends, say so to those that wait."""
     assert process.stdout is not None
@@ -212,8 +239,11 @@ def _listen(
     code = process.wait()
     errors.join(timeout=1)
     last = "\n".join(line for line in said if line)
+    reason = _dead(code) + (f"\nIt said last:\n{last}" if last else "")
+    if stopped.is_set():
+        reason = "Stopped together with another request, which the same process was to answer."
     for job in list(jobs.values()):
-        job.end(error=_dead(code) + (f"\nIt said last:\n{last}" if last else ""))
+        job.end(error=reason)
 
 
 def _dead(code: int) -> str:
@@ -234,6 +264,7 @@ class Command(Job):
             program: what takes them, and ends with its input.
         """
         super().__init__()
+        self.line = shlex.join(["resa-lens", *arguments])
         given = [*arguments] if "--json" in arguments else [*arguments, "--json"]
         # As on a terminal, so that bars are drawn.
         terminal = {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "160"}
@@ -251,11 +282,15 @@ class Command(Job):
 
 def _interrupt(process: subprocess.Popen[str]) -> None:
     """Stop as a person at a terminal would; what does not end then is killed."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-    timer = threading.Timer(GRACE_S, _kill, [process])
-    timer.daemon = True
-    timer.start()
+    _signal(process, signal.SIGINT)
+    threading.Thread(target=_kill_late, args=(process,), daemon=True).start()
+
+
+def _kill_late(process: subprocess.Popen[str]) -> None:
+    try:
+        process.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        _kill(process)
 
 
 def _follow(process: subprocess.Popen[str], me: weakref.ref[Command], said: deque[str]) -> None:
@@ -364,18 +399,23 @@ def run_command_panel(command: Sequence[str], key: str) -> None:
 
     running = _commands().get(key)
     if running is not None and not running.done:
+        st.code(running.line, language="bash", wrap_lines=True)
         show_progress(running, key)
         return
     target = _target(read, key)
-    line = ["resa-lens", *arguments, *(["--workspace", str(target)] if target else [])]
-    st.code(shlex.join(line), language="bash", wrap_lines=True)
+    arguments += ["--workspace", str(target)] if target else []
+    line = shlex.join(["resa-lens", *arguments])
+    st.code(line, language="bash", wrap_lines=True)
     clicked = st.button(
         "Run it here", icon=":material/play_arrow:", key=f"run-{key}", disabled=target is None
     )
     if clicked and target is not None:
-        _commands()[key] = Command(line[1:])
+        _commands()[key] = Command(arguments)
         st.rerun()
     if running is not None:
+        if running.line != line:
+            st.text("The command above was changed since; this one was run:")
+            st.code(running.line, language="bash", wrap_lines=True)
         _outcome(running, key)
 
 
@@ -407,7 +447,11 @@ def _target(read: Path | None, key: str) -> Path | None:
     named = st.text_input("Folder", key=f"folder-{key}", placeholder="a path on this machine")
     if not named.strip():
         return None
-    target = Path(named.strip()).expanduser().resolve()
+    try:
+        target = resolved(named.strip())
+    except BadInputError as error:
+        problem(str(error))
+        return None
     if read is not None and target.is_relative_to(read):
         problem(
             f"{target} belongs to the workspace that is shown here, which the app never writes to. "

@@ -195,13 +195,14 @@ def _beside(plain: dict[str, Any], changed: dict[str, Any], request: dict[str, A
 def _random(result: dict[str, Any]) -> None:
     """Draw what random features of about the same mass do."""
     rows, sets = [], result["random"]
+    shift = int(links.one_based())
     for number, one in enumerate(sets, 1):
         document = one["document"]
         rows.append(
             {
                 "random set": number,
-                "features": "; ".join(
-                    f"layer {p['layer']}: {', '.join(map(str, p['features']))}"
+                f"features (layers {shift}-based)": "; ".join(
+                    f"layer {p['layer'] + shift}: {', '.join(map(str, p['features']))}"
                     for p in one["places"]
                 ),
                 "mass / named": min((p["mass"] for p in one["places"]), key=lambda m: -abs(m - 1)),

@@ -183,7 +183,8 @@ def _slots() -> dict[str, Asked]:
 
 
 def send(slot: str, do: str, request: dict[str, Any]) -> None:
-    """Ask the worker anew."""
+    """Ask the worker anew, in place of what was asked from this slot before."""
+    forget(slot)
     _slots()[slot] = Asked(request, jobs.worker().ask(do, **request))
     _slots()[slot].job.wait(jobs.SOON_S)
 
@@ -194,8 +195,10 @@ def sent(slot: str) -> Asked | None:
 
 
 def forget(slot: str) -> None:
-    """Drop what was asked."""
-    _slots().pop(slot, None)
+    """Drop what was asked; the worker need not begin it."""
+    held = _slots().pop(slot, None)
+    if held is not None and not held.job.done:
+        jobs.worker().drop(held.job)
 
 
 def follow(slot: str, do: str, request: dict[str, Any]) -> dict[str, Any] | None:

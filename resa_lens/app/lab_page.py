@@ -6,7 +6,7 @@ view needs of it is asked for as the view changes.
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 import streamlit as st
 
 from resa_lens import prompts
-from resa_lens.app import lab_changes, lab_data, links, tokens
+from resa_lens.app import lab_changes, lab_data, links, stages, tokens
 from resa_lens.app.lab_data import RULES, Saes
 from resa_lens.app.listing import Listing
 from resa_lens.app.widgets import frame, problem
@@ -147,9 +147,8 @@ def _answer(made: dict[str, Any], request: dict[str, Any]) -> None:
     st.text(lab_data.said(document, request["question"]))
 
 
-def _command(what: str, model: str, listing: Listing) -> str:
-    words = ["resa-lens", what, "--model", model, "--workspace", str(listing.root)]
-    return shlex.join(words)
+def _command(what: str, model: str, listing: Listing, options: Sequence[str] = ()) -> str:
+    return stages.line(what, "--model", model, *options, *stages.workspace_option(listing))
 
 
 def _saes(listing: Listing, model: dict[str, Any], name: str) -> Saes | None:
@@ -298,9 +297,12 @@ def _counted(
         problem(str(error))
         return {}, None
     if stored is None:
+        base = stages.model_of(chosen.artifact, stages.models(listing))
+        options = stages.kept(chosen.artifact.manifest.command)
         problem(
             "The features of these SAEs were not counted yet. This command does it:",
-            _command("count-features", asked["model"], listing),
+            # An adapter's SAEs are its base's: they are counted there.
+            _command("count-features", base.name if base else asked["model"], listing, options),
         )
         return {}, None
     rule = st.segmented_control(

@@ -152,6 +152,19 @@ class StoredSweep(BaseModel):
     failed: dict[str, str]
 
 
+def weights_of(listing: Listing, slug: str) -> str:
+    """Hash of a model's weights, as what was made of it says."""
+    return next(
+        (
+            artifact.weights
+            for kind in ("counts", "saes", "sweep")
+            for artifact in listing.of(kind)
+            if slug in (artifact.slug, artifact.manifest.config.get("target"))
+        ),
+        "",
+    )
+
+
 def sweeps_of(listing: Listing, slug: str, site: str | None = None) -> list[Artifact]:
     """The sweeps that tuned a model or used its SAEs: its site's first, then by layers."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens import layer_plots, plots
-from resa_lens.app import data, empty, layers_data, layers_saes, layers_sweep, links
+from resa_lens.app import data, empty, layers_data, layers_saes, layers_sweep, links, stages
 from resa_lens.app.data import Artifact, Counts, Listing, StoredRecommendation
 from resa_lens.app.widgets import figure, problem, table
 from resa_lens.errors import BadInputError
@@ -54,13 +54,16 @@ def show(listing: Listing) -> None:
             _mixture(counts, made, rule, one_based)
     with st.container():
         if counts and verdicts:
-            layers_saes.verdicts(verdicts, [row.layer for row in counts.layers], one_based)
+            made_of = str(run.manifest.config.get("saes")) if run else ""
+            activity = data.activity_of(listing, made_of)
+            layers = [row.layer for row in counts.layers]
+            layers_saes.verdicts(verdicts, layers, one_based, activity)
     with st.container():
         layers_saes.quality(listing, slug, run, sweep, one_based)
     with st.container():
         _paper(counts, rule, one_based)
     with st.container():
-        weights = _weights(listing, slug)
+        weights = layers_data.weights_of(listing, slug)
         if weights:
             _scores(listing, weights)
 
@@ -101,19 +104,6 @@ def _read_verdicts(listing: Listing, run: Artifact | None) -> layers_data.Verdic
         return None
 
 
-def _weights(listing: Listing, slug: str) -> str:
-    """Hash of a model's weights, as what was made of it says."""
-    return next(
-        (
-            artifact.weights
-            for kind in ("counts", "saes", "sweep")
-            for artifact in listing.of(kind)
-            if slug in (artifact.slug, artifact.manifest.config.get("target"))
-        ),
-        "",
-    )
-
-
 def _recommendation(
     listing: Listing, run: Artifact, counts: Counts
 ) -> tuple[StoredRecommendation | None, str]:
@@ -123,7 +113,7 @@ def _recommendation(
         st.subheader("Recommendation")
         problem(
             "No recommendation was made of these counts yet; this command makes one:",
-            f"resa-lens recommend-layers --model {counts.model} --workspace {listing.root}",
+            stages.command_of(listing, run.weights, "recommend-layers"),
         )
         return None, RULES[0]
     chosen = found[0]
@@ -248,8 +238,9 @@ def _by_layer(
     )
     if verdicts:
         st.caption(
-            "Purple: what the same rule counts in SAEs of the model with random weights, and the "
-            "95 % interval of that rate; shown where the rule counts a feature."
+            "Purple: what the same rule counts in SAEs of the model with random weights, which "
+            "have about as many active features, and the count's 95 % interval; shown where the "
+            "rule counts a feature."
         )
     if sweep:
         st.caption(
@@ -365,7 +356,7 @@ def _scores(listing: Listing, weights: str) -> None:
     if not found:
         problem(
             "No adapter of this model was scored beside its base yet. This command does both:",
-            f"resa-lens tune --layer auto --workspace {listing.root}",
+            stages.command_of(listing, weights, "tune", "--layer", "auto"),
         )
         return
     # What was tuned through an SAE before its controls.

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens import layer_plots, plots
-from resa_lens.app import data, layers_data, links
+from resa_lens.app import data, layers_data, links, stages
 from resa_lens.app.data import Artifact, Listing
 from resa_lens.app.layers_data import PhaseFigures, Verdicts
 from resa_lens.app.widgets import figure, problem, table
@@ -16,13 +16,16 @@ from resa_lens.errors import BadInputError
 from resa_lens.pipeline.sweep_tables import Sweep
 
 
-def verdicts(held: Verdicts, layers: Sequence[int], one_based: bool) -> None:
+def verdicts(
+    held: Verdicts, layers: Sequence[int], one_based: bool, activity: Artifact | None
+) -> None:
     """Draw what the tests left of the counted features.
 
     Args:
         held: the falsification.
         layers: 0-based, all that were counted.
         one_based: numbering of the axis.
+        activity: of the same SAEs, for the links to the features.
     """
     st.subheader("What falsification leaves of the counts", anchor=False)
     by_layer = held.by_layer(layers)
@@ -65,7 +68,8 @@ def verdicts(held: Verdicts, layers: Sequence[int], one_based: bool) -> None:
             for layer, number in counted.items():
                 if number:
                     named = layer + int(one_based)
-                    links.to(links.FEATURES, f"layer {named}: {number}", layer=layer)
+                    where = {"run": activity.relative} if activity else {}
+                    links.to(links.FEATURES, f"layer {named}: {number}", layer=layer, **where)
 
 
 def quality(
@@ -94,7 +98,7 @@ def quality(
         named = f"of these counts, {run.manifest.config.get('saes')}," if run else "of this model"
         problem(
             f"The SAEs {named} are not in this workspace. This command trains some:",
-            f"resa-lens train-saes --workspace {listing.root}",
+            stages.command_of(listing, layers_data.weights_of(listing, slug), "train-saes"),
         )
         return
     try:

@@ -154,15 +154,18 @@ def _which_survive(listing: Listing, model: Model) -> None:
             row = max(rules, key=lambda row: int(row["counted"]))
             counted, survivors = int(row["counted"]), int(row["survivors"])
             low, high = (100 * float(value) for value in row["ci"])
-            p_value = row.get("p_value")
+            reason = str(found[0].manifest.results["summary"]["reason"])
         except (KeyError, TypeError, ValueError):
             st.text(f"{found[0].relative} is damaged or of another version; make it again.")
         else:
             st.text(f"{survivors} of {counted}" if counted else "None is counted.")
             if counted:
-                chance = "" if p_value is None else f"; against random weights p = {p_value:.2g}"
-                st.text(f"rule {row['rule']}; 95 % {low:.0f} to {high:.0f} %{chance}")
-    links.to(links.FEATURES, "Features", icon=":material/grid_view:")
+                st.text(f"rule {row['rule']}; 95 % {low:.0f} to {high:.0f} %")
+                st.text(reason)
+    where = {}
+    if found and (made := data.activity_of(listing, str(found[0].manifest.config.get("saes")))):
+        where = {"run": made.relative}
+    links.to(links.FEATURES, "Features", icon=":material/grid_view:", **where)
 
 
 def _did_tuning_help(listing: Listing, model: Model) -> None:
@@ -183,12 +186,16 @@ def _did_tuning_help(listing: Listing, model: Model) -> None:
         else:
             st.text("No adapter is scored beside its base yet.")
         if through and controls:
-            paired = data.comparison(controls[0])
-            low, high = (100 * value for value in paired.ci)
             control = controls[0].adapter.manifest.config["control"]
-            st.text(
-                f"control {control}: {100 * paired.difference:+.1f} ({low:+.1f} to {high:+.1f})"
-            )
+            # Against the control itself: both may have moved from the base alike.
+            beside = data.Tuning(through[0].adapter, controls[0].tuned, through[0].tuned)
+            for said, pair in (
+                (f"control {control}", controls[0]),
+                (f"tuned minus {control}", beside),
+            ):
+                paired = data.comparison(pair)
+                low, high = (100 * value for value in paired.ci)
+                st.text(f"{said}: {100 * paired.difference:+.1f} ({low:+.1f} to {high:+.1f})")
     except BadInputError as error:
         st.text(str(error))
     links.to(links.SCORES, "Scores", icon=":material/query_stats:")
@@ -198,7 +205,9 @@ def _did_tuning_help(listing: Listing, model: Model) -> None:
 
 def _helped(interval: tuple[float, float]) -> str:
     low, high = interval
-    return "it helped" if low > 0 else "it harmed" if high < 0 else "not told from no change"
+    if low > 0:
+        return "above the untuned model"
+    return "below the untuned model" if high < 0 else "not told from no change"
 
 
 # The graph
@@ -292,6 +301,10 @@ def _address(listing: Listing, artifact: Artifact) -> dict[str, str]:
         return {"run": path}
     if kind == "eval":
         return {"right" if lineage.adapted(artifact) else "left": path}
+    if _PAGES[kind] == links.FEATURES:
+        saes = artifact.manifest.config.get("saes")
+        made = data.activity_of(listing, str(saes))
+        return {"run": made.relative} if made else {}
     if _PAGES[kind] != links.LAYERS:
         return {}
     chosen = {"counts": "counts", "recommendation": "recommendation", "sweep": "sweep"}

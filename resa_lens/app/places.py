@@ -52,9 +52,9 @@ def found(given: str | None) -> dict[str, Place]:
     held = {}
     if asked := given or os.environ.get(VARIABLE):
         why = "given with --workspace" if given else f"named by {VARIABLE}"
-        held["given"] = Place(_resolved(asked), why)
+        held["given"] = Place(resolved(asked), why)
     elif Path(DEFAULT_FOLDER).is_dir():
-        held["here"] = Place(_resolved(DEFAULT_FOLDER), f"./{DEFAULT_FOLDER} is here")
+        held["here"] = Place(resolved(DEFAULT_FOLDER), f"./{DEFAULT_FOLDER} is here")
     try:
         root = data_path(BUNDLED).resolve()
     except BadInputError:
@@ -69,11 +69,19 @@ def found(given: str | None) -> dict[str, Place]:
     return held
 
 
-def _resolved(folder: str) -> Path:
+def resolved(folder: str) -> Path:
+    """Return the whole path of a folder that a person named.
+
+    Raises:
+        BadInputError: no path of this machine.
+    """
     try:
         return Path(folder).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # no permission, a circle of links, an unknown user
-        raise BadInputError(f"workspace {folder!r} cannot be reached: {error}") from error
+    # No permission, a circle of links, an unknown user, a character that no path can have.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadInputError(
+            f"folder {folder!r} cannot be reached: {error}; name another"
+        ) from error
 
 
 def choose(given: str | None) -> Place:

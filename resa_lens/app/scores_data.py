@@ -445,6 +445,11 @@ def _batches(
     file = key[0]
     try:
         with pq.ParquetFile(file) as held:
+            if lacking := sorted(set(columns) - set(held.schema_arrow.names)):
+                raise BadInputError(
+                    f"{file} has no column {lacking[0]}; it is of another version or program: "
+                    "score again"
+                )
             start = 0
             for group in range(held.num_row_groups):
                 rows = held.metadata.row_group(group).num_rows

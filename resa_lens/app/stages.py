@@ -154,6 +154,14 @@ def command(listing: Listing, model: Model, parts: Sequence[str]) -> str:
     return line(parts[0], "--model", model.name, *parts[1:], *options, *workspace_option(listing))
 
 
+def command_of(listing: Listing, weights: str, *parts: str) -> str:
+    """Return a command for the model of these weights; it names none where that is unknown."""
+    model = next((m for m in models(listing) if m.weights == weights), None)
+    if model:
+        return command(listing, model, parts)
+    return line(*parts, *workspace_option(listing))
+
+
 def line(*parts: str) -> str:
     """Return a command line, each word quoted where a shell needs it."""
     return shlex.join(["resa-lens", *parts])

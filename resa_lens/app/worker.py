@@ -5,6 +5,7 @@ JSON lines in, JSON lines out, one request after the other:
     {"id": 1, "do": "respond", "with": {...}}
     {"id": 1, "progress": {"label": "...", "done": 3, "total": 160, "text": "..."}}
     {"id": 1, "result": {...}}    or    {"id": 1, "error": "one message"}
+    {"cancel": 1}    a request that is not begun is skipped, without an answer
 
 A request holds all that it needs, so a new process can answer it; this one keeps the model and the
 SAEs between two of them.  It ends when its input does, whatever it is at: with the app, also where
@@ -60,6 +61,8 @@ class Bench:
         self._asked: str | None = None
         self._model: Model | None = None
         self._engine: HFEngine | None = None
+        self._read: list[Path] = []
+        self._state = 0
         self._coders: OrderedDict[tuple[str, int, bool], SparseCoder] = OrderedDict()
 
     def answer(self, do: str, values: dict[str, Any], tell: Tell) -> dict[str, Any]:
@@ -185,8 +188,9 @@ class Bench:
         }
 
     def _host(self, name: str, tell: Tell) -> tuple[Model, HFEngine]:
-        """Return the model, loaded once, and its engine."""
-        if self._asked != name or self._model is None or self._engine is None:
+        """Return the model, loaded once for as long as its files stay, and its engine."""
+        held = self._asked == name and self._state == _state(self._read)
+        if not held or self._model is None or self._engine is None:
             import torch
 
             from resa_lens.evals.engines import HFEngine
@@ -197,6 +201,9 @@ class Bench:
             self._asked = self._model = self._engine = None
             self._coders.clear()
             tell("loading the model", 1, 3)
+            # Before: what is replaced meanwhile is seen the next time.
+            self._read = _sources(name)
+            self._state = _state(self._read)
             host = load_model(name)
             if host.d_model <= NARROW:
                 torch.set_num_threads(1)
@@ -208,16 +215,44 @@ class Bench:
 
     def _coder(self, host: Model, run: SaeRun, point: Hookpoint, *, decoder: bool) -> SparseCoder:
         """Return one SAE; a few are kept, the last used ones."""
+        folder = run.place(point)
+        state = _state([folder])
         for whole in (decoder, True):
-            key = (str(run.folder), point.layer, whole)
+            key = (str(folder), state, whole)
             if key in self._coders:
                 self._coders.move_to_end(key)
                 return self._coders[key]
         made = run.coders(host, [point.layer], decoder=decoder)[point]
-        self._coders[str(run.folder), point.layer, decoder] = made
+        self._coders[str(folder), state, decoder] = made
         while len(self._coders) > 1 and sum(map(_size, self._coders.values())) > HELD_BYTES:
             self._coders.popitem(last=False)
         return made
+
+
+def _sources(name: str) -> list[Path]:
+    """Return the folders or files that a model is read from: its own, and an adapter's base.
+
+    Raises:
+        BadInputError: they are not there.
+    """
+    from resa_lens.model_files import find_folder, resolve_base
+
+    path = find_folder(name)
+    adapted = (path / "adapter_config.json").exists()
+    return [path, resolve_base(path, None)] if adapted else [path]
+
+
+def _state(places: Sequence[Path]) -> int:
+    """Return a number that is another one when a file of some folders was replaced."""
+    files = [
+        file
+        for place in places
+        for file in (sorted(place.iterdir()) if place.is_dir() else [place])
+        if file.is_file()
+    ]
+    # The time of change too: copies keep the other.
+    stats = [(str(file), file.stat()) for file in files]
+    return hash(tuple((n, s.st_mtime_ns, s.st_ctime_ns, s.st_size) for n, s in stats))
 
 
 def _size(coder: SparseCoder) -> int:
@@ -316,11 +351,16 @@ def serve(requests: TextIO, replies: TextIO, bench: Bench) -> None:
         After a long time without a request.
     """
     inbox: queue.Queue[dict[str, Any]] = queue.Queue()
+    cancelled: set[int] = set()
 
     def read() -> None:
         try:
             for line in requests:
-                inbox.put(json.loads(line))
+                message = json.loads(line)
+                if "cancel" in message:
+                    cancelled.add(message["cancel"])
+                else:
+                    inbox.put(message)
         finally:
             os._exit(0)
 
@@ -330,7 +370,9 @@ def serve(requests: TextIO, replies: TextIO, bench: Bench) -> None:
             request = inbox.get(timeout=IDLE_S)
         except queue.Empty:
             return
-        _serve_one(request, replies, bench)
+        if request["id"] not in cancelled:
+            _serve_one(request, replies, bench)
+        cancelled.discard(request["id"])
 
 
 def _serve_one(request: dict[str, Any], replies: TextIO, bench: Bench) -> None:

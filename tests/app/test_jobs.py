@@ -39,6 +39,8 @@ class Bench:
             os.kill(os.getpid(), 9)
         if do == "hang":
             time.sleep(60)
+        if do == "pause":
+            time.sleep(1)
         return {"values": values}
 
 worker.Bench = Bench
@@ -117,6 +119,40 @@ def test_stop_ends_the_process_at_once(stub):
     again = stub.ask("echo")
     assert again.wait(20)
     assert again.result is not None
+
+
+def test_what_waits_with_a_stopped_request_is_told_so_and_blames_no_memory(stub):
+    first, second = stub.ask("hang"), stub.ask("echo")
+    while first.label == "starting":
+        time.sleep(0.02)
+    first.stop()
+    assert second.wait(10)
+    assert "Stopped together with another request" in second.error
+    assert "memory" not in second.error
+
+
+def test_a_request_that_is_given_up_is_never_begun(stub):
+    first = stub.ask("pause")
+    while first.label == "starting":
+        time.sleep(0.02)
+    given_up = [stub.ask("hang") for _ in range(3)]
+    for job in given_up:
+        stub.drop(job)
+        assert job.done
+    last = stub.ask("echo", at="last")
+    assert first.wait(20)
+    assert last.wait(10), "a request that was given up was begun"
+    assert last.result == {"values": {"at": "last"}}
+
+
+def test_nothing_is_sent_to_a_process_that_has_ended(monkeypatch):
+    process = jobs._start([sys.executable, "-c", "pass"])
+    process.wait()
+    sent = []
+    monkeypatch.setattr(jobs.os, "killpg", lambda *arguments: sent.append(arguments))
+    jobs._kill(process)
+    jobs._interrupt(process)
+    assert sent == []
 
 
 def test_a_hang_does_not_block_asking(stub):

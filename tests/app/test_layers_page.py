@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,17 @@ def test_stages_that_are_missing_name_their_command(copied, open_app):
     app = open_app(copied)
     commands = " ".join(code.value for code in app.code)
     texts(app)
-    for command in ("recommend-layers", "train-saes", "tune --layer auto"):
-        assert f"resa-lens {command}" in commands
+    for command in ("recommend-layers", "train-saes", "tune"):
+        assert f"resa-lens {command} --model tiny-reasoner" in commands
+    assert "--layer auto" in commands
+    # What a file says is one word of the command, whatever it holds.
+    hostile = "x; touch /tmp/never #"
+    for file in copied.rglob("manifest.json"):
+        edit(file, lambda value: value["results"].update(model=hostile))
+    shown = [code.value for code in open_app(copied).code]
+    assert any(hostile in value for value in shown)
+    for value in shown:
+        assert hostile not in value or hostile in shlex.split(value)
     shutil.rmtree(copied / "counts")
     (copied / "counts" / ".tmp-1-run").mkdir(parents=True)
     assert "1 unfinished folder(s)" in texts(open_app(copied))

@@ -46,6 +46,9 @@ def test_the_answers_stand_first_and_nothing_is_written(open_page):
     assert "points (95 %" in shown
     assert "n = 500" in shown
     assert "control noise:" in shown
+    # Both may have moved from the base: the difference between them stands there too.
+    assert "tuned minus noise:" in shown
+    assert manifest["results"]["summary"]["reason"] in shown
     # Before all details: the first heading comes after the four questions.
     assert [c.value for c in app.caption][:4] == [
         "Which model?", "Which layers carry features?", "How many counted features survive tests?",

@@ -362,6 +362,9 @@ def test_a_damaged_run_leaves_the_other(two, open_page):
     assert "is damaged or of another version" in texts(open_page(two, "scores", **asked))
     file.write_bytes(whole)
     table = pq.read_table(file)
+    for column in ("question", "prompt"):
+        pq.write_table(table.drop_columns([column]), file)
+        assert f"has no column {column}" in texts(open_page(two, "scores", **asked))
     pq.write_table(table.slice(0, 0), file)
     assert "holds no answers; score again" in texts(open_page(two, "scores", **asked))
     repeated = pa.concat_tables([table, table.slice(0, 1)])
