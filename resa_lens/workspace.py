@@ -189,13 +189,30 @@ class Workspace:
                 f"{file} is not a manifest of resa-lens; remove its folder"
             ) from error
 
-    def find(self, kind_folder: str, kind: str | None = None) -> list[tuple[Path, Manifest]]:
-        """Return the complete artifacts below a folder, the newest first."""
+    def find(
+        self, kind_folder: str, kind: str | None = None, *, unread: list[str] | None = None
+    ) -> list[tuple[Path, Manifest]]:
+        """Return the complete artifacts below a folder, the newest first.
+
+        Args:
+            kind_folder: relative to the workspace; "" is all of it.
+            kind: of the artifacts; all by default.
+            unread: takes the messages of manifests that cannot be read.
+
+        Raises:
+            BadInputError: a manifest cannot be read, and `unread` is not given.
+        """
         found = []
         for file in self.path(kind_folder).rglob(MANIFEST):
             if any(part.startswith(".tmp-") for part in file.relative_to(self.root).parts):
                 continue
-            manifest = self.manifest(file.parent)
+            try:
+                manifest = self.manifest(file.parent)
+            except BadInputError as error:
+                if unread is None:
+                    raise
+                unread.append(str(error))
+                continue
             if manifest and (kind is None or manifest.kind == kind):
                 found.append((file.parent, manifest))
         found.sort(key=lambda item: (item[0] / MANIFEST).stat().st_mtime_ns, reverse=True)

@@ -50,6 +50,12 @@ def nothing(listing: Listing) -> None:
             "Give the folder of another one, or make one elsewhere:"
         )
         demo = stages.line("demo", "--workspace", "resa-workspace")
+    elif listing.problems:
+        text = (
+            f"Nothing in {listing.root} can be read by this version, as said above. What is there "
+            "is left as it is; this command makes another workspace:"
+        )
+        demo = stages.line("demo", "--workspace", "resa-workspace")
     else:
         text = f"{listing.root} is empty. This command fills it in a few minutes:"
     problem(text, demo)

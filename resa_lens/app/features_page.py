@@ -29,7 +29,7 @@ from resa_lens.app.features_table import (
     select,
 )
 from resa_lens.app.tokens import plain
-from resa_lens.app.widgets import frame, problem
+from resa_lens.app.widgets import frame, problem, problems
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer, parse_layer
 from resa_lens.plots import RULE_NAMES
@@ -48,11 +48,8 @@ _BACK, _ORDER, _WRONG = "features-back", "features-order", "features-wrong"
 
 def show(listing: Listing) -> None:
     """Draw the page."""
-    for text in listing.problems:
-        problem(text)
-    found, problems = sources(listing)
-    for text in problems:
-        problem(text)
+    found, damaged = sources(listing)
+    problems([*listing.problems, *damaged])
     if not found:
         empty.lacking(listing, "No features were counted or measured", "activity")
         return

@@ -10,7 +10,7 @@ import streamlit as st
 from resa_lens import layer_plots, plots
 from resa_lens.app import data, empty, layers_data, layers_saes, layers_sweep, links, stages
 from resa_lens.app.data import Artifact, Counts, Listing, StoredRecommendation
-from resa_lens.app.widgets import figure, problem, table
+from resa_lens.app.widgets import figure, problem, problems, table
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import SUPPORTED, WEAK, MixtureFit
@@ -22,8 +22,7 @@ RULES = tuple(plots.RULE_NAMES)
 
 def show(listing: Listing) -> None:
     """Draw the page."""
-    for text in listing.problems:
-        problem(text)
+    problems(listing.problems)
     slugs = layers_data.models_of(listing)
     if not listing.of("counts"):
         empty.lacking(listing, "No feature counts", "recommend-layers")

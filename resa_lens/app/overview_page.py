@@ -11,13 +11,11 @@ from resa_lens.app import data, described, empty, lineage, links, stages
 from resa_lens.app.lineage import Graph, Node
 from resa_lens.app.listing import Artifact, Listing
 from resa_lens.app.stages import DONE, UNFINISHED, Model, Step
-from resa_lens.app.widgets import figure, problem, table
+from resa_lens.app.widgets import figure, problem, problems, table
 from resa_lens.errors import BadInputError
 from resa_lens.hookpoints import describe_layer
 from resa_lens.layers import SUPPORTED
 
-_SHOWN = 3
-"""Problems that stand open; more are folded away."""
 _FORMATS = {"MB": "%.2f", "seconds": "%.1f", "CPU seconds": "%.1f", "peak MB": "%.0f"}
 _PAGES = {
     "saes": links.LAYERS,
@@ -82,11 +80,7 @@ def show(listing: Listing) -> None:
 
 
 def _problems(listing: Listing) -> None:
-    for text in listing.problems[:_SHOWN]:
-        problem(text)
-    if rest := listing.problems[_SHOWN:]:
-        with st.expander(f"{len(rest)} more that cannot be read"):
-            st.text("\n".join(rest))
+    problems(listing.problems)
     if not listing.whole:
         problem(
             f"{listing.root} holds more files and folders than a workspace does; only a part was "
@@ -172,7 +166,13 @@ def _did_tuning_help(listing: Listing, model: Model) -> None:
     st.caption("Did tuning help?")
     found = data.tunings(listing, model.weights)
     through = [t for t in found if not t.adapter.manifest.config.get("control")]
-    controls = [t for t in found if t.adapter.manifest.config.get("control")]
+    # On the same questions as what they stand beside.
+    base = through[0].base.relative if through else None
+    controls = [
+        t
+        for t in found
+        if t.adapter.manifest.config.get("control") and base in (None, t.base.relative)
+    ]
     sweeps = [a for a in listing.of("sweep") if a.weights == model.weights]
     try:
         if through:

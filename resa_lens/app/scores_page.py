@@ -12,7 +12,7 @@ from resa_lens import plots, prompts
 from resa_lens.app import empty, links, scores_data
 from resa_lens.app.data import Listing
 from resa_lens.app.scores_data import Answers, Run, Wanted
-from resa_lens.app.widgets import figure, problem, table
+from resa_lens.app.widgets import figure, problem, problems, table
 from resa_lens.errors import BadInputError
 from resa_lens.evals.compare import GroupRow, RunSummary
 from resa_lens.pipeline.comparison import sentences
@@ -29,9 +29,8 @@ _PERCENT, _P = "%.1f", "%.3g"
 
 def show(listing: Listing) -> None:
     """Draw the page."""
-    runs, problems = scores_data.runs_of(listing)
-    for text in (*listing.problems, *problems):
-        problem(text)
+    runs, damaged = scores_data.runs_of(listing)
+    problems([*listing.problems, *damaged])
     if not runs:
         empty.lacking(listing, "No scores", "eval", "--model", "tiny-reasoner")
         return

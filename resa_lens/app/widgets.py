@@ -14,6 +14,8 @@ import plotly.graph_objects as go
 import streamlit as st
 
 _ROW, _HIGHEST = 36, 430  # pixels of a row and of a whole table
+_SHOWN = 3
+"""Problems that stand in full on a page."""
 
 
 def problem(text: str, command: str | None = None) -> None:
@@ -23,6 +25,15 @@ def problem(text: str, command: str | None = None) -> None:
         st.text(text)
         if command:
             st.code(command, language="bash", wrap_lines=True)
+
+
+def problems(texts: Sequence[str]) -> None:
+    """Several problems: a few in full, the rest folded, so that the page stays in sight."""
+    for text in texts[:_SHOWN]:
+        problem(text)
+    if rest := texts[_SHOWN:]:
+        with st.expander(f"{len(rest)} more that cannot be read"):
+            st.text("\n".join(rest))
 
 
 def figure(

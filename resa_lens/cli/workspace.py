@@ -29,7 +29,10 @@ def runs(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None
 
     def job() -> tuple[dict[str, Any], Any]:
         ctx = common.context(workspace, 0, "cpu", "auto", False, None)
-        found = ctx.workspace.find("") if ctx.workspace.root.is_dir() else []
+        unread: list[str] = []
+        found = ctx.workspace.find("", unread=unread) if ctx.workspace.root.is_dir() else []
+        for text in unread:
+            ctx.reporter.note(f"left out: {text}")
         rows = []
         for folder, manifest in found:
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -39,6 +39,11 @@ class Bench:
             os.kill(os.getpid(), 9)
         if do == "hang":
             time.sleep(60)
+        if do == "wait":
+            time.sleep(0.5)
+        self.begun = [*getattr(self, "begun", []), values.get("name")]
+        if do == "begun":
+            return {"begun": self.begun}
         if do == "pause":
             time.sleep(1)
         return {"values": values}
@@ -153,6 +158,36 @@ def test_nothing_is_sent_to_a_process_that_has_ended(monkeypatch):
     jobs._kill(process)
     jobs._interrupt(process)
     assert sent == []
+
+
+def test_requests_that_are_stopped_together_blame_no_memory(stub):
+    first, second = stub.ask("hang"), stub.ask("echo")
+    while first.label == "starting":
+        time.sleep(0.02)
+    first.stop()
+    assert second.wait(5)
+    assert not second.stopped
+    assert second.error.startswith("Stopped together with another request")
+    again = stub.ask("die")  # of the next process it is told as ever
+    assert again.wait(20)
+    assert "killed by SIGKILL" in again.error
+
+
+def test_a_dropped_request_is_never_begun(stub):
+    running = stub.ask("wait", name="running")
+    waiting = [stub.ask("wait", name=f"waiting {i}") for i in range(6)]
+    while running.label == "starting":
+        time.sleep(0.02)
+    for job in waiting:
+        stub.drop(job)
+        assert job.done
+        assert (job.result, job.error) == (None, None)
+    last = stub.ask("begun", name="last")
+    assert last.wait(20)
+    assert last.result == {"begun": ["running", "last"]}
+    assert running.result is not None
+    stub.drop(running)  # it has ended: nothing to do
+    assert running.result is not None
 
 
 def test_a_hang_does_not_block_asking(stub):
@@ -292,6 +327,32 @@ def test_a_command_that_ignores_the_interrupt_is_killed(monkeypatch):
     assert command.process.poll() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("how", [jobs._kill, jobs._interrupt])
+def test_no_signal_goes_to_the_number_of_a_process_that_has_ended(how, monkeypatch):
+    sent = []
+    process = jobs._start([sys.executable, "-c", ""])
+    process.wait()
+    monkeypatch.setattr(jobs, "GRACE_S", 0.05)
+    monkeypatch.setattr(jobs.os, "killpg", lambda *signal: sent.append(signal))
+    how(process)
+    time.sleep(0.2)
+    assert sent == []
+
+
+def test_a_command_that_heeds_the_interrupt_gets_no_second_signal(monkeypatch):
+    sent = []
+    send = os.killpg
+    monkeypatch.setattr(jobs, "GRACE_S", 0.5)
+    monkeypatch.setattr(jobs.os, "killpg", lambda *how: (sent.append(how[1]), send(*how)))
+    command = Command(["--stay"], [sys.executable, "-c", BAR])
+    while command.share is None:
+        time.sleep(0.02)
+    command.stop()
+    assert command.wait(10)
+    time.sleep(0.7)
+    assert sent == [signal.SIGINT]
+
+
 @pytest.mark.slow  # the command line imports torch
 def test_commands_of_resa_lens(tmp_path):
     listed = Command(["runs", "--workspace", str(tmp_path / "none")])
@@ -369,6 +430,39 @@ def test_the_panel_never_writes_where_it_reads(panel, tmp_path):
         app.text_input(key="folder-it").set_value(str(same)).run()
         assert app.button(key="run-it").disabled
         assert "the app never writes to" in app.text[0].value
+
+
+@pytest.mark.parametrize("folder", ["~no-such-user/x", "a\0b"])
+def test_a_folder_that_cannot_be_is_a_problem(panel, folder):
+    app = panel("resa-lens", "eval")
+    app.radio(key="where-it").set_value("a folder of mine").run()
+    app.text_input(key="folder-it").set_value(folder).run()
+    assert f"folder {folder!r} cannot be reached" in texts(app)
+    assert app.button(key="run-it").disabled
+
+
+def _changing_panel() -> None:
+    import streamlit as st
+
+    from resa_lens.app import jobs
+
+    features = st.text_input("Features", "1", key="features")
+    jobs.run_command_panel(["resa-lens", "ablate", "--features", str(features)], "it")
+
+
+def test_a_result_stands_under_the_command_that_made_it(panel):
+    app = AppTest.from_function(_changing_panel, default_timeout=20).run()
+    app.button(key="run-it").click().run()
+    assert app.code[0].value.startswith("resa-lens ablate --features 1 ")
+    settled(app)
+    assert len(app.code) == 1
+    made = app.json[0].value
+    app.text_input(key="features").set_value("9:999").run()
+    shown, run = (code.value for code in app.code)
+    assert "--features 9:999" in shown
+    assert run.startswith("resa-lens ablate --features 1 ")
+    assert "The command above was changed since; this one was run:" in texts(app)
+    assert app.json[0].value == made
 
 
 def test_the_panel_stops_and_says_so(panel):
