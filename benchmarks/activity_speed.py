@@ -31,13 +31,13 @@ def main(
     vocab: int = 2048,
 ) -> None:
     """Time the tally of all layers on documents of one length, a third of each in each phase."""
-    from resa_lens.activations import stream_activations
     from resa_lens.features.activity import ActivityConfig, measure_activity, needed_bytes
-    from resa_lens.hookpoints import Hookpoint
-    from resa_lens.models import Model
-    from resa_lens.phases import PhasedBatch
+    from resa_lens.models.activations import stream_activations
+    from resa_lens.models.hookpoints import Hookpoint
+    from resa_lens.models.host import Model
     from resa_lens.saes.baselines import random_coder
     from resa_lens.saes.coder import encode, encoder_of, new_coder
+    from resa_lens.texts.phases import PhasedBatch
 
     torch.set_num_threads(threads)
     heading(device, threads)

@@ -49,7 +49,7 @@ def finish(results: list[bool]) -> None:
 @app.command()
 def write(folder: Path) -> None:
     """Write SAEs in every format and our reconstructions."""
-    from resa_lens.hookpoints import Hookpoint
+    from resa_lens.models.hookpoints import Hookpoint
     from resa_lens.saes.coder import new_coder, reconstruct
     from resa_lens.saes.formats import save_coder
 

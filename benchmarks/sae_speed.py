@@ -96,7 +96,7 @@ def step(
     from schedulefree import ScheduleFreeWrapper
     from sparsify.sign_sgd import SignSGD
 
-    from resa_lens.hookpoints import Hookpoint
+    from resa_lens.models.hookpoints import Hookpoint
     from resa_lens.saes.coder import SparseCoder, SparseCoderConfig
     from resa_lens.saes.select import half_room
     from resa_lens.saes.train import SaeConfig, new_trainers
@@ -115,7 +115,7 @@ def step(
         return (x + 0.02 * torch.randn(tokens, width, generator=generator)).to(device)
 
     x = activations()
-    config = SaeConfig(latents=latents, k=k).for_width(width)
+    config = SaeConfig(latents=latents, k=k, include_special=True).for_width(width)
     rate = config.learning_rate or 0.0
 
     def ours() -> Any:
@@ -260,9 +260,9 @@ def end_to_end(
     import datasets
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
-    from resa_lens.activations import stream_activations
-    from resa_lens.hookpoints import Hookpoint
-    from resa_lens.models import Model
+    from resa_lens.models.activations import stream_activations
+    from resa_lens.models.hookpoints import Hookpoint
+    from resa_lens.models.host import Model
     from resa_lens.saes.train import SaeConfig, train_saes
 
     torch.set_num_threads(threads)
@@ -288,7 +288,9 @@ def end_to_end(
             error = plain(parts[0].to(device)).logits.float() - exact(parts[0].to(device)).logits
         print(f"largest logit error of {dtype}: {error.abs().max().item():.2e}")
         del exact
-    config = SaeConfig(latents=latents, k=k, tokens=tokens, batch=batch).for_width(width)
+    config = SaeConfig(
+        latents=latents, k=k, tokens=tokens, batch=batch, include_special=True
+    ).for_width(width)
     fvus: dict[str, float] = {}
 
     def ours(layers: list[int]) -> float:

@@ -41,8 +41,8 @@ def child(way: str, vocab: int, tokens: int, width: int, layers: int, name: str,
     from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from resa_lens.hookpoints import Hookpoint
-    from resa_lens.models import Model
+    from resa_lens.models.hookpoints import Hookpoint
+    from resa_lens.models.host import Model
     from resa_lens.saes.coder import new_coder
     from resa_lens.tuning.objective import preset, tuning_loss
     from resa_lens.tuning.passes import Passes

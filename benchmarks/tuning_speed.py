@@ -36,7 +36,7 @@ def random_model(
     """Return a random Llama-shaped model of this project's kind."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from resa_lens.models import Model
+    from resa_lens.models.host import Model
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -128,7 +128,7 @@ def main(
     """Time the updates and print the table."""
     if full:
         width, n_layers, vocab, latents = 1536, 28, 151_936, 65_536
-    from resa_lens.hookpoints import Hookpoint
+    from resa_lens.models.hookpoints import Hookpoint
     from resa_lens.saes.coder import new_coder
     from resa_lens.tuning.loop import TuneConfig, fit
     from resa_lens.tuning.objective import preset

@@ -15,6 +15,10 @@ class BadInputError(ResaLensError, ValueError):
     exit_code = 2
 
 
+class DamagedError(BadInputError):
+    """A file or an artifact is not as it was written, or is missing."""
+
+
 class TakenError(BadInputError):
     """Another process is at this very work."""
 

@@ -55,6 +55,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 @pytest.fixture(scope="session")
 def tiny():
     """The bundled model, plain; a test that changes it loads its own."""
-    from resa_lens.models import load_model
+    from resa_lens.models.host import load_model
 
     return load_model("tiny-reasoner")

@@ -95,6 +95,11 @@ def test_options_of_eval_that_would_do_nothing(refused: Refused) -> None:
     refused("eval", "--limit", "1", "--merge", names="--merge is for engine vllm")
 
 
+@pytest.mark.parametrize("command", [("eval", "--limit", "1"), ("tune", "--layer", "5")])
+def test_an_extraction_that_there_is_not(refused: Refused, command: tuple[str, ...]) -> None:
+    refused(*command, "--extraction", "theirs", names="'theirs'")
+
+
 def test_folder_without_config(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     error = refused("recommend-layers", "--model", str(tmp_path / "empty"), names="config.json")
@@ -177,7 +182,19 @@ def test_truncated_sae_in_the_workspace(workspace: Path, refused: Refused, tmp_p
     place = Path(shutil.copytree(workspace, tmp_path / "w"))
     file = next((place / "saes").glob("*/*-512x32-*")) / "layers.4.mlp" / "sae.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    refused("count-features", names="layers.4.mlp", place=place)
+    # What is damaged does not count as done: it is named, and made anew.
+    done = CliRunner().invoke(
+        app, ["count-features", "--latents", "64", "--tokens", "1024", "--layers", "4",
+              "--workspace", str(place)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    done = CliRunner().invoke(app, ["runs", "--verify", "--workspace", str(place), "--json"])
+    assert done.exit_code == 1
+    damaged = [text for row in json.loads(done.stdout)["runs"] for text in row.get("damaged", [])]
+    assert len(damaged) == 1
+    assert "layers.4.mlp" in damaged[0]
+    saes = next((place / "saes").glob("*/*-512x32-*"))
+    refused("count-features", "--saes", str(saes), "--layers", "4", names="layers.4.mlp")
 
 
 def test_sae_that_is_not_finite(refused: Refused, saes: Path) -> None:
@@ -217,15 +234,15 @@ def test_saes_that_are_not_there(refused: Refused, saes: Path, tmp_path: Path) -
         (("recommend-layers", "--selector", "loudest"), "loudest"),
         (("recommend-layers", "--recipe", "secret"), "secret"),
         (("tune", *TUNE, "--preset", "best"), "best"),
-        (("tune", *TUNE, "--site", "attn_out"), "attn_out"),
+        (("tune", *TUNE, "--site", "attn"), "attn"),
         (("tune", *TUNE, "--reference", "tuned"), "tuned"),
         (("tune", *TUNE, "--direction", "forward"), "forward"),
         (("tune", *TUNE, "--reduction", "max"), "max"),
         (("tune", *TUNE, "--schedule", "linear"), "linear"),
         (("tune", *TUNE, "--clip-norm", "-1"), "-1"),
         (("tune", *TUNE, "--targets", "q_proj,w_proj"), "w_proj"),
-        (("train-saes", "--site", "attn_out"), "attn_out"),
-        (("recommend-layers", "--site", "attn_out"), "attn_out"),
+        (("train-saes", "--site", "attn"), "attn"),
+        (("recommend-layers", "--site", "attn"), "attn"),
         (("train-saes", "--optimizer", "muon"), "muon"),
         (("train-saes", "--k", "65", *QUICK), "65"),
         (("demo", "--budget", "huge"), "huge"),
@@ -252,10 +269,6 @@ def test_adapter_folder_that_is_none(refused: Refused, tmp_path: Path) -> None:
     refused("eval", "--limit", "1", "--adapter", str(tmp_path / "adapter"), names="adapter")
 
 
-def test_no_model_and_no_recommendation(refused: Refused, tmp_path: Path) -> None:
-    refused("tune", names="--model", place=tmp_path / "new")
-
-
 # Data
 
 
@@ -265,7 +278,7 @@ def test_no_model_and_no_recommendation(refused: Refused, tmp_path: Path) -> Non
         ("none.jsonl", None, "none.jsonl"),
         ("empty.jsonl", "", "empty"),
         ("blank.jsonl", "\n\n", "blank.jsonl"),
-        ("columns.jsonl", '{"text": "a", "label": "b"}\n', "text, label"),
+        ("columns.jsonl", '{"context": "a", "label": "b"}\n', "context, label"),
         ("answers.jsonl", '{"question": "a", "answer": ""}\n', "answer"),
         ("broken.jsonl", '{"question": \n', "broken.jsonl"),
         ("list.jsonl", "[1, 2]\n", "list.jsonl"),
@@ -320,8 +333,8 @@ def test_tuning_loss_that_is_not_finite(refused: Refused) -> None:
     ("command", "target"),
     [
         (("train-saes", "--layers", "5", *QUICK), "resa_lens.saes.coder.Coder.save_to_disk"),
-        (("count-features", "--layers", "6"), "resa_lens.pipeline.discovery.write_json"),
-        (("tune", *TUNE), "resa_lens.pipeline.adapters.save_adapter"),
+        (("count-features", "--layers", "6"), "resa_lens.artifacts.stage.write_json"),
+        (("tune", *TUNE), "resa_lens.stages.adapters.save_adapter"),
         (("eval", "--limit", "2", "--max-new-tokens", "4"), "resa_lens.evals.run.write_samples"),
     ],
     ids=["train-saes", "count-features", "tune", "eval"],

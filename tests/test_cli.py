@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from resa_lens import __version__
 from resa_lens.cli import app, common
+from resa_lens.figures.grids import table
+from resa_lens.figures.terminal import draw, fitted
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 TABLE_6 = str(PAPER / "table6_hookpoints.csv")
@@ -63,7 +65,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - NO_MODEL))
 def test_commands_that_do_work_share_their_options(name: str) -> None:
     options = {o for p in COMMANDS[name].params for o in p.opts}
-    common = {"--workspace", "--seed", "--device", "--dtype", "--json", "--yes", "--force"}
+    common = {"--workspace", "--seed", "--device", "--dtype", "--json", "--force", "--config"}
     assert common <= options
 
 
@@ -269,7 +271,7 @@ def test_an_interrupt_that_a_library_turns_into_an_error_is_130() -> None:
 
 def test_json_has_no_nan(capfd: pytest.CaptureFixture[str]) -> None:
     value = {"a": [1.0, float("nan")], "b": {"c": (float("inf"), 2)}, "d": True, "e": None}
-    common.run(lambda: (value, lambda: None), True)
+    common.run(lambda: (value, ()), True)
     found = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)
     assert found == {"a": [1.0, None], "b": {"c": [None, 2]}, "d": True, "e": None}
 
@@ -277,10 +279,10 @@ def test_json_has_no_nan(capfd: pytest.CaptureFixture[str]) -> None:
 def test_layers_and_intervals_keep_their_line_in_a_narrow_table(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = common.table("title", "layer", "95 %", *["a header of several words"] * 5)
     cells = ("layer 10 (0-based; 11th of 12)", "-1.8 to +1.8")
-    made.add_row(*cells, *["123"] * 5)
-    Console(width=100).print(made)
+    headers = ("layer", "95 %", *["a header of several words"] * 5)
+    made = table("title", *headers, rows=[(*cells, *["123"] * 5)])
+    Console(width=100).print(draw(made))
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "123" in line]
     assert all(cell in row for cell in cells)
 
@@ -330,10 +332,10 @@ def test_regret_refuses_fewer_layers_than_the_table_has() -> None:
 def test_a_wide_table_comes_in_parts_and_no_number_is_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = common.table("title", "layer", *[f"column {i}" for i in range(12)])
-    made.add_row("layer 10 (0-based; 11th of 12)", *[f"{i}23.456" for i in range(12)])
-    assert common.fitted(made, 200) == [made]
-    parts = common.fitted(made, 80)
+    row = ("layer 10 (0-based; 11th of 12)", *[f"{i}23.456" for i in range(12)])
+    made = draw(table("title", "layer", *[f"column {i}" for i in range(12)], rows=[row]))
+    assert fitted(made, 200) == [made]
+    parts = fitted(made, 80)
     assert len(parts) > 1
     for part in parts:
         Console(width=80).print(part)

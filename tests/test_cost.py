@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from resa_lens import cost, energy
-from resa_lens.cost import (
+from resa_lens.artifacts import costs as cost
+from resa_lens.artifacts.costs import (
     Price,
-    combined,
     lineage_costs,
-    meter,
     paper_costs,
     price_of,
     read_prices,
@@ -27,10 +25,14 @@ from resa_lens.cost import (
     usd,
     workspace_costs,
 )
-from resa_lens.energy import Counter, gpu_counters, rapl_counters
+from resa_lens.artifacts.manifest import Manifest
+from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
+from resa_lens.files import write_json
+from resa_lens.machine import energy, meters
+from resa_lens.machine.energy import Counter, gpu_counters, rapl_counters
+from resa_lens.machine.meters import combined, meter
 from resa_lens.resources import data_path
-from resa_lens.workspace import Manifest, Workspace, write_json
 
 MB = 2**20
 
@@ -38,7 +40,7 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine can read must not decide the tests."""
-    monkeypatch.setattr(cost, "rapl_counters", lambda: ([], "no RAPL counters here"))
+    monkeypatch.setattr(meters, "rapl_counters", lambda: ([], "no RAPL counters here"))
 
 
 # Meter
@@ -63,7 +65,7 @@ def test_time_tokens_and_cpu_time_of_known_work() -> None:
 
 THREE_STAGES = """
 import json, time
-from resa_lens.cost import meter
+from resa_lens.machine.meters import meter
 MB, peaks = 2**20, []
 for megabytes in (300, 0, 500):
     with meter() as spent:
@@ -85,7 +87,7 @@ def test_peak_memory_is_the_stages_own_and_not_an_earlier_ones() -> None:
 
 
 def test_a_peak_below_the_processs_mark_is_seen_by_sampling(monkeypatch) -> None:
-    monkeypatch.setattr(cost, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(meters, "INTERVAL_S", 0.02)
     block = bytearray(b"\1") * (600 * MB)
     del block
     with meter() as spent:
@@ -102,7 +104,7 @@ def test_a_failing_stage_leaves_no_meter_at_work() -> None:
     with pytest.raises(ValueError, match="stage"), meter() as spent:
         raise ValueError("stage")
     assert spent.seconds > 0
-    assert cost._OPEN == []
+    assert meters._OPEN == []
     assert not [t for t in threading.enumerate() if t.name == "cost-meter"]
 
 
@@ -134,7 +136,7 @@ class FakeCuda:
         }
         for name, function in fake.items():
             monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr(cost, "gpu_counters", lambda uuid: ([], f"no counter of {uuid}"))
+        monkeypatch.setattr(meters, "gpu_counters", lambda uuid: ([], f"no counter of {uuid}"))
 
     def allocate(self, megabytes: int) -> None:
         self.now += megabytes * MB
@@ -205,22 +207,22 @@ def counting(values: list[float], wraps_at: float | None) -> Counter:
 
 def test_a_wrap_around_is_counted_through(monkeypatch) -> None:
     counter = counting([90.0, 95.0, 3.0, 60.0, 10.0, 10.0], 100.0)
-    monkeypatch.setattr(cost, "rapl_counters", lambda: ([counter], ""))
-    monkeypatch.setattr(cost, "INTERVAL_S", 60.0)
+    monkeypatch.setattr(meters, "rapl_counters", lambda: ([counter], ""))
+    monkeypatch.setattr(meters, "INTERVAL_S", 60.0)
     with meter() as spent:
         for _ in range(3):
             spent.look()
     assert spent.joules == {"cpu": pytest.approx(5 + 8 + 57 + 50)}
     assert spent.to_dict()["energy_not_readable"] == []
-    assert cost.watt_hours(spent.to_dict()) == pytest.approx(120 / 3600, rel=1e-3)
+    assert meters.watt_hours(spent.to_dict()) == pytest.approx(120 / 3600, rel=1e-3)
 
 
 def test_the_watcher_sees_a_wrap_within_a_long_stage(monkeypatch) -> None:
     """A counter that wraps every 0.5 s, and a stage of some wraps."""
     began = time.monotonic()
     counter = Counter("cpu", lambda: (100 * (time.monotonic() - began)) % 50, 50.0)
-    monkeypatch.setattr(cost, "rapl_counters", lambda: ([counter], ""))
-    monkeypatch.setattr(cost, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(meters, "rapl_counters", lambda: ([counter], ""))
+    monkeypatch.setattr(meters, "INTERVAL_S", 0.02)
     with meter() as spent:
         time.sleep(1.2)
     assert spent.joules["cpu"] == pytest.approx(100 * spent.seconds, rel=0.1)
@@ -234,8 +236,8 @@ def test_a_counter_that_fails_on_the_way_gives_no_figure(monkeypatch) -> None:
             raise OSError("gone")
         return reads.pop(0)
 
-    monkeypatch.setattr(cost, "rapl_counters", lambda: ([Counter("cpu", read)], ""))
-    monkeypatch.setattr(cost, "INTERVAL_S", 60.0)
+    monkeypatch.setattr(meters, "rapl_counters", lambda: ([Counter("cpu", read)], ""))
+    monkeypatch.setattr(meters, "INTERVAL_S", 60.0)
     with meter() as spent:
         pass
     assert spent.joules == {}
@@ -494,11 +496,14 @@ def test_a_manifest_from_before_costs_is_read(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
     folder = put(space, "evals/old", "eval")
     held = json.loads((folder / "manifest.json").read_text())
-    del held["cost"]
-    write_json(folder / "manifest.json", held)
-    manifest = space.manifest(folder)
-    assert manifest is not None
-    assert manifest.cost == {}
+    write_json(
+        folder / "manifest.json",
+        {**{k: v for k, v in held.items() if k not in ("cost", "checksum")}, "schema_version": 1},
+    )
+    artifact = space.read(folder)
+    assert artifact is not None
+    assert artifact.manifest.cost == {}
+    assert not artifact.verifiable
     item = workspace_costs(space)[0]
     assert (item.cost["seconds"], item.cost["device"]) == (10.0, "cpu")
     assert cost.why_no_energy([item]) == ["not recorded"]

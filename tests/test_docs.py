@@ -6,8 +6,10 @@ writes down its words: variables, loops and quotes mean here what they mean to a
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,23 +33,46 @@ from typer.main import get_command
 from resa_lens.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
+
+
+def _reference() -> Any:
+    """docs/make_reference.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["make_reference"] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+REFERENCE = _reference()
+GENERATED = {f"docs/{name}": text for name, text in REFERENCE.pages().items()}
+"""Pages that lie nowhere: the site makes them from the code."""
+WRITTEN = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
 )
+DOCUMENTS = (*WRITTEN, "docs/commands.md")
+
+
+def text_of(document: str) -> str:
+    return GENERATED.get(document) or (ROOT / document).read_text()
+
+
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 
+PROGRAMS = ("pip", "ruff", "pyright", "mkdocs", "source", "streamlit", "git")
 RECORDED = {
     "docs/findings.md": "long experiments, made once; their commands are only parsed",
     "docs/log.md": "measurements, made once; their commands are only parsed",
 }
 NOT_RUN: dict[str, str] = {
-    r"python3 -m venv .*|.*/pip install .*|source .*": "CI installs, as the README says",
-    r"\.venv/bin/resa-lens demo$": "the README's first command: run by CI and as the demo fixture",
-    r"\.venv/bin/python -m pytest.*|\.venv/bin/(ruff|pyright) .*|\.ci/run": "this is what CI runs",
-    r"\.venv/bin/python docs/make_reference\.py$": "would write the documents; --check is a test",
+    r"python3 -m venv .*|(.*/)?pip install .*|source .*": "CI installs, as the README says",
+    r"(\.venv/bin/)?python -m pytest.*|\.venv/bin/(ruff|pyright) .*|\.ci/run": "CI runs this",
+    r"(\.venv/bin/)?mkdocs .*": "the site: built by a test of the slow tier and by CI",
     r"hf .*|python -c import datasets.*": "needs a network; its options are checked",
     r"\.venv-vllm/bin/resa-lens .*": "vllm has an environment of its own; parsed (recorded tests)",
     r"(resa-lens|streamlit run) app.*": "serves until stopped; the browser tests walk it",
@@ -78,7 +103,7 @@ the patterns that match a command the first counts.  Everything else runs as it 
 
 @cache
 def tokens(document: str) -> tuple[Token, ...]:
-    return tuple(MarkdownIt().enable("table").parse((ROOT / document).read_text()))
+    return tuple(MarkdownIt().enable("table").parse(text_of(document)))
 
 
 def inline(document: str) -> Iterator[Token]:
@@ -171,7 +196,9 @@ def check_other(command: tuple[str, ...]) -> None:
     elif program == "bash":
         assert (ROOT / command[1]).is_file(), command
     else:
-        assert program in ("pip", "ruff", "pyright", "source", "streamlit", "git"), command
+        assert program in ("pip", "ruff", "pyright", "mkdocs", "source", "streamlit", "git"), (
+            command
+        )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -221,7 +248,7 @@ def anchors(document: str) -> set[str]:
     return {slug(after.content) for token, after in pairwise(rows) if token.type == "heading_open"}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", WRITTEN)
 def test_every_link_and_image_exists(document: str) -> None:
     for token in inline(document):
         target = str(token.attrs.get("href") or token.attrs.get("src") or "")
@@ -238,7 +265,7 @@ def test_every_link_and_image_exists(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_document_holds_a_machines_path(document: str) -> None:
-    text = (ROOT / document).read_text()
+    text = text_of(document)
     assert not re.findall(r"(?<![\w.~*])/(?:work|home|root|tmp|mnt|opt|srv|Users)/\S*", text)
 
 
@@ -248,7 +275,7 @@ def test_the_index_names_every_document() -> None:
         for t in inline("docs/index.md")
         if t.type == "link_open"
     }
-    assert named == set(DOCUMENTS) - {"README.md", "docs/index.md"}
+    assert named == set(WRITTEN) - {"README.md", "docs/index.md"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -264,19 +291,96 @@ def test_files_that_are_named_exist(document: str) -> None:
 # Made from the code, or held to it
 
 
-def test_the_references_are_not_stale() -> None:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules["make_reference"] = made
-    spec.loader.exec_module(made)
-    assert made.stale() == [], "run: python docs/make_reference.py"
-    modules = re.findall(r"^### resa_lens\.(\S+)", made.api(), re.MULTILINE)
-    assert sorted(modules) == sorted(made.all_modules())
-    assert set(re.findall(r"^### resa-lens (\S+)", made.commands(), re.MULTILINE)) == set(COMMANDS)
-    assert made.main(["--check"]) == 0
-    assert made.main(["--no-such"]) == 2
+def test_the_reference_leaves_nothing_out() -> None:
+    directives = re.findall(r"^::: resa_lens\.(\S+)", "\n".join(GENERATED.values()), re.MULTILINE)
+    assert len(set(directives)) == len(directives), "one page for each name"
+    front = {f"session.{file.stem}" for file in (ROOT / "resa_lens/session").glob("[a-z]*.py")}
+    assert set(directives) == {*REFERENCE.all_modules(), *front}
+    sections = re.findall(r"^### resa-lens (\S+)", GENERATED["docs/commands.md"], re.MULTILINE)
+    assert set(sections) == set(COMMANDS)
+
+
+def test_the_reference_is_written_into_a_folder(tmp_path: Path) -> None:
+    assert REFERENCE.main([str(tmp_path)]) == 0
+    files = {f"docs/{p.relative_to(tmp_path)}" for p in tmp_path.rglob("*.md")}
+    assert files == set(GENERATED)
+    assert REFERENCE.main([]) == REFERENCE.main(["--check"]) == 2
+
+
+def public(tree: ast.AST, name: str) -> Iterator[tuple[str, str | None]]:
+    """(name, docstring) of a module's public functions and classes, and of their methods."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield f"{name}.{node.name}", ast.get_docstring(node)
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{name}.{node.name}")
+
+
+def test_every_public_name_has_a_docstring_that_ends() -> None:
+    bad = []
+    for file in sorted((ROOT / "resa_lens").rglob("*.py")):
+        where = str(file.relative_to(ROOT / "resa_lens"))
+        if where.startswith("_data"):
+            continue
+        for name, told in public(ast.parse(file.read_text()), where):
+            first = (told or "").partition("\n\n")[0].strip()
+            if first[-1:] not in (".", "?", ":"):
+                bad.append(name)
+    assert bad == []
+
+
+def test_the_glossary_has_each_term_once_in_order_of_its_sections() -> None:
+    text = text_of("docs/glossary.md")
+    entries = re.findall(r"^\*\*([^*]+)\*\*", text, re.MULTILINE)
+    terms = [term.strip().lower() for entry in entries for term in entry.split(",")]
+    assert len(set(terms)) == len(terms)
+    known = {
+        "hook point", "site", "sae", "latent", "w_enc", "d_in", "k", "fvu", "l0", "rule",
+        "exclusive feature", "mixture", "verdict", "selector", "recommendation", "control",
+        "artifact", "identity", "recipe",
+    }  # fmt: skip
+    assert known <= set(terms)
+    # Italics refer to an entry.
+    for reference in re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", text):
+        assert any(term.startswith(reference.lower().rstrip("s")) for term in terms), reference
+
+
+def test_the_glossary_names_what_the_code_has() -> None:
+    from resa_lens.artifacts.artifact import KINDS
+    from resa_lens.features.exclusive import RULES
+    from resa_lens.features.falsify import VERDICTS
+    from resa_lens.layers import FLAT, SUPPORTED, WEAK
+    from resa_lens.layers.selectors import SELECTORS
+    from resa_lens.models.hookpoints import SITES
+    from resa_lens.texts.prompts import PHASES
+
+    text = text_of("docs/glossary.md")
+    for name in (*SITES, *RULES, *SELECTORS, *VERDICTS, *PHASES, FLAT, SUPPORTED, WEAK):
+        assert f"`{name}`" in text, name
+    assert "counts" in KINDS
+
+
+# The site
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_without_a_network(tmp_path: Path) -> None:
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install -c constraints.txt -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in ("index.html", "tutorial/index.html", "glossary/index.html", "commands/index.html"):
+        assert (tmp_path / page).is_file()
+    text = (tmp_path / "api/index.html").read_text()
+    for name in ("lab.Lab.tune", "lab.open_lab", "plain.load_sae", "scores.Tuned.table"):
+        assert f'id="resa_lens.session.{name}"' in text
+    # Nothing is fetched by a reader's browser but links that a person follows.
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', text)
 
 
 def table_under(heading: str) -> list[list[str]]:
@@ -292,15 +396,16 @@ def table_under(heading: str) -> list[list[str]]:
 
 
 def test_tables_of_columns_agree_with_the_code() -> None:
+    from resa_lens.artifacts import feature_tables as feature_files
+    from resa_lens.artifacts.kinds.matches import MATCH_SCHEMA
     from resa_lens.evals.run import SAMPLE_SCHEMA
-    from resa_lens.pipeline import feature_files, matching
 
     for file, schema in (
         ("features.parquet", feature_files.FEATURE_SCHEMA),
         ("examples.parquet", feature_files.EXAMPLE_SCHEMA),
         ("documents.parquet", feature_files.DOCUMENT_SCHEMA),
         ("scores.parquet", feature_files.SCORE_SCHEMA),
-        ("matches.parquet", matching.SCHEMA),
+        ("matches.parquet", MATCH_SCHEMA),
         ("samples.parquet", SAMPLE_SCHEMA),
     ):
         told = [(row[0], row[1]) for row in table_under(file)]
@@ -309,7 +414,9 @@ def test_tables_of_columns_agree_with_the_code() -> None:
 
 
 def test_the_manifests_fields_agree_with_the_code() -> None:
-    from resa_lens.workspace import KINDS, SCHEMA_VERSION, Manifest
+    from resa_lens.artifacts.artifact import KINDS
+    from resa_lens.artifacts.manifest import SCHEMA_VERSION, Manifest
+    from resa_lens.artifacts.workspace import Workspace  # noqa: F401 - knows the kinds
 
     rows = table_under("manifest.json")
     assert [row[0] for row in rows] == list(Manifest.model_fields)
@@ -438,12 +545,34 @@ def follow(reader: Reader, document: str) -> list[str]:
     return lines
 
 
+def follow_python(reader: Reader) -> None:
+    """The tutorial's Python finds what its commands left: no artifact is new."""
+    (code,) = (t.content for t in tokens("docs/tutorial.md") if t.info == "python session")
+    for whole, less in (
+        ("tokens=200_000", "tokens=4096"),
+        ("learning_rate=1e-4", "learning_rate=1e-4, steps=2, limit=16"),
+    ):
+        assert whole in code
+        code = code.replace(whole, less)
+    before = set(reader.workspace.rglob("manifest.json"))
+    env = {k: v for k, v in os.environ.items() if k != "RESA_LENS_WORKSPACE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=reader.folder, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "SAE, layer" in done.stdout
+    assert set(reader.workspace.rglob("manifest.json")) == before
+
+
 @pytest.mark.slow
 def test_the_tutorial_and_the_examples_of_the_commands_run(reader: Reader) -> None:
     """The examples follow in the tutorial's workspace, as with a reader who tries them after it."""
     assert len(follow(reader, "docs/tutorial.md")) >= 12
+    follow_python(reader)
     assert len(follow(reader, "docs/commands.md")) >= 20
-    assert "adapters/" in reader.run(["runs"])
+    kinds = {row["kind"] for row in json.loads(reader.run(["runs", "--json"]))["runs"]}
+    assert {"eval", "saes", "adapter"} <= {kind.partition(",")[0] for kind in kinds}, kinds
 
 
 @pytest.mark.slow
@@ -451,6 +580,42 @@ def test_the_guide_for_r1_distill_runs_on_a_small_hub(reader: Reader) -> None:
     fill_hub(reader.folder / "huggingface")
     done = follow(reader, "docs/how-to-r1-distill.md")
     assert sum("eval" in line and "aime24" in line for line in done) == 2
+
+
+def session_of_the_readme() -> str:
+    (code,) = (t.content for t in tokens("README.md") if t.info == "python session")
+    return code
+
+
+def test_the_readmes_session_is_ten_lines_and_one_import() -> None:
+    lines = [line for line in session_of_the_readme().splitlines() if line.strip()]
+    assert len(lines) == 10
+    assert sum(line.startswith(("import ", "from ")) for line in lines) == 1
+
+
+@pytest.mark.slow
+def test_the_readmes_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With less data and fewer steps; the output that the README shows has the same parts."""
+    monkeypatch.chdir(tmp_path)
+    code = session_of_the_readme()
+    for whole, less in (
+        ('layers="1-10"', 'layers="1-10", latents=256, tokens=4096'),
+        ("learning_rate=1e-4", "learning_rate=1e-4, steps=2, limit=16"),
+    ):
+        assert whole in code
+        code = code.replace(whole, less)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = next(t.content for t in tokens("README.md") if t.info == "text session")
+    for part in (
+        "Exclusive features of tiny-reasoner",
+        "Tune layer",
+        "Verdict:",
+        "answers changed",
+    ):
+        assert part in shown
+        assert part in done.stdout
+    assert (tmp_path / "runs" / "adapters").is_dir()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

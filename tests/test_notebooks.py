@@ -175,50 +175,57 @@ def test_the_readme_names_every_notebook_and_no_other():
 # 01
 
 
-def check_quick_start(found: dict[str, Any], workspace: Path) -> None:
-    """Against what lies in the workspace."""
-    # The host computes what transformers computes (notes on hosting: 0.0, sdpa 2.4e-7).
-    assert found["host_difference"] < 1e-5
-    trained = manifest_of(workspace / found["saes"])["results"]["layers"]
-    assert {int(k): v for k, v in found["fvu"].items()} == {q["layer"]: q["fvu"] for q in trained}
-    made = manifest_of(one(f.parent for f in workspace.glob("counts/*/*/manifest.json")))
-    rows = made["results"]["layers"]
-    assert made["parents"] == [found["saes"]]
+IMPORT = re.compile(r"(?m)^(import|from) ")
+
+
+def test_quick_start_needs_one_import_beside_json():
+    code = [c.source for c in nbformat.read(QUICK, as_version=4).cells if c.cell_type == "code"]
+    assert sum(len(IMPORT.findall(cell)) for cell in code) <= 3
+    assert not any(IMPORT.search(cell) for cell in code[1:])
+
+
+def check_quick_start(found: dict[str, Any], place: Path) -> None:
+    """Against what lies in the workspace, read without the front door."""
+    saes, counts = manifest_of(place / found["saes"]), manifest_of(place / found["counts"])
+    assert saes["results"]["tokens"] == 16_384
+    assert {int(k): v for k, v in found["fvu"].items()} == {
+        row["layer"]: row["fvu"] for row in saes["results"]["layers"]
+    }
+    rows = counts["results"]["layers"]
+    assert counts["parents"] == [found["saes"]]
     assert found["totals"] == {rule: sum(row[rule] for row in rows) for rule in RULES}
-    kept = one(workspace.glob("recommendations/*/*/recommendation.json"))
-    assert found["recommended"] == json.loads(kept.read_text())["recommended"]
-    # Greedy: alone, or among 64, the model answers alike.
-    name = found["question"]["id"]
-    files = list(workspace.glob("evals/*/samples.parquet"))
-    answers = [row for file in files for row in pq.read_table(file).to_pylist()]
-    assert found["question"]["generated"] in [a["generation"] for a in answers if a["id"] == name]
+    kept = json.loads((place / found["recommendation"] / "recommendation.json").read_text())
+    assert found["recommended"] == kept["recommended"]
+    assert found["verdicts"]["all"] == kept["verdict"]
+    base, *others = (pq.read_table(place / name / "samples.parquet") for name in found["evals"])
+    right = np.array(base["correct"], dtype=float)
+    assert found["score"]["accuracy"] == right.mean()
+    assert found["score"]["n"] == len(right) == 64
+    for table, difference in zip(others, found["differences"], strict=True):
+        assert table["id"].to_pylist() == base["id"].to_pylist()
+        assert difference == pytest.approx((np.array(table["correct"], dtype=float) - right).mean())
+    tuned, noise = (manifest_of(place / name) for name in found["adapters"])
+    assert (tuned["config"].get("control"), noise["config"]["control"]) == (None, "noise")
+    assert tuned["config"]["layer"] == noise["config"]["layer"] == found["recommended"][0]
+    assert tuned["parents"][0] == found["saes"]
 
 
 @pytest.mark.slow
-def test_quick_start_reads_what_is_there(demo, execute):
-    before = state(demo.workspace)
-    executed = execute(QUICK, demo.workspace)
-    assert state(demo.workspace) == before
-    found = values(executed)
-    check_quick_start(found, demo.workspace)
-    assert found["verdicts"] == demo.result["verdicts"]
-    assert found["recommended"] == demo.result["recommendation"]["recommended"]
-    assert found["selector"] == demo.result["recommendation"]["selector"]
-    assert found["score"] == demo.result["tune"]["base"]
-    assert drawn(executed) == 6
-    assert quiet(executed)
-
-
-@pytest.mark.slow
-def test_quick_start_makes_what_is_missing(tmp_path, execute):
+def test_quick_start_makes_what_is_missing_and_then_reads_it(tmp_path, execute):
     place = tmp_path / "new"
     executed = execute(QUICK, place)
     found = values(executed)
     check_quick_start(found, place)
     assert f"workspace: {place}" in said(executed)
-    assert manifest_of(place / found["saes"])["results"]["tokens"] == 16_384
-    assert sorted(p.name for p in place.iterdir()) == ["counts", "evals", "recommendations", "saes"]
+    folders = ["adapters", "counts", "evals", "recommendations", "saes"]
+    assert sorted(p.name for p in place.iterdir()) == folders
     assert drawn(executed) == 6
+    assert quiet(executed)
+    before = state(place)
+    assert values(execute(QUICK, place)) == found
+    # The adapter's card is written anew, with the same text.
+    changed = {name for name, time in state(place).items() if before.get(name) != time}
+    assert {Path(name).name for name in changed} <= {"README.md"}
 
 
 # 02
@@ -347,7 +354,7 @@ def test_anatomy_of_a_counted_feature(written, execute):
 def test_anatomy_where_nothing_is_counted(written, execute):
     """The strict rule counts nothing on the bundled model; no other takes its place."""
     few = "EvalConfig(limit=8)"
-    executed = execute(ANATOMY, written, considered='("all",)', asked=few)
+    executed = execute(ANATOMY, written, considered='("all",)', questions=few)
     found = values(executed)
     check_anatomy(found, written)
     assert found["totals"]["all"] == 0
@@ -384,6 +391,8 @@ def test_tuning_and_its_controls(demo, written, execute):
         largest = max(np.abs(value).max() for key, value in weights.items() if "lora_B" in key)
         assert found["largest_b"][name] == pytest.approx(float(largest))
         assert (largest == 0) == (name == "identity")
+    # An adapter of zeros is the base model.
+    assert found["changed"]["identity"] == 0
     check_sweeps(found)
     assert drawn(executed) == 5
     assert quiet(executed)

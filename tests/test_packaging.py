@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from resa_lens.errors import BadInputError
 from resa_lens.resources import app_script, data_path
@@ -146,7 +149,7 @@ def test_the_installed_package_fits_the_mixture_of_its_own_table(installed, tmp_
 @pytest.mark.slow
 def test_the_installed_package_runs_its_bundled_model(installed, tmp_path):
     code = (
-        "import torch; from resa_lens.models import load_model;"
+        "import torch; from resa_lens.models.host import load_model;"
         "model = load_model('tiny-reasoner');"
         "ids = torch.tensor([model.tokenizer('Problem: What is 1+2? <think>')['input_ids']]);"
         "print(model.folder, bool(torch.isfinite(model.bridge(ids)).all()))"
@@ -161,3 +164,85 @@ def test_the_console_script_is_installed(installed, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(installed)}
     help_text = run(str(installed / "bin" / "resa-lens"), "--help", cwd=tmp_path, env=env)
     assert "fit-mixture" in help_text
+
+
+# Requirements with hashes
+
+
+def pins(name: str) -> dict[str, str]:
+    """{package: version} of constraints.txt or requirements.txt."""
+    lines = (line.split() for line in (ROOT / name).read_text().splitlines())
+    pairs = [words[0].split("==") for words in lines if words and "==" in words[0]]
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pairs}
+
+
+def test_requirements_are_the_constraints_with_hashes():
+    """Every package that resa-lens[dev] takes is pinned in both, and names no place."""
+    assert pins("requirements.txt") == pins("constraints.txt")
+    text = (ROOT / "requirements.txt").read_text()
+    assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)) == len(
+        pins("requirements.txt")
+    )
+    for name in ("requirements.txt", "constraints.txt"):
+        assert not re.search(r"://|--(extra-)?index|find-links", (ROOT / name).read_text())
+
+
+def test_every_package_that_is_needed_is_pinned():
+    """From resa-lens[dev] down, by what the installed packages say that they need."""
+    tested, seen = pins("constraints.txt"), set()
+    waiting = [("resa-lens", extra) for extra in ("", "dev", "app", "notebooks")]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            needed = [Requirement(text) for text in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        for one in needed:
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                child = re.sub(r"[-_.]+", "-", one.name).lower()
+                waiting += [(child, e) for e in ("", *one.extras)]
+    names = {name for name, _ in seen} - {"resa-lens"}
+    assert len(names) > 100
+    assert not names - set(tested)
+
+
+def test_requirements_are_written_from_pips_report():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("r", ROOT / "benchmarks" / "requirements.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def item(name, version, **info):
+        return {"metadata": {"name": name, "version": version}, "download_info": info}
+
+    hashed = {"url": "https://host/file", "archive_info": {"hashes": {"sha256": "a" * 64}}}
+    packages = (
+        item("resa-lens", "0.1.0", url="file:///x", dir_info={}),
+        item("Torch_x", "2+cpu", **hashed), item("b", "1", **hashed),
+    )  # fmt: skip
+    text = script.requirements({"install": packages})
+    assert text.endswith(
+        f"b==1 \\\n    --hash=sha256:{'a' * 64}\ntorch-x==2 \\\n    --hash=sha256:{'a' * 64}\n"
+    )
+    assert "host" not in text
+    assert "resa-lens==" not in text
+    with pytest.raises(ValueError, match="c 1 has no SHA-256"):
+        script.requirements({"install": [item("c", "1", url="https://host/file")]})
+    with pytest.raises(ValueError, match="torch"):
+        script.requirements({"install": [item("torch", "1", url="u", archive_info={})]})
+
+
+def test_licences_are_listed_by_a_command():
+    listed = run(sys.executable, "benchmarks/requirements.py", "--licences", cwd=ROOT).splitlines()
+    rows = {line.split()[0].lower(): line.split(maxsplit=2)[2] for line in listed}
+    assert rows["torch"].startswith("BSD") or "BSD" in rows["torch"]
+    assert "Apache" in rows["transformers"]
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    assert set(rows) == installed
+    assert sum(licence == "not stated" for licence in rows.values()) <= 3

@@ -9,9 +9,10 @@ import subprocess
 import pyarrow.parquet as pq
 import pytest
 
-from resa_lens.model_files import resolve_base
+from resa_lens.artifacts.artifact import KINDS
+from resa_lens.artifacts.workspace import Workspace
+from resa_lens.models.files import resolve_base
 from resa_lens.resources import data_path
-from resa_lens.workspace import KINDS, Workspace
 
 SHIPPED = data_path("workspace")
 SCRIPT = data_path("make_workspace.sh")
@@ -19,7 +20,10 @@ SCRIPT = data_path("make_workspace.sh")
 
 @pytest.fixture(scope="module")
 def artifacts():
-    return Workspace(SHIPPED, recover=False).find("")
+    problems: list[str] = []
+    listed = Workspace(SHIPPED).artifacts(problems=problems)
+    assert problems == []
+    return [(artifact.path, artifact.manifest) for artifact in listed]
 
 
 def test_it_holds_every_stage_of_one_model(artifacts):

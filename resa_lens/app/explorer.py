@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 
 import streamlit as st
 
 from resa_lens.app import data, links, places, widgets
-from resa_lens.app.data import Listing
-from resa_lens.app.links import FEATURES, LAB, LAYERS, OVERVIEW, SCORES
+from resa_lens.app.links import OVERVIEW, PAGES
+from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
-
-PAGES: dict[str, tuple[str, str]] = {
-    OVERVIEW: ("Overview", ":material/account_tree:"),
-    LAYERS: ("Layers", ":material/layers:"),
-    FEATURES: ("Features", ":material/grid_view:"),
-    LAB: ("Prompt lab", ":material/science:"),
-    SCORES: ("Scores", ":material/query_stats:"),
-}
-"""Title and icon by path; the page is `show(listing)` of the module `<path>_page`."""
 
 # Without one of ours the browser would fetch the page's icon from a server on the internet.
 _ICON = (
@@ -49,7 +41,7 @@ def main(first: str = OVERVIEW) -> None:
 def _pages(listing: Listing, first: str) -> None:
     with st.sidebar:
         # Bound to the address, as all that a view depends on: a link opens the same view again.
-        st.toggle("Count layers from 1", key="one_based", **links.BOUND)
+        st.toggle("Count layers from 1", **links.bound("one_based"))
         st.radio(
             "The camera above a figure saves it as",
             ("PNG", "SVG"),
@@ -59,7 +51,11 @@ def _pages(listing: Listing, first: str) -> None:
         )
     pages = {
         path: st.Page(
-            _page(path, listing), title=title, icon=icon, url_path=path, default=path == first
+            partial(_show, path, listing),
+            title=title,
+            icon=icon,
+            url_path=path,
+            default=path == first,
         )
         for path, (title, icon) in PAGES.items()
     }
@@ -67,14 +63,11 @@ def _pages(listing: Listing, first: str) -> None:
     st.navigation(list(pages.values())).run()
 
 
-def _page(path: str, listing: Listing) -> Callable[[], None]:
-    def show() -> None:
-        # Only the page that is shown is imported: the first one opens sooner.
-        page = import_module(f"resa_lens.app.{path}_page")
-        st.title(PAGES[path][0], anchor=False)
-        page.show(listing)
-
-    return show
+def _show(path: str, listing: Listing) -> None:
+    """Draw a page; only the one that is shown is imported: the first one opens sooner."""
+    page = import_module(f"resa_lens.app.{path}.page")
+    st.title(PAGES[path][0], anchor=False)
+    page.show(listing)
 
 
 @contextmanager
@@ -88,24 +81,18 @@ def _said() -> Iterator[None]:
         yield
     except BadInputError as error:
         widgets.problem(str(error))
-    except OSError as error:
-        if error.filename is None:
-            _report()
-            raise
-        widgets.problem(
-            f"{error.filename} cannot be read: {error.strerror}. A run may be writing there, or it "
-            "was removed; reload the page."
-        )
-    except Exception:
-        _report()
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            widgets.problem(
+                f"{error.filename} cannot be read: {error.strerror}. A run may be writing there, "
+                "or it was removed; reload the page."
+            )
+            return
+        with st.container(border=True):
+            st.badge("an error of resa-lens", icon=":material/bug_report:", color="red")
+            st.text(
+                "The rest of this page cannot be drawn. The terminal in which the app runs has the "
+                "details; please report them with the address of this page and what `resa-lens "
+                "doctor` prints."
+            )
         raise
-
-
-def _report() -> None:
-    with st.container(border=True):
-        st.badge("an error of resa-lens", icon=":material/bug_report:", color="red")
-        st.text(
-            "The rest of this page cannot be drawn. The terminal in which the app runs has the "
-            "details; please report them with the address of this page and what `resa-lens "
-            "doctor` prints."
-        )

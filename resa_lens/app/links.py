@@ -8,9 +8,14 @@ from typing import Any
 import streamlit as st
 
 OVERVIEW, LAYERS, FEATURES, LAB, SCORES = "overview", "layers", "features", "lab", "scores"
-
-BOUND: dict[str, Any] = {"bind": "query-params", "persist_state": "session"}
-"""Of a widget with a key: its value stands in the address, and stays when the page is left."""
+PAGES: dict[str, tuple[str, str]] = {
+    OVERVIEW: ("Overview", ":material/account_tree:"),
+    LAYERS: ("Layers", ":material/layers:"),
+    FEATURES: ("Features", ":material/grid_view:"),
+    LAB: ("Prompt lab", ":material/science:"),
+    SCORES: ("Scores", ":material/query_stats:"),
+}
+"""Title and icon by path; the page is `show(listing)` of the module `resa_lens.app.<path>.page`."""
 
 _REGISTERED = "registered-pages"
 
@@ -20,28 +25,30 @@ def register(pages: Mapping[str, Any]) -> None:
     st.session_state[_REGISTERED] = dict(pages)
 
 
-def to(page: str, label: str, *, icon: str | None = None, **parameters: str | int) -> None:
+def to(page: str, label: str = "", *, icon: str | None = None, **parameters: str | int) -> None:
     """Draw a link to a page of the app.
 
     Args:
         page: its path, for example `FEATURES`.
-        label: what is shown.
-        icon: beside it.
+        label: what is shown; the page's title by default.
+        icon: beside it; the page's by default, none for "".
         parameters: the address' query: keys of the page's bound widgets.
     """
-    held = {key: str(value) for key, value in {**_kept(), **parameters}.items()}
-    st.page_link(st.session_state[_REGISTERED][page], label=label, icon=icon, query_params=held)
+    query = {key: str(value) for key, value in {**common(), **parameters}.items()}
+    title, own = PAGES[page]
+    icon = own if icon is None else icon or None
+    target = st.session_state[_REGISTERED][page]
+    st.page_link(target, label=label or title, icon=icon, query_params=query)
 
 
-def go(page: str, **parameters: str | int) -> None:
-    """Open a page of the app now."""
-    held = {key: str(value) for key, value in {**_kept(), **parameters}.items()}
-    st.switch_page(st.session_state[_REGISTERED][page], query_params=held)
-
-
-def _kept() -> dict[str, str]:
-    """What every page of the app understands: the workspace and the numbering."""
+def common() -> dict[str, str]:
+    """Return what every page of the app understands: the workspace and the numbering."""
     return {key: st.query_params[key] for key in ("place", "one_based") if key in st.query_params}
+
+
+def bound(key: str) -> dict[str, Any]:
+    """Return a widget's key, so that its value stands in the address and outlives its page."""
+    return {"key": key, "bind": "query-params", "persist_state": "session"}
 
 
 def one_based() -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from resa_lens.prompts import PHASES
+from resa_lens.texts.prompts import PHASES
 
 _WARM, _COLD = "230, 120, 0", "0, 114, 178"
 """Orange and blue: on white and on black, and told apart by colour-blind readers."""
@@ -53,20 +53,16 @@ def coloured(
     top = most or max([0.0, *values]) or 1.0
     parts = []
     for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        styles = []
+        style, note = "", f"{visible(token)}: {value:.3g}"
         if value > 0:
-            styles.append(f"background:{_shade(_WARM, value / top)}")
-        said = f"{value:.3g}"
+            style = f"background:{_shade(_WARM, value / top)};"
         if phases:
-            name = phases[place]
-            styles.append(f"border-bottom:3px {_PATTERNS[name]} {_LINES[name]}")
-            said += f", {name}"
+            style += _line(phases[place])
+            note += f", {phases[place]}"
         framed = ' class="peak"' if place == peak else ""
-        parts.append(
-            f'<span{framed} title="{html.escape(f"{visible(token)}: {said}", quote=True)}" '
-            f'style="{";".join(styles)}">{_text(token)}</span>'
-        )
-    return f'{STYLE}<div class="tokens">{"".join(parts)}</div>'
+        title = html.escape(note, quote=True)
+        parts.append(f'<span{framed} title="{title}" style="{style}">{_text(token)}</span>')
+    return _block("", parts)
 
 
 def show(tokens: Sequence[str], values: Sequence[float], **how: object) -> None:
@@ -88,16 +84,20 @@ def chips(tokens: Sequence[str], values: Sequence[float]) -> str:
         f'{html.escape(visible(token), quote=True)} <span class="said">{value:.2f}</span></span>'
         for token, value in zip(tokens, values, strict=True)
     ]
-    return f'{STYLE}<div class="tokens">{" ".join(parts)}</div>'
+    return _block(" ", parts)
 
 
 def legend() -> None:
     """Say what the lines under the tokens mean."""
-    parts = [
-        f'<span style="border-bottom:3px {_PATTERNS[name]} {_LINES[name]}">{name}</span>'
-        for name in PHASES
-    ]
-    st.html(f'{STYLE}<div class="tokens">{" · ".join(parts)}</div>')
+    st.html(_block(" · ", [f'<span style="{_line(name)}">{name}</span>' for name in PHASES]))
+
+
+def _block(between: str, parts: Sequence[str]) -> str:
+    return f'{STYLE}<div class="tokens">{between.join(parts)}</div>'
+
+
+def _line(phase: str) -> str:
+    return f"border-bottom:3px {_PATTERNS[phase]} {_LINES[phase]}"
 
 
 def visible(token: str) -> str:
@@ -131,10 +131,7 @@ def _shade(colour: str, share: float) -> str:
 def _text(token: str) -> str:
     """A token as it stands; what cannot be seen is marked, and a line's end is kept."""
     parts = []
-    for character in token:
-        if name := _name(character):
-            kept = character if character in "\n\t" else ""
-            parts.append(f'<span class="mark">{name}</span>{kept}')
-        else:
-            parts.append(html.escape(character, quote=True))
+    for c in token:
+        mark = f'<span class="mark">{name}</span>' if (name := _name(c)) else ""
+        parts.append(mark + (html.escape(c, quote=True) if not mark or c in "\n\t" else ""))
     return "".join(parts)

@@ -6,16 +6,25 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import mimetypes
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
+from resa_lens.errors import BadInputError
+
+Given = ParamSpec("Given")
+Value = TypeVar("Value")
 _ROW, _HIGHEST = 36, 430  # pixels of a row and of a whole table
 _SHOWN = 3
 """Problems that stand in full on a page."""
+_FORMATS = {r"density": "%.4g", r"%|points|MB": "%.2f", r"seconds": "%.1f", r"": "%.4g"}
+"""Of columns with fractions, by what their names hold: the first that fits."""
 
 
 def problem(text: str, command: str | None = None) -> None:
@@ -24,11 +33,28 @@ def problem(text: str, command: str | None = None) -> None:
         st.badge("this cannot be shown", icon=":material/error:", color="orange")
         st.text(text)
         if command:
-            st.code(command, language="bash", wrap_lines=True)
+            shell(command)
+
+
+def shell(*commands: str) -> None:
+    """Show commands to be copied to a shell, each in a box of its own."""
+    for command in commands:
+        st.code(command, language="bash", wrap_lines=True)
+
+
+def missing(text: str, command: str) -> None:
+    """Say that something was not measured, and by which command it is."""
+    st.text(text)
+    shell(command)
+
+
+def verbatim(text: str) -> None:
+    """Show a text that can be copied, as it is."""
+    st.code(text, language=None, wrap_lines=True)
 
 
 def problems(texts: Sequence[str]) -> None:
-    """Several problems: a few in full, the rest folded, so that the page stays in sight."""
+    """Show several problems: a few in full, the rest folded, so that the page stays in sight."""
     for text in texts[:_SHOWN]:
         problem(text)
     if rest := texts[_SHOWN:]:
@@ -36,25 +62,43 @@ def problems(texts: Sequence[str]) -> None:
             st.text("\n".join(rest))
 
 
+@contextmanager
+def part(title: str = "") -> Iterator[None]:
+    """Draw a part of a page: what cannot be read is said in its place, and the others stand."""
+    if title:
+        st.subheader(title, anchor=False)
+    try:
+        yield
+    except BadInputError as error:
+        problem(str(error))
+
+
+def readable(read: Callable[Given, Value], *args: Given.args, **how: Given.kwargs) -> Value | None:
+    """Return what a function reads; what cannot be read is said in its place, and None."""
+    with part():
+        return read(*args, **how)
+    return None
+
+
 def figure(
-    made: go.Figure,
+    drawing: go.Figure,
     key: str,
     *,
     select: bool | Callable[[], None] = False,
     alt: str | None = None,
 ) -> Any:
-    """A figure in the theme's colours, light or dark, that can be saved.
+    """Draw a figure in the theme's colours, light or dark, that can be saved.
 
     PNG or SVG by the camera above the figure, as chosen in the side bar; HTML by a button below.
 
     Args:
-        made: the figure.
+        drawing: the figure.
         key: of the widget, and the name of the files.
         select: whether a click on a point runs the page again, or what it calls before that; the
             selection comes back.
         alt: what a screen reader says; the figure's title by default.
     """
-    title = getattr(made.layout.title, "text", None)
+    layout: Any = drawing.layout
     config = {
         "displaylogo": False,
         "responsive": True,
@@ -64,56 +108,110 @@ def figure(
             "scale": 2,
         },
     }
-    drawn = st.plotly_chart(
-        made,
+    selection = st.plotly_chart(
+        drawing,
         theme="streamlit",
         config=config,
         key=key,
         on_select=select if callable(select) else "rerun" if select else "ignore",
         selection_mode="points",
-        alt=alt or title,
+        alt=alt or layout.title.text,
     )
-    st.download_button(
+    # Made when it is asked for: a page of its own carries the whole library.
+    download(
         "HTML",
-        # Made when it is asked for: a page of its own carries the whole library.
-        lambda: made.to_html(include_plotlyjs=True),
-        file_name=f"{key}.html",
-        mime="text/html",
-        icon=":material/download:",
-        type="tertiary",
-        on_click="ignore",
+        lambda: drawing.to_html(include_plotlyjs=True),
+        f"{key}.html",
         key=f"html-{key}",
         help="The figure as a page that needs nothing else",
     )
-    return drawn
+    return selection
 
 
-def frame(held: pd.DataFrame, name: str, formats: Mapping[str, str], **how: Any) -> Any:
-    """A table and its download as CSV; a selection comes back where one is asked for.
+def download(label: str, make: Callable[[], str | bytes], name: str, **how: Any) -> None:
+    """Draw a button that downloads a file, made when it is asked for.
 
     Args:
-        held: the rows.
-        name: of the downloaded file.
-        formats: printf formats of number columns.
-        how: further arguments of `st.dataframe`.
+        label: of the button.
+        make: returns what the file holds.
+        name: of the file.
+        how: the key, and further arguments of `st.download_button`.
     """
-    columns = {column: st.column_config.NumberColumn(format=f) for column, f in formats.items()}
-    columns |= how.pop("column_config", {})
-    how.setdefault("height", min(_ROW * (len(held) + 1) + 2, _HIGHEST))
-    drawn = st.dataframe(held, hide_index=True, column_config=columns, **how)
     st.download_button(
-        "Download as CSV",
-        lambda: held.to_csv(index=False),
-        file_name=f"{name}.csv",
-        mime="text/csv",
+        label,
+        make,
+        file_name=name,
+        mime=mimetypes.guess_type(name)[0],
         icon=":material/download:",
         type="tertiary",
         on_click="ignore",
-        key=f"download-{name}",
+        **how,
     )
-    return drawn
 
 
-def table(rows: Sequence[Mapping[str, object]], name: str, formats: Mapping[str, str]) -> None:
-    """A small table, one mapping a row, all with the same columns; see `frame`."""
-    frame(pd.DataFrame(list(rows)), name, formats)
+def table(
+    rows: pd.DataFrame | Sequence[Mapping[str, object]],
+    name: str,
+    folded: str | None = None,
+    **how: Any,
+) -> Any:
+    """Draw a table and its download as CSV; a selection comes back where one is asked for.
+
+    Args:
+        rows: of the table; numbers are shown in the format of their column's name.
+        name: of the downloaded file.
+        folded: title of the fold that it stands in; in sight by default.
+        how: further arguments of `st.dataframe`.
+    """
+    frame, columns = pd.DataFrame(rows), {}
+    for column, values in frame.select_dtypes("floating").items():
+        if (values.dropna() % 1 != 0).any():
+            form = next(f for part, f in _FORMATS.items() if re.search(part, str(column)))
+            columns[str(column)] = st.column_config.NumberColumn(format=form)
+    columns |= how.pop("column_config", {})
+    how.setdefault("height", min(_ROW * (len(frame) + 1) + 2, _HIGHEST))
+    with st.expander(folded) if folded else nullcontext():
+        selection = st.dataframe(frame, hide_index=True, column_config=columns, **how)
+        download(
+            "Download as CSV",
+            lambda: frame.to_csv(index=False),
+            f"{name}.csv",
+            key=f"download-{name}",
+        )
+    return selection
+
+
+def share_columns(
+    name: str,
+    unit: str,
+    value: float | None,
+    ci: tuple[float | None, float | None] | None,
+    *,
+    ends: str = "",
+    scale: float = 100,
+) -> dict[str, float | None]:
+    """Return a share and its interval as three columns of a table, in percent or points.
+
+    Args:
+        name: of the value's column.
+        unit: behind each column's name.
+        value: the share; None where it is unknown.
+        ci: its interval, None where it is unknown.
+        ends: before "low" and "high" in the names of the interval's columns.
+        scale: of the unit.
+    """
+    names = (f"{name}, {unit}", f"{ends}low, {unit}", f"{ends}high, {unit}")
+    parts = zip(names, (value, *(ci or (None, None))), strict=True)
+    return {column: None if part is None else scale * part for column, part in parts}
+
+
+def layer_columns(layer: int | None) -> dict[str, int | None]:
+    """Return a layer as columns of a table, in either numbering."""
+    return {"layer": layer, "layer_1_indexed": None if layer is None else layer + 1}
+
+
+def apart(*sections: Callable[[], object]) -> None:
+    """Draw sections, each in a place of its own: what a click adds to one moves no other."""
+    for section in sections:
+        with st.container():
+            section()

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from resa_lens import __version__
-from resa_lens.cli import (
-    adapters,
-    audit,
-    compare,
-    cost,
-    demo,
-    doctor,
-    evals,
-    features,
-    interventions,
-    layers,
-    saes,
-    scores,
-    stability,
-    sweep,
-    tuning,
-    workspace,
-)
+from resa_lens.cli.options import PanelledGroup
+from resa_lens.machine.exits import limits
+
+GROUPS = {
+    "Start": ("demo", "doctor", "app", "runs"),
+    "Main path": (
+        "train-saes", "count-features", "recommend-layers", "falsify", "tune", "eval", "compare",
+    ),
+    "Look closer": (
+        "activity", "score-features", "match-features", "ablate", "attribute", "stability", "sweep",
+    ),
+    "Tables": ("fit-mixture", "regret", "audit"),
+    "Files": ("convert", "merge", "cost"),
+}  # fmt: skip
+"""The commands in the order of the help."""
+
+
+# Each adds its commands.
+for _module in (
+    "start", "layers", "features", "scores", "interventions", "tuning", "evals", "tables", "files",
+    "cost",
+):  # fmt: skip
+    import_module(f"resa_lens.cli.{_module}")
+
+
+class _Commands(PanelledGroup):
+    groups = GROUPS
+
 
 app = typer.Typer(
     name="resa-lens",
-    help="Find where in a language model reasoning lives, and tune through what was found.",
+    cls=_Commands,
+    help="Find where in a language model reasoning lives, and tune it there.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,32 +64,7 @@ def _root(
     pass
 
 
-app.command("demo")(demo.demo)
-app.command("recommend-layers")(layers.recommend_layers)
-app.command("stability")(stability.stability)
-app.command("tune")(tuning.tune)
-app.command("sweep")(sweep.sweep)
-app.command("train-saes")(layers.train_saes)
-app.command("count-features")(layers.count_features)
-app.command("activity")(features.activity)
-app.command("falsify")(features.falsify)
-app.command("score-features")(scores.score_features)
-app.command("match-features")(scores.match_features)
-app.command("ablate")(interventions.ablate)
-app.command("attribute")(interventions.attribute)
-app.command("fit-mixture")(layers.fit_mixture)
-app.command("regret")(stability.regret)
-app.command("audit")(audit.audit)
-app.command("eval")(evals.evaluate)
-app.command("compare")(compare.compare)
-app.command("merge")(adapters.merge)
-app.command("cost")(cost.cost)
-app.command("convert")(saes.convert)
-app.command("runs")(workspace.runs)
-app.command("app")(workspace.explorer)
-app.command("doctor")(doctor.doctor)
-
-
 def main() -> None:
     """Run the command line."""
-    app()
+    with limits():
+        app()

@@ -1,191 +1,187 @@
-"""Scores of a model on questions: eval."""
+"""Scores of models and their differences: eval, compare."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
+from resa_lens.cli.common import Outcome
+from resa_lens.cli.groups import AdapterBase, Adapters, OnModel, Output, Place, Questions, Seeded
+from resa_lens.cli.options import argument, command, options, part
+from resa_lens.config import setting as option
+from resa_lens.errors import BadInputError
+from resa_lens.evals.config import SETTINGS, EngineName, EvalConfig, GenerationConfig
+from resa_lens.files import check_path, named_path
+from resa_lens.stages.reports import evals as reports
 
-from resa_lens.cli import common
-from resa_lens.cli.common import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
-    ForceOption,
-    JsonOption,
-    ModelOption,
-    SeedOption,
-    ThreadsOption,
-    WorkspaceOption,
-    YesOption,
-)
-
-TasksOption = Annotated[
-    str,
-    typer.Option(
-        "--tasks",
-        help="Comma-separated: tiny (levels 1 to 3), aime24, aime25, math500, gpqa-diamond, amc23, "
-        "minerva (from the hub or its cache), math500=FILE_OR_FOLDER, a .jsonl/.parquet/.csv "
-        'file; with ":families=a+b" and ":levels=1+2".',
-    ),
-]
+if TYPE_CHECKING:
+    from resa_lens.artifacts.workspace import Workspace
+    from resa_lens.evals.compare import Comparison, Comparisons
+    from resa_lens.progress import Reporter
 
 
-def evaluate(
-    model: ModelOption = "tiny-reasoner",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="A PEFT adapter folder to put onto the model; again for a sum."),
-    ] = None,
-    scale: Annotated[
-        list[float] | None, typer.Option(help="Factor on the adapters: one, or one each.")
-    ] = None,
-    tasks: TasksOption = "tiny",
-    limit: Annotated[int | None, typer.Option(help="Questions at most, of each task.", min=1)] = (
-        None
-    ),
-    levels: Annotated[str | None, typer.Option(help='Levels, for example "1,2,3" or "4".')] = None,
-    question_column: Annotated[
-        str | None, typer.Option(help="Of a file: column of the question.")
-    ] = None,
-    answer_column: Annotated[str | None, typer.Option(help="Of a file: column of the answer.")] = (
-        None
-    ),
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="hf, vllm, or lighteval: hf inside lighteval, with its metric beside ours."
-        ),
-    ] = "hf",
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Engine vllm: merge adapters into the weights.")
-    ] = False,
-    setting: Annotated[
-        str,
-        typer.Option(
-            help="What the options below default to: greedy, or paper (temperature 0.6, top-p "
-            "0.95, 32,768 new tokens, one sample, chat template)."
-        ),
-    ] = "greedy",
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.", min=0.0, show_default="0")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Nucleus.", min=0.0, max=1.0, show_default="1")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Answers a question.", min=1, show_default="1")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, in tokens.", min=1, show_default="160")
-    ] = None,
-    chat_template: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat-template/--no-chat-template", help="Ask through the model's chat template."
-        ),
-    ] = None,
-    direct: Annotated[
-        bool, typer.Option("--direct", help="Make it answer at once, with empty think tags.")
-    ] = False,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="r1, steps, short, a text or @file.")
-    ] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(help="Seconds that an answer may take; a longer one counts as wrong."),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Answers at a time; vllm has its own way.", min=1)
-    ] = 64,
-    base: BaseOption = None,
-    workspace: WorkspaceOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    threads: ThreadsOption = None,
-    force: ForceOption = False,
-    yes: YesOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Score a model, or a model with adapters, on verified questions.
+@options("Questions")
+class Eval(Adapters, AdapterBase, Questions, OnModel):
+    """What is asked of which model, and how its answers are drawn."""
 
-    Answers are kept as they come: a killed run goes on with the questions that are left.
+    asking: EvalConfig = part(
+        EvalConfig, "limit levels system_prompt extraction", "Questions", limit=500
+    )
+    question_column: str | None = option(None, "Column of the question in a file of --tasks.")
+    answer_column: str | None = option(None, "Column of the answer in a file of --tasks.")
+    direct: bool = option(False, "Make it answer at once, with empty think tags.")
+    setting: Literal["greedy", "paper"] = option(
+        "greedy",
+        "Preset of the options below: greedy (temperature 0, 160 new tokens) or paper (temperature "
+        "0.6, top-p 0.95, 32768 new tokens, chat template).",
+    )
+    sampling: dict[str, Any] = part(
+        GenerationConfig, "temperature top_p max_new_tokens", "Answers", given="preset"
+    )
+    drawing: dict[str, Any] = part(EvalConfig, "samples chat_template", "Answers", given="preset")
+    answers: dict[str, Any] = part(
+        GenerationConfig, "timeout batch_size seed", "Answers", given="values"
+    )
+    engine: EngineName = option(
+        "hf", "hf, vllm, or lighteval: hf inside lighteval, with its metric as well as ours."
+    )
+    merge: bool = option(False, "Engine vllm: merge adapters into the weights.")
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where options would do nothing, or no answers can be drawn."""
+        super().__post_init__()
+        if self.merge and self.engine != "vllm":
+            raise BadInputError(f"--merge is for engine vllm, this is {self.engine}: leave it out")
+        self.config()
+
+    def config(self) -> EvalConfig:
+        """Return the configuration of the evaluation, with the setting's values as defaults."""
+        from resa_lens.texts.prompts import resolve_system_prompt
+
+        chosen = replace(SETTINGS[self.setting], **self.sampling, **self.drawing)
+        prompt = self.asking.system_prompt
+        return replace(
+            self.asking,
+            generation=GenerationConfig(
+                chosen.max_new_tokens, chosen.temperature, chosen.top_p, **self.answers
+            ),
+            prompt_style="direct" if self.direct else "reason",
+            system_prompt=resolve_system_prompt(prompt) if prompt else None,
+            samples=chosen.samples,
+            chat_template=chosen.chat_template,
+        )
+
+
+@command("eval")
+def evaluate(args: Eval) -> Outcome:
+    """Score a model, or a model with adapters.
+
+    Questions are verified. Answers are kept as they come: a killed run goes on with the questions
+    that are left.
 
     Example: resa-lens eval --model tiny-reasoner --limit 500
     """
+    ctx = args.context()
+    from resa_lens.stages.scores import check_context, check_engine, eval_run, load_eval_items
 
-    def job() -> tuple[dict[str, Any], Any]:
-        from resa_lens.errors import BadInputError
-        from resa_lens.evals.engines import GenerationConfig
-        from resa_lens.evals.run import SETTINGS, EvalConfig
-        from resa_lens.pipeline.scores import check_engine, eval_run, load_eval_items
-        from resa_lens.prompts import resolve_system_prompt
+    check_engine(args.engine)
+    config = args.config()
+    items = load_eval_items(args.tasks, config, **args.pick("question_column", "answer_column"))
+    # The base of --adapter is the model; only a model that is an adapter has one of its own.
+    stacked = (named_path(args.model, "model") / "adapter_config.json").exists()
+    below = args.adapter and not stacked
+    name, base = (args.base or args.model, None) if below else (args.model, args.base)
+    check_context(name, base, items, config)
+    model = ctx.model(name, base, adapters=args.adapter or (), scale=args.scale or 1.0)
+    for note in model.notes:
+        ctx.reporter.note(f"note: {note}")
+    run = eval_run(
+        ctx, model, items, config, source=args.tasks, engine=args.engine,
+        lora="merged" if args.merge else "request",
+    )  # fmt: skip
+    folder = str(run.artifact.path)
+    values = {**run.result.to_dict(), "folder": folder, "model": model.name}
+    return values, reports.evaluation(model.slug, run.result, folder)
 
-        if setting not in SETTINGS:
-            raise BadInputError(f"setting {setting!r} is unknown; use {' or '.join(SETTINGS)}")
-        check_engine(engine)
-        if scale and not adapter:
-            raise BadInputError(f"--scale {scale[0]:g} without an adapter: give --adapter FOLDER")
-        if merge and engine != "vllm":
-            raise BadInputError(f"--merge is for engine vllm, this is {engine}: leave it out")
-        defaults = SETTINGS[setting]
 
-        def given(value: Any, default: Any) -> Any:
-            return default if value is None else value
+@options("Comparison")
+class Compare(Seeded, Place, Output):
+    """What is compared, and what is shown of it."""
 
-        config = EvalConfig(
-            limit=limit,
-            levels=common.levels(levels),
-            generation=GenerationConfig(
-                given(max_new_tokens, defaults.max_new_tokens),
-                given(temperature, defaults.temperature),
-                given(top_p, defaults.top_p),
-                batch_size=batch_size,
-                seed=seed,
-                timeout=timeout,
-            ),
-            prompt_style="direct" if direct else "reason",
-            system_prompt=resolve_system_prompt(system_prompt) if system_prompt else None,
-            samples=given(samples, defaults.samples),
-            chat_template=given(chat_template, defaults.chat_template),
-        )
-        ctx = common.context(workspace, seed, device, dtype, force, threads)
-        items = load_eval_items(
-            tasks, config, question_column=question_column, answer_column=answer_column
-        )
-        # The base of --adapter is the model; only a model that is an adapter has one of its own.
-        stacked = (Path(model).expanduser() / "adapter_config.json").exists()
-        name, under = (base or model, None) if adapter and not stacked else (model, base)
-        host = ctx.model(name, under, adapters=adapter or (), scale=scale or 1.0)
-        for note in host.notes:
-            ctx.reporter.note(f"note: {note}")
-        folder, result = eval_run(
-            ctx, host, items, config, source=tasks, engine=engine,  # pyright: ignore[reportArgumentType]
-            lora="merged" if merge else "request",
-        )  # fmt: skip
+    runs: list[str] | None = argument(
+        "Evaluations by their id, folder or its name; the first is the base.",
+        default=None, metavar="RUN_A RUN_B [RUN_C ...]", check=check_path,
+    )  # fmt: skip
+    group: list[str] | None = option(
+        None, "Instead of runs: the runs of one setting over seeds; repeat, the base first.",
+        metavar="NAME=RUN,RUN,...",
+    )  # fmt: skip
+    paired_seeds: bool = option(False, "Groups: the k-th runs share their seed.")
+    margin: float = option(
+        2.0, "Points within which two runs count as equally good.", over=0, max=99.999
+    )
+    flips: int = option(0, "List so many questions that changed; --json has all.", min=0)
+    pass_at: tuple[int, ...] | None = option(
+        None, 'Also pass@k, for example "1,4".', min=1, max=10**6
+    )
+    save: Path | None = option(None, "Keep it as a page (.html) or a table (.csv).")
 
-        def show() -> None:
-            rows = common.table(f"{host.slug}", "", "accuracy", "95 % interval", "n")
-            rows.add_row("all", *common.percent(result.accuracy, result.ci, result.n))
-            for level, score in sorted(result.by_level.items()):
-                rows.add_row(f"level {level}", *common.percent(score.accuracy, score.ci, score.n))
-            for family, score in result.by_task.items():
-                rows.add_row(family, *common.percent(score.accuracy, score.ci, score.n))
-            lines = [f"{result.tokens} tokens, {result.seconds:.0f} s; in {folder}"]
-            if result.unfinished:
-                late = f", {result.timed_out} of them by the time-out" if result.timed_out else ""
-                lines.insert(0, f"{result.unfinished} answers were cut off{late}")
-            if result.peer:
-                lines.insert(
-                    0,
-                    f"{result.peer['harness']} ({result.peer['metric']}): "
-                    f"{100 * result.peer['accuracy']:.1f} %; judges "
-                    f"{result.peer['differing']} answers differently",
-                )
-            common.show_all(rows, *lines)
+    def __post_init__(self) -> None:
+        """Raise BadInputError where too little is named, or too much."""
+        if self.group and (self.runs or self.pass_at or self.flips):
+            raise BadInputError("--group takes no other runs, --pass-at or --flips: leave them out")
+        if not self.group and len(self.runs or ()) < 2:
+            n = len(self.runs or ())
+            raise BadInputError(f"{n} run given: name two evaluations or more, or use --group")
+        if self.flips and len(self.runs or ()) > 2:
+            raise BadInputError("--flips lists the questions of two runs: name only two")
 
-        return {**result.to_dict(), "folder": str(folder), "model": host.name}, show
 
-    common.run(job, as_json)
+@command("compare")
+def compare(args: Compare) -> Outcome:
+    """Compare evaluations question by question.
+
+    Two runs, several with the first, or groups of seeds.
+
+    Example: resa-lens compare resa-workspace/evals/A resa-workspace/evals/B --flips 10
+    """
+    from resa_lens.stages import comparison
+
+    margin, ks = args.margin / 100, sorted(set(args.pass_at or ()))
+    if args.save:
+        comparison.check_target(args.save)
+    workspace, reporter = args.open()
+    if args.group:
+        groups = comparison.parse_groups(args.group)
+        result = comparison.compare_settings(workspace, groups, margin, args.paired_seeds, reporter)
+        values, parts = reports.settings_of(result)
+    else:
+        result, values, parts = _runs(args, workspace, reporter, margin, ks)
+    if args.save:
+        comparison.save(args.save, result, margin)
+        values["saved"] = str(args.save)
+        parts.append(f"kept in {args.save}")
+    return values, parts
+
+
+def _runs(
+    args: Compare, workspace: Workspace, reporter: Reporter, margin: float, ks: Sequence[int]
+) -> tuple[Comparison | Comparisons, dict[str, Any], list[Any]]:
+    """Compare two runs, or several with the first: result, JSON and tables."""
+    from resa_lens.evals.compare import check_paired, compare_many, compare_runs, summarise
+    from resa_lens.stages.comparison import open_runs
+
+    runs = open_runs(workspace, args.runs or [], reporter)
+    check_paired(runs)
+    summaries = [summarise(run, ks, args.seed) for run in runs]
+    if len(runs) == 2:
+        result = compare_runs(*runs, margin=margin, seed=args.seed)
+        parts = list(reports.two(result, summaries, args.flips))
+    else:
+        if len(runs) * runs[0].means.size > 20_000:
+            reporter.note(f"comparing {len(runs)} runs on {runs[0].means.size} questions")
+        result = compare_many(runs[0], runs[1:], margin=margin, seed=args.seed)
+        parts = list(reports.many(result, summaries))
+    return result, {**result.to_dict(), "scores": [asdict(item) for item in summaries]}, parts

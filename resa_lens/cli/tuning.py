@@ -1,218 +1,192 @@
-"""SAE-Tuning and its scores: tune."""
+"""Tuning through SAEs: tune, sweep."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
-import typer
+from resa_lens.cli.common import Outcome
+from resa_lens.cli.groups import AtLayers, Ruled, Tuning
+from resa_lens.cli.options import command, options, part
+from resa_lens.config import setting
+from resa_lens.evals.config import EvalConfig
+from resa_lens.figures.grids import table
+from resa_lens.files import check_path
+from resa_lens.models.hookpoints import check_layer, check_layers, describe_layer, parse_layers
+from resa_lens.texts.config import check_data, check_source
+from resa_lens.tuning.config import Control, Objective, TuneConfig, check_controls
 
-from resa_lens.cli import common
-from resa_lens.cli.common import (
-    BaseOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    ForceOption,
-    JsonOption,
-    LatentsOption,
-    MismatchOption,
-    NewTokensOption,
-    SaesOption,
-    SeedOption,
-    TasksOption,
-    ThreadsOption,
-    TokensOption,
-    TopkOption,
-    WorkspaceOption,
-    YesOption,
-)
+if TYPE_CHECKING:
+    from resa_lens.artifacts.stage import Context
+    from resa_lens.stages.sweep import SweepConfig, SweepRun
+    from resa_lens.stages.tune_job import TuneJob
+    from resa_lens.stages.tuning import Tuned
 
 
-def tune(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="The target; the newest recommendation's by default."),
-    ] = None,
-    layer: Annotated[str, typer.Option(help="auto, 12 (0-based) or 13th (1-based).")] = "auto",
-    preset: Annotated[str, typer.Option(help="paper, or reference for the authors' code.")] = (
-        "paper"
-    ),
-    site: Annotated[
-        str | None, typer.Option(help="mlp_out or resid_post; by default the preset's.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="adapted or base: the distribution without the SAE.")
-    ] = None,
-    detach_reference: Annotated[
-        bool | None,
-        typer.Option("--detach-reference/--reference-gradient", help="Gradient of the reference."),
-    ] = None,
-    direction: Annotated[
-        str | None, typer.Option(help='"sae||reference" or "reference||sae".')
-    ] = None,
-    sae_gradient: Annotated[
-        bool | None, typer.Option("--sae-gradient/--no-sae-gradient", help="Through the SAE.")
-    ] = None,
-    reduction: Annotated[str | None, typer.Option(help="mean or sum over tokens.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine or constant.")] = None,
-    clip_norm: Annotated[float | None, typer.Option(help="Clip the gradient norm.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Modules with LoRA, comma-separated (q_proj,k_proj,...).")
-    ] = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 32,
-    alpha: Annotated[int, typer.Option(help="LoRA alpha.", min=1)] = 128,
-    dropout: Annotated[float, typer.Option(help="LoRA dropout.", min=0.0, max=0.99)] = 0.05,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's.", min=0.0)] = 1e-6,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.", min=0.0)] = 0.01,
-    batch: Annotated[int, typer.Option(help="Sequences a batch.", min=1)] = 1,
-    accumulation: Annotated[
-        int, typer.Option(help="Batches an update, over all processes.", min=1)
-    ] = 1,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Keep the adapter after every so many updates.", min=1)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Two epochs from width 1024 on, else 100.", min=1)
-    ] = None,
-    source_model: Annotated[
-        str | None, typer.Option(help="The model whose SAE is inserted; the target by default.")
-    ] = None,
-    data: DataOption = "tiny",
-    question_column: Annotated[
-        str | None, typer.Option(help="Of the data for tuning: column of the question.")
-    ] = None,
-    answer_column: Annotated[
-        str | None, typer.Option(help="Of the data for tuning: column of the answer.")
-    ] = None,
-    trigger_data: Annotated[str | None, typer.Option(help="For the SAE; else --data.")] = None,
-    elicitation_data: Annotated[str | None, typer.Option(help="For tuning; else --data.")] = None,
-    saes: SaesOption = None,
-    control: Annotated[
-        str | None,
-        typer.Option(
-            help="In the SAE's place, with its FVU: noise, pca, shuffled, random, random-weights; "
-            "none or identity, with which nothing trains; or in place of the objective: cot-free, "
-            "cot, own-samples.",
-        ),
-    ] = None,
-    tokens: TokensOption = None,
-    latents: LatentsOption = None,
-    k: TopkOption = 32,
-    base: BaseOption = None,
-    allow_site_mismatch: MismatchOption = False,
-    tasks: TasksOption = "tiny",
-    limit: Annotated[int, typer.Option(help="Questions to score before and after.", min=1)] = 500,
-    max_new_tokens: NewTokensOption = 160,
-    workspace: WorkspaceOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    threads: ThreadsOption = None,
-    force: ForceOption = False,
-    yes: YesOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Tune LoRA adapters through a layer's frozen SAE, and score before and after.
+@options("Tuning")
+class Tune(Tuning):
+    """One tuning: its objective, its schedule and its data."""
+
+    model: str | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, "The target; by default the newest recommendation's, else tiny-reasoner.",
+        "--model", "-m", check=check_path,
+    )  # fmt: skip
+    layer: str = setting("auto", 'auto, "12" (0-based) or "13th" (1-based).', check=check_layer)
+    control: Control | None = setting(
+        None,
+        "In the SAE's place, with its FVU: noise to random-weights; none or identity, with which "
+        "nothing trains; or in place of the objective: cot-free, cot, own-samples.",
+    )
+    objective: dict[str, Any] = part(
+        Objective,
+        "site reference reference_gradient direction sae_gradient reduction targets schedule "
+        "clip_norm",
+        "Objective", given="preset",
+    )  # fmt: skip
+    lora: TuneConfig = part(
+        TuneConfig,
+        "rank alpha dropout learning_rate batch accumulation weight_decay gradient_checkpointing "
+        "checkpoint_every seed",
+        "Tuning",
+    )
+    trigger_data: str | None = setting(
+        None, "Documents for the SAE alone, in place of --data.", check=check_source
+    )
+    elicitation_data: str | None = setting(
+        None, "Documents for the tuning alone, in place of --data.", check=check_source
+    )
+
+    def target(self, ctx: Context) -> str:
+        """Return the model's name, else that of the newest recommendation, else the bundled one."""
+        from resa_lens.stages.recommendation import newest_recommendation
+
+        if self.model is not None:
+            return self.model
+        newest = newest_recommendation(ctx, None, None)
+        name = "tiny-reasoner" if newest is None else str(newest.manifest.results["model"])
+        why = "the bundled one" if newest is None else "of the newest recommendation"
+        ctx.reporter.note(f"model: {name}, {why}")
+        return name
+
+    def job(self, model: str) -> TuneJob:
+        """Return the tuning of a model; columns are those of the data that are tuned on."""
+        elicitation = replace(self.corpus, source=self.elicitation_data or self.corpus.source)
+        trigger = replace(elicitation, source=self.trigger_data or self.corpus.source)
+        if trigger.source != elicitation.source:
+            columns = (item.name for item in fields(trigger) if item.name.endswith("_column"))
+            trigger = replace(trigger, **dict.fromkeys(columns))
+        own = self.pick("layer", "control")
+        return replace(super().job(model), trigger=trigger, elicitation=elicitation, **own)
+
+
+@command("tune")
+def tune(args: Tune) -> Outcome:
+    """Tune through a layer's SAE, score before and after.
+
+    LoRA adapters are trained with the frozen SAE inserted; without --layer it is the recommended
+    one.
 
     Example: resa-lens tune --model tiny-reasoner --layer auto
     """
+    from resa_lens.saes.world import ALONE, local_device
 
-    def job() -> tuple[dict[str, Any], Any]:
-        from resa_lens.corpora import CorpusConfig
-        from resa_lens.errors import BadInputError
-        from resa_lens.evals.engines import GenerationConfig
-        from resa_lens.evals.run import EvalConfig
-        from resa_lens.hookpoints import describe_layer
-        from resa_lens.pipeline import demo as pipeline_demo
-        from resa_lens.pipeline.adapters import TuneJob, adapter_run
-        from resa_lens.pipeline.discovery import newest_recommendation
-        from resa_lens.pipeline.tuning import tune_run
-        from resa_lens.saes.train import SaeConfig
-        from resa_lens.saes.world import ALONE, local_device
-        from resa_lens.tuning.loop import TuneConfig, join_processes
-        from resa_lens.tuning.objective import preset as named
+    ctx = args.context(local_device(args.device))
+    from resa_lens.stages.adapters import adapter_run, questions_of
+    from resa_lens.stages.tuning import tune_run
+    from resa_lens.tuning.loop import join_processes
 
-        ctx = common.context(workspace, seed, local_device(device), dtype, force, threads)
-        objective = named(
-            preset,
-            site=site,
-            reference=reference,
-            reference_gradient=None if detach_reference is None else not detach_reference,
-            direction=direction,
-            sae_gradient=sae_gradient,
-            reduction=reduction,
-            schedule=schedule,
-            clip_norm=clip_norm,
-            targets=tuple(targets.split(",")) if targets else None,
+    job = args.job(args.target(ctx))
+    questions_of(job)
+    check_data(job.trigger, job.elicitation)
+    world = join_processes(ctx.device) if "RANK" in os.environ else ALONE
+    if world.size > 1:
+        adapter_run(ctx, job, world=world)
+        # --force again would let one process alone make anew what all have made.
+        ctx.force = False
+    if world.rank:
+        return {}, ()
+    tuned = tune_run(ctx, job)
+    return {**tuned.to_dict(), "preset": args.preset}, _tuned(args, tuned)
+
+
+def _tuned(args: Tune, tuned: Tuned) -> Iterator[Any]:
+    from resa_lens.stages.demo import score_rows
+
+    where = f"objective {args.control}"
+    if tuned.layer is not None:
+        where = f"{describe_layer(tuned.layer, tuned.model.n_layers)}, {tuned.site}"
+    title = f"{tuned.model.slug}, {where}, preset {args.preset}"
+    yield table(title, "", "accuracy", "95 % interval", "n", rows=score_rows(tuned))
+    yield f"adapter: {tuned.adapter.folder}"
+
+
+@options("Sweep")
+class Sweep(AtLayers, Ruled, Tuning):
+    """Which layers, seeds and controls are tuned."""
+
+    seeds: int = setting(
+        3, "So many seeds: adapters, dropout and order of the data.", min=1, max=10_000
+    )
+    controls: tuple[str, ...] | None = setting(
+        None, "Names as of tune --control, by commas, or all.", check=check_controls
+    )
+    control_layers: str | None = setting(
+        None, "Layers of the controls; by default a third and two thirds deep.", check=check_layers
+    )
+    effects: bool = setting(True, "Measure causal effects, for the selectors causal and blend.")
+    asking: EvalConfig = part(EvalConfig, "limit levels", "Questions", limit=500)
+
+    def config(self, n_layers: int) -> SweepConfig:
+        """Return the configuration of the sweep over a model of so many layers."""
+        from resa_lens.stages.sweep import SweepConfig
+        from resa_lens.stages.tune_job import ALL_CONTROLS
+
+        layers, control_layers = (
+            tuple(parse_layers(text, n_layers)) if text else None
+            for text in (self.layers, self.control_layers)
         )
-        name = model
-        if name is None:
-            newest = newest_recommendation(ctx, None, None)
-            if newest is None:
-                raise BadInputError(
-                    f"--model is missing and {ctx.workspace.root} holds no recommendation; "
-                    "name a model, for example --model tiny-reasoner"
-                )
-            name = str(newest[1].results["model"])
-            ctx.reporter.note(f"model: {name}, of the newest recommendation")
-        asked = TuneJob(
-            model=name,
-            layer=layer,
-            source_model=source_model,
-            objective=objective,
-            lora=TuneConfig(
-                rank,
-                alpha,
-                dropout,
-                learning_rate,
-                batch,
-                seed=seed,
-                accumulation=accumulation,
-                gradient_checkpointing=gradient_checkpointing,
-                checkpoint_every=checkpoint_every,
-                weight_decay=weight_decay,
-            ),
-            sae=SaeConfig(objective.site, latents, k, tokens=tokens, seed=seed),
-            trigger=CorpusConfig(source=trigger_data or data, seed=seed),
-            elicitation=CorpusConfig(
-                source=elicitation_data or data,
-                question_column=question_column,
-                answer_column=answer_column,
-                seed=seed,
-            ),
-            steps=steps,
-            saes=saes,
-            control=control,
-            base=base,
-            allow_mismatch=allow_site_mismatch,
-            evaluation=EvalConfig(
-                limit=limit, generation=GenerationConfig(max_new_tokens=max_new_tokens)
-            ),
-            eval_source=tasks,
+        names: Any = self.controls or ()
+        return SweepConfig(
+            tune=self.job(self.model),
+            layers=layers,
+            controls=ALL_CONTROLS if "all" in names else tuple(dict.fromkeys(names)),
+            control_layers=control_layers,
+            **self.pick("seeds", "rule", "effects"),
         )
-        world = join_processes(ctx.device) if "RANK" in os.environ else ALONE
-        if world.size > 1:
-            adapter_run(ctx, asked, world=world)
-            # --force again would let one process alone make anew what all have made.
-            ctx.force = False
-        if world.rank:
-            return {}, lambda: None
-        tuned = tune_run(ctx, asked)
 
-        def show() -> None:
-            where = f"objective {control}"
-            if tuned.layer is not None:
-                where = f"{describe_layer(tuned.layer, tuned.model.n_layers)}, {tuned.site}"
-            title = f"{tuned.model.slug}, {where}, preset {preset}"
-            rows = common.table(title, "", "accuracy", "95 % interval", "n")
-            for row in pipeline_demo.score_rows(tuned):
-                rows.add_row(*row)
-            common.show_all(rows, f"adapter: {tuned.adapter}")
 
-        return {**tuned.to_dict(), "preset": preset}, show
+@command("sweep")
+def sweep(args: Sweep) -> Outcome:
+    """Tune through every layer, with seeds and controls.
 
-    common.run(job, as_json)
+    Each is scored. Killed, the same command goes on; run by several processes, they share the jobs.
+
+    Example: resa-lens sweep --model tiny-reasoner --layers all --seeds 3 --learning-rate 1e-4
+    """
+    ctx = args.context()
+    from resa_lens.stages.adapters import questions_of
+    from resa_lens.stages.sweep import jobs_of, sweep_run
+
+    questions_of(args.job(args.model))
+    check_data(args.corpus)
+    n_layers = ctx.model(args.model, args.base).n_layers
+    config = args.config(n_layers)
+    ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
+    run = sweep_run(ctx, config)
+    values = {**run.sweep.to_dict(), "folder": str(run.artifact.path), "page": str(run.page)}
+    return values, _sweep(run)
+
+
+def _sweep(run: SweepRun) -> Iterator[Any]:
+    from resa_lens.stages.sweep_page import control_cells, findings, layer_cells, selector_cells
+
+    result = run.sweep
+    cells = {"Layers": layer_cells(result), "Selectors": selector_cells(result)}
+    if result.controls:
+        cells["Controls"] = control_cells(result)
+    for title, (header, rows) in cells.items():
+        yield table(title, *header, rows=rows)
+    yield from findings(result)
+    yield f"page: {run.page}"

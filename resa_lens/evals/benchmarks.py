@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from resa_lens.corpora import ANSWER_COLUMNS, QUESTION_COLUMNS
 from resa_lens.errors import BadInputError
-from resa_lens.evals.grading import boxed
-from resa_lens.tables import READERS, read_rows
+from resa_lens.files import named_path
+from resa_lens.texts.records import ANSWER_COLUMNS, QUESTION_COLUMNS, split_worked, text_of
+from resa_lens.texts.tables import READERS, Row, read_rows
 
 MATH_PROMPT = (
     "Solve the following math problem efficiently and clearly. The last line of your response "
@@ -31,7 +31,8 @@ CHOICE_PROMPT = (
     "step by step before answering.\n\n{question}"
 )
 LETTERS = "ABCD"
-_PATTERNS = [f"*{suffix}" for suffix in READERS]
+_PATTERNS = [f"*{suffix}" for suffix in READERS if suffix != ".json"]
+"""Of the hub's layout, in which a .json file describes the data and holds none."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,7 @@ def option_order(question: str, options: int, seed: int = 0) -> list[int]:
 
 def gold_answer(text: str) -> str:
     r"""Return the answer in a gold cell: its last `\boxed{}`, what follows "####", or all of it."""
-    if boxes := boxed(text):
-        return max(boxes)[1].strip()
-    return text.rpartition("####")[2].strip()
+    return split_worked(text)[0]
 
 
 def _cell(benchmark: Benchmark, row: Mapping[str, Any], columns: Sequence[str]) -> str:
@@ -145,14 +144,18 @@ def _cell(benchmark: Benchmark, row: Mapping[str, Any], columns: Sequence[str]) 
         raise BadInputError(
             f"{benchmark.name}: no column {' or '.join(map(repr, columns))} among {', '.join(row)}"
         )
+    place = f"{benchmark.name}, {row.place}" if isinstance(row, Row) else benchmark.name
     # Some rows keep the bare answer in one column and leave the other empty.
-    texts = [str(row[column]).strip() for column in present if row[column] is not None]
-    if not any(texts):
-        raise BadInputError(f"{benchmark.name}: an empty {present[0]}; fill it or drop the row")
-    return next(text for text in texts if text)
+    for column in present:
+        try:
+            if text := text_of(row[column]):
+                return text
+        except ValueError as error:
+            raise BadInputError(f"{place}, column {column}: {error}") from error
+    raise BadInputError(f"{place}, column {present[0]}: empty; fill it or drop the row")
 
 
-def benchmark_rows(benchmark: Benchmark, place: str | None = None) -> list[dict[str, Any]]:
+def benchmark_rows(benchmark: Benchmark, place: str | None = None) -> list[Row]:
     """Return a benchmark's rows from a local file or folder, or from the hub or its cache.
 
     Raises:
@@ -161,7 +164,7 @@ def benchmark_rows(benchmark: Benchmark, place: str | None = None) -> list[dict[
     if place is None:
         folder = _hub_folder(benchmark)
     else:
-        folder = Path(place).expanduser()
+        folder = named_path(place, benchmark.name)
         if not folder.exists():
             raise BadInputError(f"{benchmark.name}={place}: no such file or folder")
     files = [folder] if folder.is_file() else data_files(folder, benchmark)
@@ -178,6 +181,7 @@ def data_files(folder: Path, benchmark: Benchmark) -> list[Path]:
         BadInputError: none, or several that are no parts of one table.
     """
     files = sorted(file for pattern in _PATTERNS for file in folder.rglob(pattern))
+    files = files or sorted(folder.rglob("*.json"))
     for wanted in (benchmark.subset, benchmark.split):
         named = [f for f in files if wanted in str(f.relative_to(folder))]
         files = named or files

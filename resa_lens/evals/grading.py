@@ -1,107 +1,97 @@
-r"""Find the answer in a generated text and compare it with the gold answer.
+r"""Whether a generated text gives the right answer.
 
-Strings decide first and math-verify only what they leave open, because it costs milliseconds, and
-seconds on hostile input such as `9^{9^9}`; it runs in a process of its own (see `judge`).
+The answer is found (`extraction`, `letters`), read and compared exactly (`values`, `equality`);
+math-verify's verdict on the same two answers stands beside, so that it can be seen where the two
+differ.  Where they do, ours counts: it is the one that does not take a near miss for right.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+from dataclasses import dataclass
 
-from resa_lens.evals.judge import JUDGE
-from resa_lens.prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
+from resa_lens.evals.equality import same_answers
+from resa_lens.evals.extraction import Extraction, extract_answer, marked_answer
+from resa_lens.evals.extraction import boxed as boxed
+from resa_lens.evals.judge import JUDGE, UndecidedError
+from resa_lens.evals.letters import extract_letter
+from resa_lens.evals.spelling import squeezed, tidy
 
-MAX_TEXT = 20_000
-"""Characters of a text, counted from its end, in which the answer is looked for."""
-MAX_ANSWER = 1_000
-"""Characters of an answer, counted from its end, that are compared."""
+RULES = 2
+"""Number of the rules of grading; raised when the same text may be judged otherwise."""
+MAX_ANSWER = 10_000
+"""Characters of an answer that is compared; a longer one is refused and counts as wrong."""
 
-_ANSWER = re.compile(
-    f"{re.escape(ANSWER_OPEN)}((?:(?!{re.escape(ANSWER_OPEN)}).)*?)(?:{re.escape(ANSWER_CLOSE)}|$)",
-    re.DOTALL,
-)
-_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_LABEL = re.compile(r"^\s*(?:final\s+)?answer\s*[:=]\s*", re.IGNORECASE)
-_THOUSANDS = re.compile(r"(?<![\d.,])[+-]?\d{1,3}(?:,\d{3})+(?![\d,])")
 _INTEGER = re.compile(r"-?\d+")
 
 
-def extract_answer(text: str) -> str | None:
-    r"""Return the answer of a generated text, or None where it holds none.
+@dataclass(frozen=True)
+class Verdict:
+    """What grading says of one text."""
 
-    Only what follows the last `</think>` counts; a text whose `<think>` is never closed counts
-    as a whole, but then only a marked answer is taken.  The last marked answer wins: a
-    brace-matched `\boxed{...}`, or `<answer>...</answer>`, also one left open at the end.  Without
-    a mark the last line that is not empty is the answer.  A leading "Answer:" is dropped.
-    """
-    closed = text.rfind(THINK_CLOSE)
-    unfinished = closed < 0 and THINK_OPEN in text
-    tail = text[closed + len(THINK_CLOSE) :] if closed >= 0 else text
-    tail = tail[-MAX_TEXT:]
-    marked = boxed(tail) + [(m.start(), m.group(1)) for m in _ANSWER.finditer(tail)]
-    if marked:
-        return _clean(max(marked)[1])
-    lines = [] if unfinished else [line for line in tail.splitlines() if line.strip()]
-    return _clean(lines[-1]) if lines else None
+    correct: bool
+    answer: str | None
+    """The extracted one."""
+    math_verify: bool | None = None
+    """Its verdict on the same answers; None for letters, and where there is no answer or it
+    was refused."""
+    refused: str | None = None
+    """Why the answers were not compared to the end."""
 
-
-def boxed(text: str) -> list[tuple[int, str]]:
-    r"""Return (start, content) of every brace-matched `\boxed{}`, in one pass over the text."""
-    found: list[tuple[int, str]] = []
-    opened: list[tuple[int, int] | None] = []
-    for match in _BRACE.finditer(text):
-        token = match.group()
-        if token.startswith(r"\boxed"):
-            opened.append((match.start(), match.end()))
-        elif token == "{":  # noqa: S105
-            opened.append(None)
-        elif token == "}" and opened:  # noqa: S105
-            box = opened.pop()
-            if box is not None:
-                found.append((box[0], text[box[1] : match.start()]))
-    return found
+    @property
+    def differs(self) -> bool:
+        """Whether math-verify says otherwise."""
+        return self.math_verify is not None and self.math_verify != self.correct
 
 
-def _clean(answer: str) -> str | None:
-    return _LABEL.sub("", answer.strip()).strip() or None
-
-
-def normalise(answer: str) -> str:
-    """Return an answer without dollars, thousands commas, leading plus, final period and spaces.
-
-    A space between two digits stays: "3 1/2" is not "31/2".
-    """
-    bare = _THOUSANDS.sub(lambda m: m.group().replace(",", ""), answer.strip())
-    bare = re.sub(r"\\?\$", "", bare).strip()
-    bare = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare)
-    return bare.removeprefix("+").removesuffix(".")
-
-
-def is_correct(prediction_text: str, gold: str) -> bool:
-    """Compare the answer extracted from a generated text with the gold answer.
-
-    Equal strings after `normalise` are equal answers, different plain integers are not, and the
-    rest is math-verify's: gold first, boxed, and with time-outs that count as wrong.
+def grade(
+    text: str, gold: str, *, choice: bool = False, extraction: Extraction = "resa"
+) -> Verdict:
+    """Grade a generated text.
 
     Args:
-        prediction_text: the generated text, or the bare answer.
-        gold: the right answer, with or without a box.
+        text: the text, with its thoughts.
+        gold: the right answer: bare, in a box, or a worked solution that marks it.
+        choice: whether the answer is an option's letter.
+        extraction: by whose rules the answer is found.
 
     Raises:
         RunFailedError: the process that compares answers does not start.
     """
-    found = extract_answer(prediction_text)
-    if found is None:
-        return False
-    wanted = extract_answer(gold) or gold
-    prediction, target = normalise(found), normalise(wanted)
-    if prediction == target:
-        return bool(target)
-    if not prediction or not target:
-        return False
-    if _INTEGER.fullmatch(prediction) and _INTEGER.fullmatch(target):
-        return _plain(prediction) == _plain(target)
-    return JUDGE.equal(found[-MAX_ANSWER:], wanted[-MAX_ANSWER:])
+    if choice:
+        letter = extract_letter(text, extraction)
+        return Verdict(letter is not None and letter == gold_letter(gold), letter)
+    answer = extract_answer(text, extraction)
+    if answer is None:
+        return Verdict(False, None)
+    return compare_answers(answer, gold_answer(gold))
+
+
+def compare_answers(answer: str, gold: str) -> Verdict:
+    """Compare two answers; both are read entirely, or refused.
+
+    Raises:
+        RunFailedError: the process that compares answers does not start.
+    """
+    longest = max(len(answer), len(gold))
+    if longest > MAX_ANSWER:
+        reason = f"an answer of {longest:,} characters; at most {MAX_ANSWER:,} are compared"
+        return Verdict(False, answer, refused=reason)
+    first, second = squeezed(tidy(answer)), squeezed(tidy(gold))
+    if not first or not second:
+        return Verdict(False, answer)
+    # Of equal strings and of plain integers math-verify has nothing else to say.
+    if first == second:
+        return Verdict(True, answer, math_verify=True)
+    if _INTEGER.fullmatch(first) and _INTEGER.fullmatch(second):
+        same = _plain(first) == _plain(second)
+        return Verdict(same, answer, math_verify=same)
+    try:
+        correct = same_answers(answer, gold, JUDGE)
+    except UndecidedError as error:
+        return Verdict(False, answer, refused=f"the comparison {error}")
+    return Verdict(correct, answer, JUDGE.verify(answer, gold))
 
 
 def _plain(integer: str) -> str:
@@ -110,32 +100,36 @@ def _plain(integer: str) -> str:
     return f"-{digits}" if integer.startswith("-") and digits else digits
 
 
-_OPTION = r"([A-Z])(?=\s{0,9}(?:$|[).:,;}\]$*<\n]))"
-"""A letter that stands alone: not the article of "A mass of 5"."""
-_LETTER = re.compile(
-    r"^[\s($*{\[]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:option\s+|choice\s+)?\(?"
-    + _OPTION,
-    re.IGNORECASE,
-)
-_SAID = re.compile(r"answer\s{0,9}(?:is|:)\s{0,9}[($*{]{0,9}" + _OPTION, re.IGNORECASE)
+def gold_answer(gold: str) -> str:
+    """Return the answer that a gold cell marks, or all of it; `['70']` is 70."""
+    text = gold.strip()
+    if re.fullmatch(r"\[\s*(['\"]).*\1\s*\]", text, re.DOTALL):
+        try:
+            items = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            items = [text]
+        text = ", ".join(map(str, items))
+    return marked_answer(text) or text
 
 
-def extract_letter(text: str) -> str | None:
-    r"""Return the option that a generated text chooses, as a capital letter, or None.
+def gold_letter(gold: str) -> str:
+    """Return the letter of a gold cell: "C", "(c)" or "C." are C."""
+    return extract_letter(gold) or gold.strip().upper()
 
-    The extracted answer counts where it begins with a letter that stands alone ("C", "(c)",
-    `\text{C}`, "C) the mass"), else the last "answer is C" or "Answer: C" in it.
+
+def is_correct(prediction_text: str, gold: str) -> bool:
+    """Compare the answer extracted from a generated text with the gold answer.
+
+    Args:
+        prediction_text: the generated text, or the bare answer.
+        gold: the right answer, with or without a box.
+
+    Raises:
+        RunFailedError: the process that compares answers does not start.
     """
-    answer = extract_answer(text)
-    if answer is None:
-        return None
-    found = _LETTER.match(answer)
-    if found is None:
-        said = list(_SAID.finditer(answer[-MAX_ANSWER:]))
-        found = said[-1] if said else None
-    return found.group(1).upper() if found else None
+    return grade(prediction_text, gold).correct
 
 
 def is_chosen(prediction_text: str, gold: str) -> bool:
     """Return whether a generated text chooses the option with the gold letter."""
-    return extract_letter(prediction_text) == gold.strip().upper()
+    return grade(prediction_text, gold, choice=True).correct

@@ -17,8 +17,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from resa_lens.errors import RunFailedError
+from resa_lens.errors import BadInputError, RunFailedError
+
+MATH_VERIFY = "math-verify 0.9.0"
+"""The library and version whose verdicts are recorded; another one is refused."""
+PYTHON = "RESA_LENS_JUDGE_PYTHON"
+"""Variable that names a Python with that version, where this one has another."""
+PYTHON_FILE = "judge-python"
+"""File in an environment's folder that does the same: `benchmarks/install_engine.sh` writes it."""
 
 MEMORY = 2 << 30
 """Bytes of address space that the process may take."""
@@ -30,6 +38,28 @@ START_S = 120
 """Seconds that the process may take to import math-verify; a second or two on a quiet machine."""
 
 
+class UndecidedError(Exception):
+    """A comparison that came to no end; its text says why."""
+
+
+def judge_python() -> str:
+    """Return the Python that runs the judging process."""
+    file = Path(sys.prefix) / PYTHON_FILE
+    recorded = file.read_text().strip() if file.is_file() else ""
+    return os.environ.get(PYTHON) or recorded or sys.executable
+
+
+def check_judge() -> None:
+    """Raise BadInputError where the Python that is to run the judging process is not there."""
+    if not Path(judge_python()).is_file() or judge_python() == sys.executable:
+        raise BadInputError(
+            f"answers are compared by {MATH_VERIFY}, which does not fit beside lighteval, and "
+            f"{judge_python()} has it not:\nset {PYTHON} to the Python that resa-lens is installed "
+            "for, or make this environment anew\nby `benchmarks/install_engine.sh lighteval FOLDER "
+            "PYTHON_OF_RESA_LENS`"
+        )
+
+
 class Judge:
     """Starts the process with the first question, and again after one that it did not survive."""
 
@@ -39,11 +69,60 @@ class Judge:
         self._owner = os.getpid()
 
     def equal(self, prediction: str, gold: str) -> bool:
-        """Return whether two answers are equal as mathematics; what cannot be decided is not.
+        """Return whether two expressions are equal for all values of their variables.
+
+        Raises:
+            UndecidedError: it took too long, or too much memory.
+            RunFailedError: the process does not start.
+        """
+        return bool(self._ask("equal", prediction, gold))
+
+    def proportional(self, prediction: tuple[str, str], gold: tuple[str, str]) -> int:
+        """Return the sign of the constant by which left minus right of two relations differ.
+
+        It is 0 where there is no such constant.
+
+        Raises:
+            UndecidedError: it took too long, or too much memory.
+            RunFailedError: the process does not start.
+        """
+        return int(self._ask("proportional", prediction, gold))
+
+    def verify(self, prediction: str, gold: str) -> bool:
+        """Return math-verify's verdict on two answers; what it cannot decide is not equal.
 
         Raises:
             RunFailedError: the process does not start.
         """
+        with contextlib.suppress(UndecidedError):
+            return bool(self._ask("verify", prediction, gold))
+        return False
+
+    def verify_text(self, text: str, gold: str) -> bool:
+        """Return math-verify's verdict on a whole text, found by its own extraction.
+
+        Raises:
+            RunFailedError: the process does not start.
+        """
+        with contextlib.suppress(UndecidedError):
+            return bool(self._ask("verify_text", text, gold))
+        return False
+
+    def extract(self, text: str, letters: str = "") -> str | None:
+        """Return the answer that lighteval's patterns, kept in math-verify, find in a text.
+
+        Args:
+            text: a text without its thoughts.
+            letters: the options, or "" where the answer is an expression.
+
+        Raises:
+            RunFailedError: the process does not start.
+        """
+        with contextlib.suppress(UndecidedError):
+            return self._ask("extract", text, letters)
+        return None
+
+    def _ask(self, *request: Any) -> Any:
         with self._lock:
             if self._owner != os.getpid():  # forked: the process is the parent's
                 self._process, self._owner = None, os.getpid()
@@ -53,15 +132,17 @@ class Judge:
             process = self._process or self._start()
             assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps([prediction, gold]) + "\n")
+                process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
                 reply = _read(process, PATIENCE_S)
             except BrokenPipeError:
                 reply = None
-            if not isinstance(reply, bool):
+            if reply is None:
                 self.close()
-                return False
-            return reply
+                raise UndecidedError(f"took more than {PATIENCE_S} s, or too much memory")
+            if "failed" in reply:
+                raise UndecidedError(reply["failed"])
+            return reply["value"]
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -79,27 +160,40 @@ class Judge:
         worker = Path(__file__).with_name("judge_worker.py")
         # -P: the folder of this file holds modules with the names of libraries.  A session of its
         # own: the interrupt of a terminal is the caller's.
-        command = [sys.executable, "-P", str(worker), str(MEMORY), str(TIMEOUT_S)]
-        self._process = process = subprocess.Popen(  # noqa: S603
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
-        if _read(process, START_S) != "ready":
-            code = process.poll()
-            self.close()
-            raise RunFailedError(
-                f"the process that compares answers did not start (exit code {code}); "
-                "is math-verify installed?  Reinstall resa-lens"
+        python = judge_python()
+        command = [python, "-P", str(worker), str(MEMORY), str(TIMEOUT_S)]
+        try:
+            self._process = process = subprocess.Popen(  # noqa: S603
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,
             )
-        return process
+        except OSError as error:
+            raise RunFailedError(
+                f"answers cannot be compared: {python} does not start ({error.strerror}); "
+                f"set {PYTHON} to the Python of an environment that has {MATH_VERIFY}"
+            ) from error
+        reply = _read(process, START_S) or {}
+        if (library := reply.get("value")) == MATH_VERIFY:
+            return process
+        code = process.poll()
+        self.close()
+        if library:
+            raise RunFailedError(
+                f"answers are compared by {MATH_VERIFY}, and {python} has {library}; reinstall "
+                f"resa-lens, or set {PYTHON} to the Python of an environment that has it"
+            )
+        raise RunFailedError(
+            f"the process that compares answers did not start (exit code {code}); "
+            f"is math-verify installed in {python}?  Reinstall resa-lens"
+        )
 
 
-def _read(process: subprocess.Popen[str], patience: float) -> bool | str | None:
+def _read(process: subprocess.Popen[str], patience: float) -> dict[str, Any] | None:
     """Return the next reply, or None where none comes in time or the process is gone."""
     assert process.stdout is not None
     until = time.monotonic() + patience

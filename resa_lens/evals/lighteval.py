@@ -56,7 +56,8 @@ from lighteval.tasks.requests import Doc, SamplingMethod  # pyright: ignore[repo
 
 from resa_lens.evals.benchmarks import BENCHMARKS, LETTERS, Benchmark, question_of
 from resa_lens.evals.engines import Generation, GenerationConfig
-from resa_lens.evals.grading import is_chosen, is_correct
+from resa_lens.evals.extraction import Extraction
+from resa_lens.evals.grading import grade
 from resa_lens.evals.run import Asked
 
 METRIC, OURS = "extractive_match", "resa_lens"
@@ -109,26 +110,27 @@ def _theirs(choice: bool) -> Callable[[Any, str], float]:
     return lambda doc, text: metric.compute(doc=doc, model_response=ModelResponse(text=[text]))
 
 
-def _ours(choice: bool) -> Callable[[Any, str], float]:
-    right = is_chosen if choice else is_correct
-
+def _ours(choice: bool, extraction: Extraction) -> Callable[[Any, str], float]:
     def judge(doc: Any, text: str) -> float:
         gold = LETTERS[doc.gold_index] if choice else doc.specific["gold"]
-        return float(right(text, gold))
+        return float(grade(text, gold, choice=choice, extraction=extraction).correct)
 
     return judge
 
 
-def _metrics(choice: bool, samples: int) -> list[Any]:
+def _metrics(choice: bool, samples: int, extraction: Extraction = "resa") -> list[Any]:
     return [
         SampleLevelMetric(
             metric_name=name,
             higher_is_better=True,
             category=SamplingMethod.GENERATIVE,
-            sample_level_fn=kind(name, samples, judge(choice)),
+            sample_level_fn=kind(name, samples, judge),
             corpus_level_fn=np.mean,
         )
-        for name, kind, judge in ((METRIC, PerSample, _theirs), (OURS, Graded, _ours))
+        for name, kind, judge in (
+            (METRIC, PerSample, _theirs(choice)),
+            (OURS, Graded, _ours(choice, extraction)),
+        )
     ]
 
 
@@ -277,6 +279,7 @@ def run_lighteval(
     *,
     name: str,
     tokenizer: Any,
+    extraction: Extraction = "resa",
 ) -> tuple[list[Generation], dict[str, Any]]:
     """Let lighteval's pipeline ask the questions, judge the answers and write its own results.
 
@@ -287,6 +290,8 @@ def run_lighteval(
         folder: gets lighteval's folders results/ and details/.
         name: of the model in lighteval's results.
         tokenizer: the engine's.
+        extraction: by whose rules our grading finds the answers; its judging process runs in the
+            environment that has math-verify (`judge.judge_python`).
 
     Returns:
         The generations, and what lighteval's metric says of them: accuracy, and how many samples
@@ -303,7 +308,9 @@ def run_lighteval(
             {"id": one.item.id, "query": one.prompt, "gold": one.item.answer}
         )
         if task not in configs:
-            configs[task] = _asked_task(task, one.item.choice, samples, generation)
+            configs[task] = _asked_task(
+                task, _metrics(one.item.choice, samples, extraction), one.item.choice, generation
+            )
     model = EngineModel(answer, asked, name, tokenizer, generation)
     tracker = EvaluationTracker(output_dir=str(folder), save_details=True)
     parameters = PipelineParameters(launcher_type=ParallelismManager.NONE, bootstrap_iters=0)
@@ -321,7 +328,7 @@ def run_lighteval(
     return model.generations, _compared(docs, asked, model.generations)
 
 
-def _asked_task(task: str, choice: bool, samples: int, generation: GenerationConfig) -> Any:
+def _asked_task(task: str, metrics: list[Any], choice: bool, generation: GenerationConfig) -> Any:
     def prompt(line: dict[str, Any], task_name: str = "") -> Any:
         return _doc(task_name, line["query"], line["gold"], choice, {"id": line["id"]})
 
@@ -333,7 +340,7 @@ def _asked_task(task: str, choice: bool, samples: int, generation: GenerationCon
         hf_avail_splits=["test"],
         evaluation_splits=["test"],
         generation_size=generation.max_new_tokens,
-        metrics=_metrics(choice, samples),
+        metrics=metrics,
         stop_sequence=list(generation.stop),
         version=1,
     )

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.evals.engines import Generation, GenerationConfig, StreamingEngine
-from resa_lens.workspace import write_errors
+from resa_lens.files import write_errors
 
 
 class Named(Protocol):

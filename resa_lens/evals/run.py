@@ -6,24 +6,25 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resa_lens import prompts
 from resa_lens.errors import BadInputError
-from resa_lens.evals.engines import Engine, Generation, GenerationConfig
-from resa_lens.evals.grading import extract_answer, extract_letter, is_chosen, is_correct
+from resa_lens.evals.config import SETTINGS as SETTINGS
+from resa_lens.evals.config import EvalConfig as EvalConfig
+from resa_lens.evals.config import Extraction
+from resa_lens.evals.config import PromptStyle as PromptStyle
+from resa_lens.evals.engines import Engine, Generation
+from resa_lens.evals.grading import grade
 from resa_lens.evals.tasks import EvalItem, select
 from resa_lens.stats import mean_interval
-
-PromptStyle = Literal["reason", "direct"]
-"""`reason` ends at `<think>`; `direct` leaves the think tags empty and asks for the answer."""
+from resa_lens.texts import prompts
+from resa_lens.texts.chat import Note, chat_prompts, opened_tags
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -41,64 +42,15 @@ SAMPLE_SCHEMA = pa.schema(
         ("finished", pa.bool_()),
         ("task", pa.string()),
         ("timed_out", pa.bool_()),
+        ("math_verify", pa.bool_()),
+        ("refused", pa.string()),
     ]
 )
-"""One row a generation; `answer` is the extracted one, null where there is none."""
-_LATER = {"task": None, "timed_out": False}
+"""One row a generation; `answer` is the extracted one, null where there is none; `math_verify` is
+that library's verdict beside `correct`, null where it has none; `refused` says why answers were not
+compared to the end."""
+_LATER = {"task": None, "timed_out": False, "math_verify": None, "refused": None}
 """Columns that the first files lack, with what their rows mean."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is asked and how."""
-
-    limit: int | None = None
-    """At most so many questions, drawn as in `tasks.select`."""
-    levels: tuple[int, ...] | None = None
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    prompt_style: PromptStyle = "reason"
-    system_prompt: str | None = None
-    """Stands before the problem, or is the chat template's system message."""
-    samples: int = 1
-    """Generations a question; more than one needs a temperature above 0."""
-    question_seed: int = 0
-    """Draws the questions where there is a limit; the generation has its own seed."""
-    chat_template: bool = False
-    """Whether the tokenizer's chat template makes the prompt, with the question as the user's."""
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            BadInputError: an unknown prompt style, no samples, or several that would be equal.
-        """
-        if self.prompt_style not in get_args(PromptStyle):
-            styles = ", ".join(get_args(PromptStyle))
-            raise BadInputError(f"prompt style is {self.prompt_style!r}; use one of {styles}")
-        if self.samples < 1:
-            raise BadInputError(f"samples is {self.samples}; use at least 1")
-        if self.samples > 1 and self.generation.temperature == 0:
-            raise BadInputError(
-                f"{self.samples} samples at temperature 0 are the same answer; set a temperature"
-            )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A named way to sample, for options that are not given."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 160
-    samples: int = 1
-    chat_template: bool = False
-
-
-SETTINGS = {
-    "greedy": Setting(),
-    "paper": Setting(0.6, 0.95, 32_768, 1, chat_template=True),
-}
-"""`paper` is the evaluation of arXiv 2506.09967; `greedy` suits the bundled model."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +89,50 @@ class EvalResult:
     tokens: int
     """Generated tokens."""
     unfinished: int = 0
-    """Generations that the longest length or the time-out ended."""
+    """Generations that the longest length, the model's context or the time-out ended."""
     timed_out: int = 0
     """Those that the time-out ended; they count as wrong."""
     peer: dict[str, Any] | None = None
     """What another harness's metric says of the same generations, where one was asked."""
+    unanswerable: int = 0
+    """Questions that were not asked, because the model's context does not hold their prompts."""
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of the generations that were cut off."""
+        return self.unfinished / max(1, len(self.samples))
+
+    @property
+    def unanswerable_share(self) -> float:
+        """Share of all questions that were not asked."""
+        return self.unanswerable / max(1, self.n + self.unanswerable)
+
+    def groups(self) -> dict[str, tuple[float, tuple[float, float], int]]:
+        """Return accuracy, 95 % interval and n of all questions, of each level and of each task."""
+        scores = {f"level {level}": score for level, score in sorted(self.by_level.items())}
+        scores |= dict(sorted(self.by_task.items()))
+        rest = {name: (score.accuracy, score.ci, score.n) for name, score in scores.items()}
+        return {"all": (self.accuracy, self.ci, self.n), **rest}
+
+    @property
+    def grading(self) -> dict[str, Any]:
+        """How our verdict and math-verify's differ, with every answer on which they do.
+
+        Keys `compared` (answers with both verdicts), `differing`, `only_math_verify` (that it alone
+        calls right), `only_resa_lens`, `refused` (answers not compared to the end) and `answers`.
+        """
+        rows = [{**_LATER, **row} for row in self.samples]
+        both = [row for row in rows if row["math_verify"] is not None]
+        differing = [row for row in both if row["math_verify"] != row["correct"]]
+        columns = ("id", "sample", "gold", "answer", "correct", "math_verify", "refused")
+        return {
+            "compared": len(both),
+            "differing": len(differing),
+            "only_math_verify": sum(row["math_verify"] for row in differing),
+            "only_resa_lens": sum(row["correct"] for row in differing),
+            "refused": sum(row["refused"] is not None for row in rows),
+            "answers": [{name: row[name] for name in columns} for row in differing],
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the samples for JSON."""
@@ -155,6 +146,10 @@ class EvalResult:
             "tokens": self.tokens,
             "unfinished": self.unfinished,
             "timed_out": self.timed_out,
+            "grading": self.grading,
+            "truncated_share": self.truncated_share,
+            "unanswerable": self.unanswerable,
+            "unanswerable_share": self.unanswerable_share,
             **({} if self.peer is None else {"peer": self.peer}),
         }
 
@@ -188,50 +183,20 @@ def build_prompt(
     return build(question, system_prompt)
 
 
-def chat_prompt(
-    tokenizer: Any,
-    question: str,
-    style: PromptStyle = "reason",
-    system_prompt: str | None = None,
-) -> str:
-    """Return the tokenizer's chat template filled with the question, up to the model's turn.
-
-    Raises:
-        BadInputError: there is no template, or it cannot hold these messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise BadInputError(
-            "the model has no chat template; leave out --chat-template (and --setting paper, which "
-            "asks for it), or put a chat_template.jinja into the model's folder"
-        )
-    messages = [{"role": "user", "content": question}]
-    if system_prompt:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        raise BadInputError(f"the model's chat template fails: {error}") from error
-    begin = tokenizer.bos_token
-    # Tokenising adds the beginning again where it is not only the template that does.
-    if (
-        begin
-        and text.startswith(begin)
-        and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    ):
-        text = text[len(begin) :]
-    if style == "direct":
-        opened = "" if text.rstrip().endswith(prompts.THINK_OPEN) else f" {prompts.THINK_OPEN}"
-        text = f"{text.rstrip()}{opened} {prompts.THINK_CLOSE} {prompts.ANSWER_OPEN}"
-    return text
-
-
-def ask(items: Sequence[EvalItem], config: EvalConfig, tokenizer: Any = None) -> list[Asked]:
+def ask(
+    items: Sequence[EvalItem],
+    config: EvalConfig,
+    tokenizer: Any = None,
+    *,
+    note: Note = lambda text: None,
+) -> list[Asked]:
     """Return what an engine is to answer: `config.levels` and `config.limit` choose, in order.
 
     Args:
         items: the questions.
         config: what is asked and how.
         tokenizer: whose chat template is used, where the configuration wants it.
+        note: told what a chat template writes otherwise than asked.
 
     Raises:
         BadInputError: no questions, none of the levels, or no chat template where one is wanted.
@@ -242,20 +207,48 @@ def ask(items: Sequence[EvalItem], config: EvalConfig, tokenizer: Any = None) ->
         list(items), levels=config.levels, limit=config.limit, seed=config.question_seed
     )
     style, system = config.prompt_style, config.system_prompt
+    questions = [item.question if item.query is None else item.query for item in chosen]
+    chats = questions
+    if config.chat_template:
+        chats = chat_prompts(tokenizer, questions, system, direct=style == "direct", note=note)
     asked = []
-    for item in chosen:
-        question = item.question if item.query is None else item.query
+    for item, question, prompt in zip(chosen, questions, chats, strict=True):
         if config.chat_template:
-            prompt = chat_prompt(tokenizer, question, style, system)
-            tail = prompt.rstrip()
-            opened = prompts.THINK_OPEN if tail.endswith(prompts.THINK_OPEN) else ""
-            if style == "direct":
-                opened = f"{prompts.THINK_OPEN} {prompts.THINK_CLOSE} {prompts.ANSWER_OPEN}"
+            opened = opened_tags(prompt)
         else:
             # Tags of a system prompt or of the question are not the answer's.
             prompt, opened = build_prompt(question, style, system), build_prompt("", style)
         asked += [Asked(item, sample, prompt, opened) for sample in range(config.samples)]
     return asked
+
+
+def answerable(
+    asked: Sequence[Asked], tokenizer: Any, context: int | None
+) -> tuple[list[Asked], int]:
+    """Return what fits a model's context with one token of an answer, and how many do not.
+
+    Args:
+        asked: the questions as they are asked.
+        tokenizer: the model's.
+        context: tokens that it reads at most; None without a bound.
+
+    Returns:
+        The questions that fit, and the number of questions (not samples) that do not.
+
+    Raises:
+        BadInputError: none fits.
+    """
+    if context is None:
+        return list(asked), 0
+    texts = list(dict.fromkeys(one.prompt for one in asked))
+    lengths = dict(zip(texts, map(len, tokenizer(texts)["input_ids"]), strict=True))
+    fitting = [one for one in asked if lengths[one.prompt] < context]
+    if not fitting:
+        raise BadInputError(
+            f"none of the questions fits: the shortest prompt has {min(lengths.values())} tokens "
+            f"and the model reads {context}, the answer included; ask shorter ones"
+        )
+    return fitting, len({one.item.id for one in asked} - {one.item.id for one in fitting})
 
 
 def evaluate(
@@ -280,7 +273,7 @@ def evaluate(
 
     Raises:
         BadInputError: as `ask`.
-        RunFailedError: grading fails, see `grading.is_correct`.
+        RunFailedError: grading fails, see `grading.grade`.
     """
     asked = ask(items, config, tokenizer)
     began = time.perf_counter()
@@ -290,24 +283,32 @@ def evaluate(
         None if progress is None else lambda done: progress(done, len(asked)),
         streams=[one.stream for one in asked],
     )
-    return score(asked, generations, began=began)
+    return score(asked, generations, extraction=config.extraction, began=began)
 
 
 def score(
-    asked: Sequence[Asked], generations: Sequence[Generation], *, began: float | None = None
+    asked: Sequence[Asked],
+    generations: Sequence[Generation],
+    *,
+    extraction: Extraction = "resa",
+    began: float | None = None,
 ) -> EvalResult:
     """Grade the answers and return the scores.
 
     Args:
         asked: the questions as they were asked.
         generations: the answers, in the same order.
+        extraction: by whose rules the answers are found.
         began: reading of `time.perf_counter` from which the seconds count; by default now.
 
     Raises:
-        RunFailedError: see `grading.is_correct`.
+        RunFailedError: see `grading.grade`.
     """
     began = time.perf_counter() if began is None else began
-    rows = [_graded(one, generation) for one, generation in zip(asked, generations, strict=True)]
+    rows = [
+        _graded(one, generation, extraction)
+        for one, generation in zip(asked, generations, strict=True)
+    ]
     seconds = time.perf_counter() - began
     overall = _score(rows)
     return EvalResult(
@@ -328,10 +329,11 @@ def _key(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def _graded(asked: Asked, generation: Generation) -> dict[str, Any]:
+def _graded(asked: Asked, generation: Generation, extraction: Extraction) -> dict[str, Any]:
     item = asked.item
-    completed = asked.opened + generation.text
-    extract, right = (extract_letter, is_chosen) if item.choice else (extract_answer, is_correct)
+    verdict = grade(
+        asked.opened + generation.text, item.answer, choice=item.choice, extraction=extraction
+    )
     return {
         "id": item.id,
         "sample": asked.sample,
@@ -339,15 +341,18 @@ def _graded(asked: Asked, generation: Generation) -> dict[str, Any]:
         "gold": item.answer,
         "prompt": asked.prompt,
         "generation": generation.text,
-        "answer": extract(completed),
+        "answer": verdict.answer,
         # How far a model comes before a time-out is the machine's doing, not its own.
-        "correct": not generation.timed_out and right(completed, item.answer),
+        "correct": verdict.correct and not generation.timed_out,
         "family": item.family,
         "level": item.level,
         "tokens": generation.tokens,
         "finished": generation.finished,
         "task": item.task,
         "timed_out": generation.timed_out,
+        # An answer that its time-out made wrong is no difference of two gradings.
+        "math_verify": None if generation.timed_out else verdict.math_verify,
+        "refused": verdict.refused,
     }
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from resa_lens.corpora import ANSWER_COLUMNS, QUESTION_COLUMNS
 from resa_lens.errors import BadInputError
-from resa_lens.evals.benchmarks import BENCHMARKS, benchmark_rows, gold_answer, question_of
+from resa_lens.evals.benchmarks import BENCHMARKS, benchmark_rows, question_of
+from resa_lens.files import named_path
 from resa_lens.resources import data_path
-from resa_lens.tables import READERS, read_rows
+from resa_lens.texts.records import Columns, Record, cell, level_of, records_of, word_of
+from resa_lens.texts.tables import READERS, Row, read_rows
 
 BUNDLED = "tiny"
 BUNDLED_LEVELS = (1, 2, 3)
@@ -63,7 +64,8 @@ def parse_tasks(text: str) -> list[TaskSpec]:
     Raises:
         BadInputError: an empty name, a level that is no number, or two tasks of one name.
     """
-    parts = [text] if Path(text).is_file() else text.split(",")
+    # False, too, of a list that is longer than a name may be.
+    parts = [text] if os.path.isfile(text) else text.split(",")  # noqa: PTH113
     specs = [_parse_task(part.strip()) for part in parts]
     labels = [spec.label for spec in specs]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -100,6 +102,7 @@ def load_tasks(
     seed: int = 0,
     question_column: str | None = None,
     answer_column: str | None = None,
+    required: bool = True,
 ) -> list[EvalItem]:
     """Return the questions of one or several tasks, in the order they are named.
 
@@ -110,6 +113,7 @@ def load_tasks(
         seed: of that draw, and of the order of a choice's options.
         question_column: of files, the column of the question.
         answer_column: of files, the column of the answer.
+        required: whether a file must have these columns; else one without them has the known ones.
 
     Raises:
         BadInputError: as `parse_tasks` and `load_questions`, or one id in two tasks.
@@ -129,6 +133,7 @@ def load_tasks(
             seed=seed,
             question_column=question_column,
             answer_column=answer_column,
+            required=required,
         )
         for item in loaded:
             if item.id in owner:
@@ -152,14 +157,14 @@ def load_questions(
     seed: int = 0,
     question_column: str | None = None,
     answer_column: str | None = None,
+    required: bool = True,
 ) -> list[EvalItem]:
-    r"""Return the questions of the bundled set, a benchmark or a local table.
+    """Return the questions of the bundled set, a benchmark or a local table.
 
     Args:
-        name_or_path: "tiny", a name in `benchmarks.BENCHMARKS`, or a .jsonl, .parquet or .csv
-            file.  A file's question stands in the column question, problem or prompt, its answer
-            in answer, final_answer or solution; of a worked solution the last `\boxed{}` counts,
-            or what follows "####".  Optional are id, family and level.
+        name_or_path: "tiny", a name in `benchmarks.BENCHMARKS`, or a .jsonl, .json, .csv, .tsv or
+            .parquet file, read as training reads it (`records.records_of`).  Optional are id,
+            family and level; a level that is a word ("hard") is the family where there is none.
         split: of the bundled set; a file has no splits.
         place: of a benchmark, the local file or folder to read instead of the hub's.
         levels: only questions of these levels.
@@ -169,6 +174,7 @@ def load_questions(
         seed: of that draw, and of the order of a choice's options.
         question_column: of a file, the column of the question.
         answer_column: of a file, the column of the answer.
+        required: as in `load_tasks`.
 
     Raises:
         BadInputError: no such file, a format, column, value, family or level that does not exist,
@@ -179,11 +185,14 @@ def load_questions(
     else:
         path = _resolve(name_or_path, split)
         rows = read_rows(path)
-        if not rows:
-            raise BadInputError(f"{path} holds no rows; give at least one question with its answer")
-        question = _column(rows[0], question_column, QUESTION_COLUMNS, path)
-        answer = _column(rows[0], answer_column, ANSWER_COLUMNS, path)
-        items = [_item(row, index, path, question, answer) for index, row in enumerate(rows)]
+        columns = Columns(question_column, answer_column)
+        if name_or_path == BUNDLED:
+            columns = None
+        elif not required:
+            columns = columns.known_to(rows)
+        records = records_of(rows, str(path), columns, plain=False)
+        pairs = zip(records, rows, strict=True)
+        items = [_item(record, row, index, path) for index, (record, row) in enumerate(pairs)]
         seen: set[str] = set()
         for item in items:
             if item.id in seen:
@@ -231,15 +240,13 @@ def _benchmark_items(name: str, place: str | None, seed: int) -> list[EvalItem]:
     items = []
     for index, row in enumerate(benchmark_rows(benchmark, place)):
         asked = question_of(benchmark, row, seed)
-        level = str(row.get(benchmark.level) or "") if benchmark.level else ""
-        number = re.fullmatch(r"\D*(\d+)", level)  # "Level 5" or 5
         items.append(
             EvalItem(
                 id=f"{name}-{index}",
                 question=asked.text,
                 answer=asked.gold,
-                family=str(row.get(benchmark.family) or "") or None if benchmark.family else None,
-                level=int(number[1]) if number else None,
+                family=word_of(row.get(benchmark.family)) or None if benchmark.family else None,
+                level=level_of(row.get(benchmark.level)) if benchmark.level else None,
                 query=asked.query,
                 choice=benchmark.kind == "choice",
             )
@@ -260,45 +267,19 @@ def _resolve(name_or_path: str | Path, split: str) -> Path:
         raise BadInputError(f"split is {split!r}; use one of {_listed(SPLITS)}")
     if name_or_path == BUNDLED:
         return data_path(f"{BUNDLED}/{split}.jsonl")
-    path = Path(name_or_path).expanduser()
+    path = named_path(name_or_path, "task")
     if not path.is_file():
         raise BadInputError(f"{name_or_path} is no file and no known set; use {_choices()}")
     return path
 
 
-def _column(row: dict[str, Any], asked: str | None, known: Sequence[str], path: Path) -> str:
-    names = [asked] if asked else known
-    if present := [name for name in names if name in row]:
-        return present[0]
-    raise BadInputError(
-        f"{path} has no column {' or '.join(names)} in row 0; it has {_listed(row)}.\n"
-        "Name the right ones by --question-column and --answer-column"
-    )
-
-
-def _item(row: dict[str, Any], index: int, path: Path, question: str, answer: str) -> EvalItem:
-    texts = {}
-    for name in (question, answer):
-        if name not in row:
-            raise BadInputError(
-                f"{path} has no column {name} in row {index}; it has {_listed(row)}"
-            )
-        texts[name] = "" if row[name] is None else str(row[name]).strip()
-    texts[answer] = gold_answer(texts[answer])
-    if empty := [name for name in texts if not texts[name]]:
-        raise BadInputError(f"{path} has an empty {empty[0]} in row {index}; fill it or drop it")
-    family, level, name = row.get("family"), row.get("level"), row.get("id")
+def _item(record: Record, row: Row, index: int, path: Path) -> EvalItem:
+    stated = cell(row, "level")
+    level, word = level_of(stated), word_of(stated)
     return EvalItem(
-        id=f"{path.stem}-{index}" if name in (None, "") else str(name),
-        question=texts[question],
-        answer=texts[answer],
-        family=None if family in (None, "") else str(family),
-        level=None if level in (None, "") else _level(level, index, path),
+        id=word_of(cell(row, "id")) or f"{path.stem}-{index}",
+        question=record.question,
+        answer=record.answer,
+        family=record.family or (word if level is None else "") or None,
+        level=level,
     )
-
-
-def _level(value: Any, index: int, path: Path) -> int:
-    found = re.fullmatch(r"(?:level\s*)?(\d+)(?:\.0)?", str(value).strip(), re.IGNORECASE)
-    if found is None:
-        raise BadInputError(f"{path} has level {value!r} in row {index}; a level is a whole number")
-    return int(found[1])

@@ -23,15 +23,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from resa_lens.activations import check_hookpoints, stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.features.checks import check_features
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PHASES, PhasedBatch
+from resa_lens.features.config import ActivityConfig as ActivityConfig
+from resa_lens.models.activations import check_hookpoints, stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.progress import Advance
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode, encoder_of
 from resa_lens.saes.kernels import by_latent
+from resa_lens.texts.phases import PHASES, PhasedBatch
 
 LOWEST, OCTAVES = -10, 24
 BINS = 2 * OCTAVES
@@ -41,37 +42,6 @@ CONTEXT = 8
 _PRIME = 1_000_003
 _EXPONENT = 127  # of 1.0 in float32
 _HALF_OCTAVE = 22  # bits below the exponent and the first bit of the mantissa
-
-
-@dataclass(frozen=True)
-class ActivityConfig:
-    """What is kept of each feature."""
-
-    examples: int = 8
-    """Documents with the strongest activation."""
-    before: int = 16
-    """Tokens of context before the peak."""
-    after: int = 8
-    """Tokens after it."""
-    threshold: float = 0.0
-    """A feature fires where its value after the top-k is above this."""
-
-    def __post_init__(self) -> None:
-        """Check the sizes.
-
-        Raises:
-            BadInputError: no example, or a negative context.
-        """
-        if self.examples < 1 or min(self.before, self.after) < 0:
-            raise BadInputError(
-                f"{self.examples} examples, {self.before} tokens before, {self.after} after: give "
-                "1 example or more and no negative context"
-            )
-
-    @property
-    def window(self) -> int:
-        """Tokens of an example, the peak included."""
-        return self.before + 1 + self.after
 
 
 def bin_edges() -> Float[Tensor, " bins+1"]:

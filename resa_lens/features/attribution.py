@@ -29,9 +29,8 @@ from resa_lens.features.interventions import (
     EncodedBatch,
     sum_masses,
 )
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PHASES, PhasedBatch
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, encode
 from resa_lens.saes.kernels import pair_dots
 from resa_lens.stats import (
@@ -42,6 +41,7 @@ from resa_lens.stats import (
     sign_flip_p_value,
     spearman,
 )
+from resa_lens.texts.phases import PHASES, PhasedBatch
 
 PATCH_TOKENS = 1024
 """Of the copies of documents that are patched in one forward pass."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint, describe_layer
-from resa_lens.models import Model
+from resa_lens.models.hookpoints import Hookpoint, describe_layer
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder
 
 

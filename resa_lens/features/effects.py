@@ -27,11 +27,11 @@ from resa_lens.features.interventions import (
     sum_masses,
     weighted_decoder,
 )
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PhasedBatch
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.stats import difference_from_sets, permutation_p_value
+from resa_lens.texts.phases import PhasedBatch
 
 
 @dataclass(frozen=True)

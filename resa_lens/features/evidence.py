@@ -16,8 +16,8 @@ from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import TaggedPrompt
-from resa_lens.phases import tokens_within
 from resa_lens.saes.coder import SparseActs
+from resa_lens.texts.phases import tokens_within
 
 REASONING_WORDS = (
     "alternatively",

@@ -8,45 +8,27 @@ count: the other rules stand beside it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from resa_lens import prompts
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.features.checks import check_features
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import tag_spans
+from resa_lens.features.config import RULES, CountConfig, check_tags
+from resa_lens.features.config import check_rule as check_rule
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.bounds import check_length
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
-
-RULES: dict[str, str] = {
-    "all": "active at every occurrence of <think> and of </think>, and at no other token",
-    "any": "active at one or more occurrences of each tag, and at no other token",
-    "either": "active at one or more occurrences of either tag, and at no other token",
-}
-"""The counting rules; `all` is the paper's as the spec states it."""
-
-
-@dataclass(frozen=True)
-class CountConfig:
-    """What the paper leaves open, with the stated defaults."""
-
-    prompt: str = "r1"
-    """A name in prompts.SYSTEM_PROMPTS, a text, or @file."""
-    chat_template: bool = False
-    """Whether the prompt goes through the tokenizer's chat template as the system message."""
-    open_tag: str = prompts.THINK_OPEN
-    close_tag: str = prompts.THINK_CLOSE
-    threshold: float = 0.0
-    """A feature is active where its value after the top-k is above this."""
-    ignore_first: bool = False
-    """Leave the first position (beginning of sequence, an attention sink) out of "other"."""
+from resa_lens.texts import prompts
+from resa_lens.texts.chat import render_chats
+from resa_lens.texts.phases import tag_spans
 
 
 @dataclass(frozen=True)
@@ -57,13 +39,19 @@ class TaggedPrompt:
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     open_spans: tuple[tuple[int, ...], ...]
-    """Token positions of each occurrence of the opening tag."""
+    """Token positions of each occurrence of the opening tag that are its alone."""
     close_spans: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...] = ()
+    """What the chat template wrote otherwise than asked."""
+    shared: tuple[int, ...] = ()
+    """Tokens of two tags (`> </` is one in some vocabularies): they count for neither."""
+    whole: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Where there are such, the spans of both tags with them."""
 
     @property
     def others(self) -> list[int]:
         """Positions that belong to no occurrence of a tag."""
-        inside = {p for span in (*self.open_spans, *self.close_spans) for p in span}
+        inside = {p for span in (*self.open_spans, *self.close_spans, self.shared) for p in span}
         return [p for p in range(len(self.ids)) if p not in inside]
 
 
@@ -75,10 +63,13 @@ class LayerCount:
     features: Mapping[str, tuple[int, ...]]
     active: int
     """Features active at one token of the prompt or more: the base of the counts."""
+    shared: Mapping[str, int] = field(default_factory=dict)
+    """By rule, features that would be counted if a token of two tags counted for both."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return layer and the count of each rule."""
-        return {"layer": self.layer, **{rule: len(self.features[rule]) for rule in RULES}}
+        """Return layer and the count of each rule, and what rests on shared tokens, if any."""
+        counts = {rule: len(self.features[rule]) for rule in RULES}
+        return {"layer": self.layer, **counts, **({"shared": self.shared} if self.shared else {})}
 
 
 @dataclass(frozen=True)
@@ -104,10 +95,12 @@ def tag_prompt(model: Model, config: CountConfig) -> TaggedPrompt:
     """Tokenise the prompt and find the tags' tokens by character spans.
 
     A token belongs to an occurrence when it shares a character with it, so tags of several tokens
-    work, and so does a token that reaches over the tag's edge.
+    work, and so does a token that reaches over the tag's edge.  One that belongs to two occurrences
+    says of neither that a feature is active there.
 
     Raises:
-        BadInputError: no tag in the prompt, no chat template, or a tokenizer without offsets.
+        BadInputError: no tag in the prompt, a prompt longer than the model's positions, no chat
+            template or one that fails, or a tokenizer without offsets.
     """
     return tag_text(model, prompts.resolve_system_prompt(config.prompt), config)
 
@@ -119,19 +112,13 @@ def tag_text(model: Model, text: str, config: CountConfig) -> TaggedPrompt:
         BadInputError: as `tag_prompt`.
     """
     tokenizer: Any = model.tokenizer
-    for tag in (config.open_tag, config.close_tag):
-        if not tag or tag not in text:
-            shown = text if len(text) < 60 else text[:57] + "..."
-            raise BadInputError(
-                f"the prompt {shown!r} has no {tag or 'tag'}; use one that contains "
-                f"{config.open_tag} and {config.close_tag}, for example --prompt r1"
-            )
+    check_tags(text, config.open_tag, config.close_tag)
+    notes: list[str] = []
     if config.chat_template:
         if not tokenizer.chat_template:
             raise BadInputError(f"{model.name} has no chat template; count on the bare text")
-        text = tokenizer.apply_chat_template(
-            [{"role": "system", "content": text}], tokenize=False, add_generation_prompt=False
-        )
+        chat = [{"role": "system", "content": text}]
+        (text,) = render_chats(tokenizer, [chat], generation=False, note=notes.append)
     if not tokenizer.is_fast:
         raise BadInputError(f"{model.name}: its tokenizer gives no offsets; a fast one is needed")
     # A chat template writes the beginning-of-sequence token itself.
@@ -140,20 +127,29 @@ def tag_text(model: Model, text: str, config: CountConfig) -> TaggedPrompt:
     )
     offsets = encoded["offset_mapping"]
     ids = tuple(int(i) for i in encoded["input_ids"])
-
+    check_length(model, len(ids))
     opened, closed = (tag_spans(text, tag, offsets) for tag in (config.open_tag, config.close_tag))
     for tag, found in ((config.open_tag, opened), (config.close_tag, closed)):
         if not found:
             raise BadInputError(
-                f"the chat template of {model.name} drops {tag} from the system message; "
+                f"the chat template of {model.name} drops {tag} from its message; "
                 "count on the bare text"
             )
+    times = Counter(position for span in (*opened, *closed) for position in span)
+    shared = tuple(sorted(position for position, count in times.items() if count > 1))
+    own = [
+        tuple(tuple(p for p in span if p not in shared) for span in spans)
+        for spans in (opened, closed)
+    ]
     return TaggedPrompt(
         text=text,
         ids=ids,
         tokens=tuple(tokenizer.convert_ids_to_tokens(list(ids))),
-        open_spans=opened,
-        close_spans=closed,
+        open_spans=own[0],
+        close_spans=own[1],
+        notes=tuple(notes),
+        shared=shared,
+        whole=(opened, closed) if shared else (),
     )
 
 
@@ -211,9 +207,18 @@ def count_features(
     for point, coder in sorted(coders.items()):
         x: Float[Tensor, "position d_model"] = batch.acts[point][0].float()
         acts = encode(coder, x)
-        features = exclusive_features(
-            acts, prompt, threshold=config.threshold, ignore_first=config.ignore_first
-        )
+        options: dict[str, Any] = {
+            "threshold": config.threshold,
+            "ignore_first": config.ignore_first,
+        }
+        features = exclusive_features(acts, prompt, **options)
         seen = acts.latents[acts.values > config.threshold].unique().numel()
-        layers.append(LayerCount(point.layer, features, seen))
+        shared = {}
+        if prompt.shared:
+            opened, closed = prompt.whole
+            loose = exclusive_features(
+                acts, replace(prompt, open_spans=opened, close_spans=closed), **options
+            )
+            shared = {rule: len(set(loose[rule]) - set(features[rule])) for rule in RULES}
+        layers.append(LayerCount(point.layer, features, seen, shared))
     return FeatureCounts(prompt, tuple(layers), config)

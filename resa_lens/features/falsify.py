@@ -40,14 +40,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resa_lens import stats
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.features.checks import check_features
+from resa_lens.features.config import FalsifyConfig as FalsifyConfig
 from resa_lens.features.exclusive import RULES, LayerCount
 from resa_lens.features.matching import best_matches
 from resa_lens.features.stimuli import Trial
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
 from resa_lens.stats import Interval
 
@@ -60,28 +61,6 @@ TESTS = ("injection", "shuffle", "plain", "neutral", "paraphrase", OTHER_SEED)
 ALPHA = 0.05
 FOUND_AGAIN = 0.7
 """Decoder cosine, or correlation over the trials' places, from which a feature is alike."""
-
-
-@dataclass(frozen=True)
-class FalsifyConfig:
-    """How often each test is tried, and what counts as firing."""
-
-    texts: int = 40
-    """Plain texts with the tags put in."""
-    shuffles: int = 20
-    """Orders of the prompt's words."""
-    fires: float = 0.5
-    """Share of trials from which a feature counts as firing."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the share.
-
-        Raises:
-            BadInputError: it is no share above 0.
-        """
-        if not 0 < self.fires <= 1:
-            raise BadInputError(f"fires {self.fires}: give a share above 0 and at most 1")
 
 
 @dataclass(frozen=True)

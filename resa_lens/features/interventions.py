@@ -32,14 +32,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resa_lens.activations import check_hookpoints, stream_activations
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.features.checks import check_features
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PHASES, PhasedBatch
+from resa_lens.models.activations import check_hookpoints, stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseActs, SparseCoder, decode, encode
 from resa_lens.saes.kernels import row_starts, weighted_rows
+from resa_lens.texts.phases import PHASES, PhasedBatch
 
 KINDS: dict[str, str] = {
     "ablate": "z' = (1 - strength) z",

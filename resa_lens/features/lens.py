@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.models import Model
+from resa_lens.models.host import Model
 
 BLOCK_BYTES = 64 * 2**20
 """Of logits or cosines held at once."""

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from resa_lens import prompts
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import CountConfig, tag_text
-from resa_lens.models import Model
-from resa_lens.phases import tokens_within
+from resa_lens.models.host import Model
+from resa_lens.texts import prompts
+from resa_lens.texts.phases import tokens_within
 
 NEUTRAL_TAGS: tuple[tuple[str, str], ...] = (
     ("<note>", "</note>"),

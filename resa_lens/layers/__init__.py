@@ -16,6 +16,7 @@ import numpy as np
 import scipy
 
 from resa_lens.errors import BadInputError
+from resa_lens.files import named_path
 from resa_lens.stats import Floats, Interval
 
 MAX_LAYERS, MAX_VALUE = 10_000, 1e12
@@ -234,7 +235,7 @@ def _rows(
     path: str | Path, column: str, layer_column: str | None
 ) -> Iterator[tuple[int, str, int, float]]:
     """Yield line, the layer as written, 0-based layer and value of each row of a CSV."""
-    source = Path(path)
+    source = named_path(path, "table")
     if not source.is_file():
         raise BadInputError(f"{source} is not a file: give a CSV with a header")
     try:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import ordinal
-from resa_lens.tables import read_rows
+from resa_lens.models.hookpoints import ordinal
+from resa_lens.texts.tables import read_rows
 
 QUESTIONS = {
     "aime24": 30, "aime2024": 30, "aime25": 30, "aime2025": 30, "amc23": 40, "amc2023": 40,
@@ -73,7 +73,21 @@ def read_checkpoints(
             one benchmark; a score that is no percentage; fewer than two groups; a row twice.
     """
     source = Path(path)
-    rows = [_clean(row, source, number) for number, row in enumerate(read_rows(source), start=1)]
+    return checkpoint_table(read_rows(source), source, group=group, questions=questions)
+
+
+def checkpoint_table(
+    records: Sequence[Mapping[Any, Any]],
+    source: Path,
+    *,
+    group: str | None = None,
+    questions: Mapping[str, int] | None = None,
+) -> CheckpointTable:
+    """Reads a table of checkpoints from its rows; `source` is what errors call it.
+
+    Other arguments and errors: as `read_checkpoints`.
+    """
+    rows = [{str(name).strip(): cell for name, cell in row.items()} for row in records]
     if not rows:
         raise BadInputError(f"{source} has no rows: give a header and one row per checkpoint")
     header = list(dict.fromkeys(name for row in rows for name in row))
@@ -81,7 +95,7 @@ def read_checkpoints(
     if column is None or column not in header:
         raise BadInputError(
             f'{source} has no column "{column or " or ".join(GROUPS)}" to group by: '
-            f"give --group one of {', '.join(header)}"
+            f"give --group-column one of {', '.join(header)}"
         )
     known = _questions([name for name in header if name != column], questions or {}, source)
     averages = [name for name in header if plain_name(name) in AVERAGES and name not in known]
@@ -114,12 +128,6 @@ def read_checkpoints(
         tuple(numbers(averages[0])) if averages else (None,) * len(rows),
         rest,
     )
-
-
-def _clean(row: dict[Any, Any], source: Path, number: int) -> dict[str, Any]:
-    if None in row:
-        raise BadInputError(f"{source}, row {number} has more cells than the header has names")
-    return {str(name).strip(): value for name, value in row.items()}
 
 
 def _questions(header: list[str], asked: Mapping[str, int], source: Path) -> dict[str, int]:
@@ -207,3 +215,18 @@ def _row_names(groups: list[str], others: Mapping[str, list[Any]]) -> tuple[str,
             return tuple(f"{row}, row {i}" for i, row in enumerate(names, start=1))
         names = best
     return tuple(names)
+
+
+def question_counts(items: Sequence[str]) -> dict[str, int]:
+    """Return the questions of benchmarks from NAME=N.
+
+    Raises:
+        BadInputError: one is of another form.
+    """
+    counts = {}
+    for item in items:
+        name, _, number = item.rpartition("=")
+        if not name or not number.strip().isdecimal():
+            raise BadInputError(f'--questions "{item}": give NAME=N, for example mmlu=14042')
+        counts[name.strip()] = int(number)
+    return counts

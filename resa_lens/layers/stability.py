@@ -20,9 +20,9 @@ from scipy.stats import rankdata
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import describe_layer
 from resa_lens.layers.alignment import ALPHA, align, rank_agreement
 from resa_lens.layers.selectors import Recommendation, recommend
+from resa_lens.models.hookpoints import describe_layer
 from resa_lens.stats import Floats
 
 STABLE, UNSTABLE, UNTESTED = "stable", "not stable", "not testable"

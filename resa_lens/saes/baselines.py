@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from resa_lens.errors import BadInputError
-from resa_lens.models import Model
+from resa_lens.machine.determinism import cumulative_sum
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import Coder, SparseCoder, new_coder, reconstruct
 
 CHUNK = 1024
@@ -223,7 +224,7 @@ def pca(x: Float[Tensor, "row d_in"], target: SparseCoder | Replacement | float)
     centred = x.double() - mean
     values, vectors = torch.linalg.eigh(centred.mT @ centred)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    left = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
+    left = values.sum() - torch.cat([values.new_zeros(1), cumulative_sum(values, 0)])
     allowed = wanted * values.sum()
     # The last whole component is the one after which more is left than allowed.
     whole = int((left > allowed).sum())
@@ -300,6 +301,7 @@ def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -
         device=model.device,
         dtype=model.dtype,
         reason=model.reason,
+        parts=dict(model.parts),
     )
 
 

@@ -1,6 +1,8 @@
-"""Checkpoints of a training run: after kill -9 the same command goes on to the same bits.
+"""Checkpoints of a training run: after kill -9 the same command goes on.
 
-    <run>/lock                             held by the process that trains; a second one refuses
+To the same bits on a CPU, and on CUDA with --deterministic; without it within noise there.
+
+    <run>/lock, <run>/claim-<number>       of the process that trains; a second one refuses
     <run>/checkpoint-<step>/state.json     scalars of every layer, threads, kernel path
     <run>/checkpoint-<step>/<hookpoint>.safetensors
 
@@ -10,13 +12,12 @@ whole.  Older ones are removed afterwards.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from resa_lens.errors import BadInputError, TakenError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens import claims
+from resa_lens.errors import BadInputError
+from resa_lens.files import read_json, write_errors
+from resa_lens.machine.limits import is_out_of_memory
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.kernels import kernel_path
 from resa_lens.saes.world import ALONE, World
-from resa_lens.workspace import write_errors
 
 if TYPE_CHECKING:
     from resa_lens.saes.train import LayerTrainer
@@ -41,37 +44,6 @@ COST = 0.03
 STATE = "state.json"
 
 
-@contextmanager
-def run_lock(folder: Path, doing: str = "training") -> Iterator[None]:
-    """Hold a run's folder; the lock goes with the process, also when it is killed.
-
-    Args:
-        folder: comes into being where it is missing.
-        doing: what another process is told that this one does.
-
-    Raises:
-        TakenError: another process holds it.
-    """
-    with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / "lock").open("a+")
-    try:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            raise TakenError(
-                f"process {stream.read().strip() or '?'} is {doing} into {folder}; wait for it, "
-                "or end it"
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
-    finally:
-        stream.close()
-
-
 def newest(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None."""
     found = [p for p in folder.glob("checkpoint-*") if (p / STATE).exists()]
@@ -80,8 +52,8 @@ def newest(folder: Path) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any] | None:
     """Return what the newest checkpoint says of itself, or None where there is none."""
-    held = newest(folder)
-    return None if held is None else json.loads((held / STATE).read_text())
+    checkpoint = newest(folder)
+    return None if checkpoint is None else read_json(checkpoint / STATE)
 
 
 def restore_threads(folder: Path, device: str, asked: int | None) -> int | None:
@@ -94,27 +66,50 @@ def restore_threads(folder: Path, device: str, asked: int | None) -> int | None:
         BadInputError: other threads were asked for, or this machine has other kernels.
     """
     state = read_state(folder)
-    if state is None:
-        return None
+    threads = None if state is None else check_machine(state, folder, device, asked)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return threads
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what the bits of a computation depend on besides its inputs."""
+    return {
+        "threads": torch.get_num_threads(),
+        "kernel_path": kernel_path(device),
+        "torch": torch.__version__,
+    }
+
+
+def check_machine(
+    state: Mapping[str, Any], folder: Path, device: str, asked: int | None
+) -> int | None:
+    """Return the threads that a run began with; what its record does not name is not compared.
+
+    Raises:
+        BadInputError: it began with other kernels or another torch, or other threads are asked for.
+    """
     begun = f"the run in {folder} began"
-    if state["kernel_path"] != kernel_path(device):
+    now = machine(device)
+    if state.get("kernel_path", now["kernel_path"]) != now["kernel_path"]:
         raise BadInputError(
             f"{begun} on kernels {state['kernel_path']!r}, this machine has "
-            f"{kernel_path(device)!r}: it would not go on to the same bits.\n"
+            f"{now['kernel_path']!r}: it would not go on to the same bits.\n"
             "Go on where it began, or start anew with --force."
         )
-    if state["torch"] != torch.__version__:
+    if state.get("torch", now["torch"]) != now["torch"]:
         raise BadInputError(
-            f"{begun} with torch {state['torch']}, this is {torch.__version__}: it would not go on "
+            f"{begun} with torch {state['torch']}, this is {now['torch']}: it would not go on "
             "to the same bits.\nInstall that version, or start anew with --force."
         )
-    threads = int(state["threads"])
+    threads = state.get("threads")
+    if not isinstance(threads, int) or threads < 1:
+        return None
     if asked is not None and asked != threads:
         raise BadInputError(
             f"{begun} with {threads} threads, --threads is {asked}: it would not go on to the "
             "same bits.\nLeave --threads out, or start anew with --force."
         )
-    torch.set_num_threads(threads)
     return threads
 
 
@@ -138,7 +133,7 @@ class Checkpoints:
         held = newest(self.folder)
         if held is None:
             return 0
-        state = json.loads((held / STATE).read_text())
+        state = read_json(held / STATE)
         if state["processes"] != self.world.size:
             raise BadInputError(
                 f"{held} was written by {state['processes']} processes, this is {self.world.size}; "
@@ -152,6 +147,8 @@ class Checkpoints:
                         value.copy_(stream.get_tensor(name))
                 trainer.load_scalars(state["layers"][point.sparsify])
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise BadInputError(
                     f"checkpoint {file} cannot be read ({error}); start anew with --force"
                 ) from error
@@ -178,7 +175,9 @@ class Checkpoints:
         temporary = self.folder / f".filling-{step}"
         final = self.folder / f"checkpoint-{step}"
         scalars = world.gather({p.sparsify: t.scalars() for p, t in trainers.items()})
-        with write_errors(self.folder):
+        with write_errors(self.folder), ExitStack() as always:
+            # A half of it would take room where the disk is full.
+            always.callback(shutil.rmtree, temporary, ignore_errors=True)
             temporary.mkdir(parents=True, exist_ok=True)
             for point, trainer in trainers.items():
                 file = temporary / f"{point.sparsify}.safetensors"
@@ -194,13 +193,12 @@ class Checkpoints:
                 state = {
                     "step": step,
                     "layers": layers,
-                    "threads": torch.get_num_threads(),
                     "processes": world.size,
-                    "kernel_path": kernel_path(self.device),
-                    "torch": torch.__version__,
+                    **machine(self.device),
                 }
                 (temporary / STATE).write_text(json.dumps(state))
                 sync(temporary / STATE)
+                claims.prove()
                 if final.exists():
                     shutil.rmtree(final)
                 temporary.rename(final)

@@ -6,7 +6,6 @@ every activation function has the same number of active latents in each row.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
-from resa_lens.models import quiet
+from resa_lens.models.host import quiet
 from resa_lens.saes.kernels import pair_dots, row_starts, weighted_rows
 from resa_lens.saes.select import Active, Encoder, above, batch_topk, half_precision, topk
 
@@ -72,11 +71,16 @@ class Coder(SparseCoder):
         dtype: torch.dtype | None = None,
         *,
         decoder: bool = True,
-        threshold: float = 0.0,
+        threshold: float | Tensor = 0.0,
     ) -> None:
         super().__init__(d_in, cfg, device, dtype, decoder=decoder)
         self.threshold = threshold
-        """Of BatchTopK: a latent is active above it, once training is over."""
+        """Of BatchTopK: a latent is active above it, once training is over; of JumpReLU one a
+        latent."""
+        self.stored = "float32"
+        """The floating type of its file."""
+        self.states_k = True
+        """Whether k is the file's, and no placeholder of a JumpReLU."""
 
     @property
     def d_sae(self) -> int:
@@ -86,13 +90,17 @@ class Coder(SparseCoder):
     def config(self) -> dict[str, Any]:
         """Return what cfg.json holds."""
         held = {**self.cfg.to_dict(), "d_in": self.d_in}
-        return {**held, "threshold": self.threshold} if self.cfg.activation != "topk" else held
+        each = isinstance(self.threshold, Tensor)
+        threshold = "each" if each else self.threshold
+        return {**held, "threshold": threshold} if self.cfg.activation != "topk" else held
 
     def save_to_disk(self, path: Path | str) -> None:
         """Write cfg.json and sae.safetensors (encoder.weight, encoder.bias, W_dec, b_dec)."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        if isinstance(self.threshold, Tensor):
+            state["threshold"] = self.threshold.cpu()
         save_file(state, folder / "sae.safetensors")
         (folder / "cfg.json").write_text(json.dumps(self.config()))
 
@@ -102,7 +110,7 @@ def assemble(
     *,
     k: int,
     activation: str = "topk",
-    threshold: float = 0.0,
+    threshold: float | Tensor = 0.0,
     device: str = "cpu",
 ) -> Coder:
     """Make a frozen coder of its tensors, in sparsify's names and orientation.
@@ -112,7 +120,7 @@ def assemble(
             [d_sae, d_in] unless only the encoder is wanted.
         k: active latents a row.
         activation: a name in `ACTIVATIONS`.
-        threshold: of BatchTopK.
+        threshold: of BatchTopK; of JumpReLU [d_sae].
         device: where it is put.
     """
     latents, d_in = tensors["encoder.weight"].shape
@@ -151,15 +159,6 @@ def new_coder(
     return coder.to(device)
 
 
-def hash_tensors(coder: SparseCoder) -> str:
-    """Return the SHA-256 of a coder's tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(coder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(memoryview(value.detach().cpu().contiguous().numpy()).cast("B"))
-    return digest.hexdigest()
-
-
 class Activation(NamedTuple):
     """An activation function: how it selects while training, and afterwards."""
 
@@ -172,7 +171,7 @@ def _infer_topk(encoder: Encoder, x: Tensor, coder: SparseCoder) -> Active:
 
 
 def _infer_threshold(encoder: Encoder, x: Tensor, coder: SparseCoder) -> Active:
-    return above(encoder, x, float(getattr(coder, "threshold", 0.0)))
+    return above(encoder, x, getattr(coder, "threshold", 0.0))
 
 
 ACTIVATIONS: dict[str, Activation] = {

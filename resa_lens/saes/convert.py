@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,12 @@ from pathlib import Path
 import torch
 
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.files import named_path
+from resa_lens.machine.hardware import MB
+from resa_lens.machine.limits import check_disk
+from resa_lens.models.hookpoints import LLAMA, Hookpoint, Names
 from resa_lens.progress import SILENT, Reporter
+from resa_lens.publishing import filled, put_back
 from resa_lens.saes.coder import SparseCoder, reconstruct
 from resa_lens.saes.formats import (
     FORMATS,
@@ -22,7 +25,6 @@ from resa_lens.saes.formats import (
     load_coder,
     save_coder,
 )
-from resa_lens.workspace import write_errors
 
 ROWS = 256
 LIMIT = 1e-5
@@ -55,6 +57,7 @@ def convert(
     cast: bool = False,
     k: int | None = None,
     force: bool = False,
+    names: Names = LLAMA,
     reporter: Reporter = SILENT,
 ) -> Converted:
     """Read the SAEs of a folder and write them in another format, whole or not at all.
@@ -68,6 +71,7 @@ def convert(
         cast: see `load_coder`.
         k: see `load_coder`.
         force: replace the target, if it holds SAEs and nothing else.
+        names: of the model's architecture, whose MLP may have two places.
         reporter: is told of the size and of each SAE.
 
     Raises:
@@ -77,46 +81,44 @@ def convert(
     if form not in FORMATS:
         raise BadInputError(f"format {form!r} is unknown; use {', '.join(FORMATS)}")
     _check_target(source, target, force)
-    found = find_coders(source)
+    found = find_coders(source, names)
     if layers is not None:
         found = {f: p for f, p in found.items() if p is not None and p.layer in layers}
         if missing := sorted(set(layers) - {p.layer for p in found.values() if p}):
             raise BadInputError(f"{source} has no SAE at layer {missing[0]} (0-based)")
     by_hookpoint(found)
-    _announce(found, reporter)
+    check_disk(target.absolute().parent, _announce(found, reporter) / MB, "converting")
     single = len(found) == 1 and source in found
-    temporary = target.parent / f".tmp-{os.getpid()}-{target.name}"
     largest = 0.0
-    try:
-        with write_errors(target), reporter.bar(f"converting to {form}", len(found)) as advance:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for folder, point in found.items():
-                coder = load_coder(folder, allow_pickle=allow_pickle, cast=cast, k=k)
-                name = point.sparsify if point else folder.name
-                place = temporary if single else temporary / name
-                save_coder(coder, place, form, point)
-                found_difference = difference(coder, load_coder(place, allow_pickle=True))
-                # Not a number must not pass, as it would through max().
-                if not found_difference <= LIMIT:
-                    raise RunFailedError(
-                        f"{target} would differ from {folder} by {found_difference:.3g} (limit "
-                        f"{LIMIT:g}); nothing was written"
-                    )
-                largest = max(largest, found_difference)
-                advance(1)
-            _put(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with filled(target) as temporary, reporter.bar(f"converting to {form}", len(found)) as advance:
+        for folder, point in found.items():
+            coder = load_coder(folder, allow_pickle=allow_pickle, cast=cast, k=k)
+            if coder.stored != "float32":
+                reporter.note(f"{folder}: {coder.stored} turned into float32")
+            name = names.sparsify(point) if point else folder.name
+            place = temporary if single else temporary / name
+            save_coder(coder, place, form, point, names)
+            found_difference = difference(coder, load_coder(place, allow_pickle=True))
+            # Not a number must not pass, as it would through max().
+            if not found_difference <= LIMIT:
+                raise RunFailedError(
+                    f"{target} would differ from {folder} by {found_difference:.3g} (limit "
+                    f"{LIMIT:g}); nothing was written"
+                )
+            largest = max(largest, found_difference)
+            advance(1)
     return Converted(
         target,
         tuple(sorted({detect(folder) for folder in found})),
-        tuple(_name(point) for point in found.values()),
+        tuple(names.sparsify(point) if point else None for point in found.values()),
         ROWS,
         largest,
     )
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
+    named_path(target, "target")
+    put_back(target)
     if target.resolve() == source.resolve() or source.resolve().is_relative_to(target.resolve()):
         raise BadInputError(f"target {target} holds the source {source}; choose another")
     if target.exists() or target.is_symlink():
@@ -136,8 +138,10 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise BadInputError(f"target {target}: {above} is no folder that can be written to")
 
 
-def _announce(found: Mapping[Path, Hookpoint | None], reporter: Reporter) -> None:
-    files = [p for folder in found for p in folder.iterdir() if p.suffix in (".safetensors", ".pt")]
+def _announce(found: Mapping[Path, Hookpoint | None], reporter: Reporter) -> int:
+    """Say the size of a large job; return its bytes."""
+    inside = [p for place in found for p in (place.iterdir() if place.is_dir() else [place])]
+    files = [p for p in inside if p.suffix in (".safetensors", ".pt")]
     sizes = [p.stat().st_size for p in files] or [0]
     if sum(sizes) > LARGE_BYTES:
         reporter.note(
@@ -145,25 +149,7 @@ def _announce(found: Mapping[Path, Hookpoint | None], reporter: Reporter) -> Non
             f"{max(1, round(sum(sizes) / BYTES_A_SECOND))} s, {sum(sizes) / 1e9:.1f} GB of disk, "
             f"{MEMORY_FACTOR * max(sizes) / 1e9:.1f} GB of memory"
         )
-
-
-def _put(made: Path, target: Path) -> None:
-    """Rename a folder to its place; what lay there goes only once the new one is in it."""
-    if not target.exists():
-        made.rename(target)
-        return
-    old = made.with_name(f"{made.name}-old")
-    target.rename(old)
-    try:
-        made.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _name(point: Hookpoint | None) -> str | None:
-    return None if point is None else point.sparsify
+    return sum(sizes)
 
 
 @torch.no_grad()
@@ -177,7 +163,7 @@ def difference(a: SparseCoder, b: SparseCoder) -> float:
     # Sums of a few decoder rows, so that thresholds are passed.
     assert a.W_dec is not None
     rows = torch.randint(a.num_latents, (ROWS, 4), generator=generator)
-    level = max(1.0, 2 * float(getattr(a, "threshold", 0.0)))
+    level = max(1.0, 2 * float(torch.as_tensor(getattr(a, "threshold", 0.0)).max()))
     x = a.b_dec + noise + level * a.W_dec[rows].sum(1)
     ours, theirs = reconstruct(a, x), reconstruct(b, x)
     scale = max(1.0, ours.abs().max().item())

@@ -21,10 +21,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resa_lens.activations import check_hookpoints, stream_activations
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import SITES, Hookpoint
-from resa_lens.models import Model
+from resa_lens.models.activations import (
+    check_hookpoints,
+    ordinary,
+    special_ids,
+    stream_activations,
+)
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, decode, encode
 from resa_lens.saes.quality import measure_fvu
 
@@ -43,6 +48,8 @@ rival's, or more."""
 FAR_MARGIN = 1.5
 """Against all other places, which are compared on fewer tokens."""
 NEAR_TOKENS, SEARCH_TOKENS, LEAST_TOKENS = 512, 256, 32
+PAPER = ("mlp_out", "resid_post")
+"""The sites of the paper's text and of its authors' code."""
 HELD_BYTES = 256 * 2**20
 """Of activations at all places: what is held at once."""
 
@@ -73,6 +80,7 @@ def check_fit(
     *,
     allow_mismatch: bool = False,
     known: bool = False,
+    measured: Mapping[Hookpoint, tuple[float, float]] | None = None,
 ) -> tuple[dict[Hookpoint, float], list[str]]:
     """Measure each SAE's FVU on a probe text and refuse one that does not fit.
 
@@ -87,6 +95,7 @@ def check_fit(
         allow_mismatch: warn where one does not fit.
         known: the manifest says that they were trained at these places of this model; a bad FVU
             then means that they have learnt too little, which is said and not refused.
+        measured: FVU and L0 on the probe, where the caller has them.
 
     Returns:
         FVU a hookpoint, and a warning for each one that is bad and was not refused.
@@ -101,7 +110,8 @@ def check_fit(
                 f"the SAE for {point.describe(model.n_layers)} has width {coder.d_in}, "
                 f"{model.name} has {model.d_model}: it was trained on another model"
             )
-    fvus = {point: fvu for point, (fvu, _) in measure_fvu(model, coders, probe).items()}
+    measured = measured or measure_fvu(model, coders, probe)
+    fvus = {point: fvu for point, (fvu, _) in measured.items()}
     warnings = []
     held = None if known else Places(model, probe)
     for point, coder in coders.items():
@@ -123,9 +133,9 @@ def check_fit(
     return fvus, warnings
 
 
-def rivals(point: Hookpoint, n_layers: int) -> list[Hookpoint]:
-    """Return the places that are easily taken for this one."""
-    sites = [Hookpoint(point.layer, site) for site in SITES if site != point.site]
+def rivals(point: Hookpoint, n_layers: int, known: Sequence[str] = PAPER) -> list[Hookpoint]:
+    """Return the places that are easily taken for this one, among a model's sites."""
+    sites = [Hookpoint(point.layer, site) for site in known if site != point.site]
     layers = [n for n in (point.layer - 1, point.layer + 1) if 0 <= n < n_layers]
     return sites + [Hookpoint(layer, point.site) for layer in layers]
 
@@ -135,7 +145,9 @@ class Places:
 
     def __init__(self, model: Model, probe: Sequence[Int[Tensor, "batch position"]]) -> None:
         self.model = model
-        self.points = [Hookpoint(n, site) for n in range(model.n_layers) for site in SITES]
+        self.points = [
+            Hookpoint(n, site) for n in range(model.n_layers) for site in model.names.sites
+        ]
         total = sum(ids.numel() for ids in probe)
         if not total:
             raise BadInputError("the probe text is empty; an SAE's fit is measured on tokens")
@@ -144,14 +156,15 @@ class Places:
         # Spread over the probe: its beginning alone would be one document.
         chosen = torch.arange(count) * total // count
         self.search = min(count, SEARCH_TOKENS)
-        self.scan = min(self.search, max(LEAST_TOKENS, 2 * total // len(self.points)))
-        """Tokens a place where all are looked at although nothing is wrong: two encodings of the
-        probe in all."""
+        self.scan = min(self.search, max(LEAST_TOKENS, 3 * total // (2 * len(self.points))))
+        """Tokens a place where all are looked at although nothing is wrong: one and a half
+        encodings of the probe in all."""
         parts: dict[Hookpoint, list[Tensor]] = {point: [] for point in self.points}
-        first = 0
+        first, special = 0, special_ids(model)
         for batch in stream_activations(model, probe, self.points):
             size = batch.ids.numel()
             mine = chosen[(chosen >= first) & (chosen < first + size)] - first
+            mine = mine[ordinary(batch.ids, special).cpu()[mine]]
             for point in self.points:
                 flat = batch.acts[point].flatten(0, 1)
                 parts[point].append(flat[mine.to(flat.device)])
@@ -171,7 +184,7 @@ class Places:
 
     def better(self, point: Hookpoint, coder: SparseCoder) -> Rival | None:
         """Return the place that fits the SAE better than its own, or None."""
-        near = [point, *rivals(point, self.model.n_layers)]
+        near = [point, *rivals(point, self.model.n_layers, self.model.names.sites)]
         found = [self.measure(coder, other, NEAR_TOKENS) for other in near]
         winners = [r for r in found[1:] if r.beats(found[0], NEAR_MARGIN)]
         if not winners:

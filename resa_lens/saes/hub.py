@@ -10,7 +10,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.files import named_path
+from resa_lens.models.hookpoints import Hookpoint
 
 
 def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Path:
@@ -26,7 +27,7 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
     Raises:
         BadInputError: no such folder, or the repository is not at hand and cannot be fetched.
     """
-    path = Path(name).expanduser()
+    path = named_path(name, "SAEs")
     # Path("") is the current folder.
     if name.strip() and path.exists():
         if not path.is_dir():

@@ -151,7 +151,6 @@ class Adam:
 OPTIMIZERS: dict[str, type[Signum] | type[Adam]] = {"signum": Signum, "adam": Adam}
 STATE_COPIES = {"signum": 2, "adam": 3}
 """How many times the weights are held: themselves and the state."""
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 def rate_at(step: int, steps: int, rate: float, schedule: str, warmup: int) -> float:

@@ -19,15 +19,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.machine import MB, available_mb
-from resa_lens.models import Model
+from resa_lens.machine.hardware import MB, available_mb
+from resa_lens.machine.meters import peak_memory_mb
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.optim import STATE_COPIES
 from resa_lens.saes.select import half_room
 from resa_lens.saes.train import SaeConfig, new_trainers
-from resa_lens.workspace import peak_memory_mb
 
 RESERVE = 0.1
 """Share of the memory that is left free."""

@@ -29,12 +29,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from resa_lens.activations import check_hookpoints, stream_activations
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PHASES, PhasedBatch
+from resa_lens.models.activations import (
+    check_hookpoints,
+    ordinary,
+    special_ids,
+    stream_activations,
+)
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.baselines import Replacement, substitute
 from resa_lens.saes.coder import SparseActs, SparseCoder, decode, encode, reconstruct
+from resa_lens.texts.phases import PHASES, PhasedBatch
 
 ALL = "all"
 DENSE = 0.1
@@ -351,16 +356,21 @@ def measure_fvu(
     model: Model,
     coders: Mapping[Hookpoint, SparseCoder],
     batches: Iterable[Int[Tensor, "batch position"]],
+    *,
+    include_special: bool = False,
 ) -> dict[Hookpoint, tuple[float, float]]:
     """Return (FVU, L0) a hookpoint over all the sequences; NaN where there was none.
 
-    FVU = sum |x - x~|^2 / sum |x - mean(x)|^2, the mean over all tokens given.
+    FVU = sum |x - x~|^2 / sum |x - mean(x)|^2, the mean over all tokens given, without BOS, EOS and
+    padding unless `include_special`.
     """
+    special = torch.tensor([], dtype=torch.long) if include_special else special_ids(model)
     sums = {point: _Variance() for point in coders}
     active = dict.fromkeys(coders, 0)
     for batch in stream_activations(model, batches, list(coders)):
         for point, coder in coders.items():
             x = batch.acts[point].flatten(0, 1).float()
+            x = x[ordinary(batch.ids, special).to(x.device)]
             found = encode(coder, x)
             sums[point].add(x, decode(coder, found))
             active[point] += found.values.numel()

@@ -15,7 +15,7 @@ that are positive sort as their bit patterns do, so the partition runs on 16-bit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,9 +158,12 @@ def _at_least(found: Active, limit: float) -> Active:
     )
 
 
-def above(encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float) -> Active:
-    """Return the latents above a threshold (BatchTopK at inference)."""
+def above(
+    encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float | Float[Tensor, " latent"]
+) -> Active:
+    """Return the latents above a threshold (BatchTopK at inference), or each above its own."""
     parts = []
+    floor: Any = threshold.clamp_min(0) if isinstance(threshold, Tensor) else max(threshold, 0.0)
     for first, piece, pre in _products(encoder, x):
         off = _rounding(encoder, piece, pre)
         reach = pre.float() if off is None else pre.float() + off
@@ -169,7 +172,7 @@ def above(encoder: Encoder, x: Float[Tensor, "row d_in"], threshold: float) -> A
             values = pre[rows, latents]
         else:
             values = _exact(encoder, piece, rows, latents)
-        kept = values > max(threshold, 0.0)
+        kept = values > (floor[latents] if isinstance(floor, Tensor) else floor)
         parts.append(Active(rows[kept] + first, latents[kept], values[kept]))
     return _join(parts, x)
 

@@ -16,7 +16,7 @@ from scipy import special
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.stats import Interval, wilson_interval
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from resa_lens.machine.determinism import sum_by_index
 from resa_lens.saes.coder import ACTIVATIONS, Coder
 from resa_lens.saes.kernels import by_latent, pair_dots, row_starts, weighted_rows
 from resa_lens.saes.select import (
@@ -73,7 +74,7 @@ class Step(NamedTuple):
 def total_variance(x: Float[Tensor, "row d_in"], world: World = ALONE) -> Float[Tensor, ""]:
     """Return sum |x - mean(x)|^2, the mean and the sum over the rows of all ranks."""
     # torch.var along the rows is ten times slower on a CPU.
-    mean = world.sum_(x.sum(0)) / (x.shape[0] * world.size)
+    mean = world.sum_(x.sum(0)) / world.rows(x)
     return world.sum_((x - mean).pow_(2).sum())
 
 
@@ -144,9 +145,10 @@ def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Ac
     if activation != "batchtopk" or world.size == 1:
         return ACTIVATIONS[activation].train(encoder, centred, k)
     # The largest of all ranks' rows may lie with one rank.
-    found = batch_topk(encoder, centred, k * world.size)
+    total = world.rows(centred)
+    found = batch_topk(encoder, centred, min(coder.num_latents, -(-k * total // centred.shape[0])))
     values = torch.cat([part.to(centred.device) for part in world.gather(found.values.cpu())])
-    kept = found.values >= kth_largest(values, k * centred.shape[0] * world.size)
+    kept = found.values >= kth_largest(values, k * total)
     return Active(*(part[kept] for part in found))
 
 
@@ -169,7 +171,7 @@ def gradients(coder: Coder, step: Step, world: World = ALONE) -> Iterator[tuple[
     bias = torch.zeros_like(coder.encoder.bias)
     b_dec = torch.zeros_like(coder.b_dec)
     for term in step.terms:
-        bias += torch.bincount(term.active.latents, term.slope, minlength=d_sae)
+        bias += sum_by_index(term.active.latents, term.slope, d_sae)
         if term.with_b_dec:
             b_dec += term.pull.sum(0)
     world.sum_(bias)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -17,96 +17,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError, DivergedError
-from resa_lens.hookpoints import DEFAULT_SITE, Hookpoint, site_named
-from resa_lens.models import Model
-from resa_lens.saes.coder import ACTIVATIONS, Coder, SparseCoder, encode, new_coder
-from resa_lens.saes.optim import OPTIMIZERS, SCHEDULES, new_optimizer, rate_at
+from resa_lens.models.activations import ordinary, special_ids, stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
+from resa_lens.saes.coder import Coder, SparseCoder, encode, new_coder
+from resa_lens.saes.config import SaeConfig as SaeConfig
+from resa_lens.saes.optim import new_optimizer, rate_at
 from resa_lens.saes.quality import measure_fvu
 from resa_lens.saes.select import Encoder, batch_topk, half_precision, half_room
 from resa_lens.saes.step import Loss, forward_step, gradients
 from resa_lens.saes.world import ALONE, World
 
-PAPER_LATENTS = 65_536
-WIDE = 1024
-"""From this width on the paper's sizes are the defaults; below it, a budget for a CPU."""
-MODES = ("scratch", "finetune", "pretrained")
 PARAMETERS = ("W_dec", "encoder.weight", "encoder.bias", "b_dec")
-
-
-@dataclass(frozen=True)
-class SaeConfig:
-    """Training of one SAE a layer; None means the default of `for_width`."""
-
-    site: str = DEFAULT_SITE
-    latents: int | None = None
-    """Dictionary size; 65,536 (paper, Table 7) from width 1,024 on, 16 x the width below."""
-    k: int = 32
-    """Active latents a token (Table 7); with BatchTopK, on average."""
-    optimizer: str = "signum"
-    """"signum" (Table 7) or "adam"."""
-    learning_rate: float | None = None
-    """2.5e-4 (Table 7) from width 1,024 on; below it sparsify's automatic rule
-    5e-3 / sqrt(latents / 16384) (adam: 2e-4 in place of 5e-3)."""
-    tokens: int | None = None
-    """Training tokens; 5.9 M (the authors' code) from width 1,024 on, 200 k below."""
-    batch: int | None = None
-    """Sequences a step; 16 (Table 7) from width 1,024 on, 4 below."""
-    dead_threshold: int = 1_000_000
-    """Tokens without firing after which a latent is dead (Table 7), at most half of the run: a
-    longer window than the run could never be reached."""
-    seed: int = 0
-    activation: str = "topk"
-    """"topk" or "batchtopk"."""
-    auxk_alpha: float = 0.0
-    """Weight of the AuxK loss, which revives dead latents; 0 leaves it out (Table 7)."""
-    multi_topk: bool = False
-    """Add the FVU of a second reconstruction from the top 4k, at 1/8."""
-    schedule: str = "constant"
-    """Of the learning rate: "constant" (Table 7), "linear" or "cosine", both to zero."""
-    warmup: int = 0
-    """Steps over which the learning rate rises."""
-    mode: str = "scratch"
-    """"scratch", "finetune" (from a given SAE) or "pretrained" (the given SAE, no training)."""
-
-    def for_width(self, d_model: int) -> SaeConfig:
-        """Return the configuration with every default filled in for a model of this width.
-
-        Raises:
-            BadInputError: an impossible value.
-        """
-        wide = d_model >= WIDE
-        latents = (
-            (PAPER_LATENTS if wide else 16 * d_model) if self.latents is None else self.latents
-        )
-        scale = {"signum": 5e-3, "adam": 2e-4}.get(self.optimizer)
-        if scale is None:
-            known = " or ".join(OPTIMIZERS)
-            raise BadInputError(f"optimizer {self.optimizer!r} is unknown; use {known}")
-        for what, value, known in (
-            ("activation", self.activation, ACTIVATIONS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("mode", self.mode, MODES),
-        ):
-            if value not in known:
-                raise BadInputError(f"{what} {value!r} is unknown; use {', '.join(known)}")
-        if min(latents, self.k) < 1 or self.k > latents:
-            raise BadInputError(f"k {self.k} with {latents} latents: k must be 1 to the latents")
-        rate = self.learning_rate or (2.5e-4 if wide else scale / math.sqrt(latents / 2**14))
-        full = replace(
-            self,
-            latents=latents,
-            learning_rate=rate,
-            tokens=(5_900_000 if wide else 200_000) if self.tokens is None else self.tokens,
-            batch=(16 if wide else 4) if self.batch is None else self.batch,
-        )
-        site_named(full.site)
-        if min(full.tokens or 0, full.batch or 0) < 1 or self.dead_threshold < 1:
-            raise BadInputError("tokens, batch and the dead threshold must be positive")
-        if min(self.auxk_alpha, self.warmup) < 0:
-            raise BadInputError("the weight of AuxK and the warm-up may not be negative")
-        return full
 
 
 @dataclass(frozen=True)
@@ -115,13 +38,16 @@ class LayerQuality:
 
     layer: int
     fvu: float
-    """Fraction of variance unexplained on held-out sequences."""
+    """Fraction of variance unexplained on held-out sequences, without BOS, EOS and padding unless
+    they were trained on."""
     l0: float
     """Mean number of active latents a token."""
     dead_share: float
     """Share of latents that did not fire in the last tokens of the training."""
     fvu_train: float | None
     """Mean over the last tenth of the training; None without training."""
+    fvu_special: float | None = None
+    """The FVU with BOS, EOS and padding among the tokens."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +120,7 @@ class LayerTrainer:
         """
         coder, world = self.coder, self.world
         if not self.started:
-            mean = world.sum_(x.sum(0)) / (x.shape[0] * world.size)
+            mean = world.sum_(x.sum(0)) / world.rows(x)
             self.params["b_dec"].copy_(mean)
             self.optimizer.moved("b_dec")
             self.started = True
@@ -218,8 +144,9 @@ class LayerTrainer:
         self.optimizer.begin(rate)
         for name, gradient in gradients(coder, found, world):
             self.optimizer.update(name, gradient)
-        self.tokens += x.shape[0] * world.size
-        self.since_fired += x.shape[0] * world.size
+        rows = world.rows(x)
+        self.tokens += rows
+        self.since_fired += rows
         self.since_fired[found.fired] = 0
         if coder.cfg.activation == "batchtopk":
             self.last = x
@@ -346,14 +273,24 @@ def train_saes(
     resumed = max((trainer.tokens for trainer in trainers.values()), default=0)
     advance(done)
     half = half_room(config.latents or 0, model.d_model, model.device)
-    parts = (world.part(ids) for ids in islice(batches, done, None))
-    for batch in stream_activations(model, parts, points):
+    special = torch.tensor([], dtype=torch.long) if config.include_special else special_ids(model)
+    kept: list[Tensor] = []
+
+    def parts() -> Iterator[Tensor]:
+        for ids in islice(batches, done, None):
+            mine = world.part(ids)
+            kept[:] = [ordinary(ids if spread_layers else mine, special)]
+            yield mine
+
+    for batch in stream_activations(model, parts(), points):
         for number, point in enumerate(points):
             x = batch.acts.pop(point).flatten(0, 1).float()
             if spread_layers:
                 x = world.to_owner(x, number % world.size)
             if x is None:
                 continue
+            if not kept[0].all():
+                x = x[kept[0].to(x.device)]
             trainer = trainers[point]
             if not math.isfinite(trainer.step(x, half)):
                 raise DivergedError(
@@ -367,7 +304,9 @@ def train_saes(
     if not done:
         raise BadInputError("the corpus gave no batch; use more records or fewer tokens a batch")
     coders = {point: trainer.finish() for point, trainer in trainers.items()}
-    measured = measure_fvu(model, coders, held_out)
+    measured = measure_fvu(model, coders, held_out, include_special=config.include_special)
+    mixed = any(not ordinary(ids, special).all() for ids in held_out)
+    whole = measure_fvu(model, coders, held_out, include_special=True) if mixed else measured
     # The last step's update was seen by no loss.
     for point, (fvu, _) in measured.items():
         if held_out and not fvu <= torch.finfo(torch.float32).max:
@@ -382,6 +321,7 @@ def train_saes(
             l0=measured[point][1],
             dead_share=(trainer.since_fired >= trainer.window).float().mean().item(),
             fvu_train=sum(tail := trainer.fvus[-max(1, done // 10) :]) / len(tail),
+            fvu_special=whole[point][0],
         )
         for point, trainer in trainers.items()
     )
@@ -410,6 +350,7 @@ def keep_pretrained(
     coders = {point: given[point] for point in points}
     fired = {p: torch.zeros(c.num_latents, dtype=torch.bool) for p, c in coders.items()}
     measured = measure_fvu(model, coders, held_out)
+    whole = measure_fvu(model, coders, held_out, include_special=True)
     for batch in stream_activations(model, held_out, points):
         for point, coder in coders.items():
             acts = encode(coder, batch.acts[point].flatten(0, 1).float(), exact=False)
@@ -420,6 +361,7 @@ def keep_pretrained(
             *measured[point],
             dead_share=1 - fired[point].float().mean().item(),
             fvu_train=None,
+            fvu_special=whole[point][0],
         )
         for point in points
     )

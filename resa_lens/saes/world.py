@@ -30,6 +30,12 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def rows(self, value: Tensor) -> int:
+        """Return the rows of all ranks together, which need not have as many each."""
+        if self.size == 1:
+            return value.shape[0]
+        return int(self.sum_(torch.tensor(value.shape[0], device=value.device)))
+
     def any_(self, value: Tensor) -> Tensor:
         """Or over the ranks; returns a new boolean tensor."""
         if self.size == 1:

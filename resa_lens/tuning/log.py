@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from resa_lens.workspace import peak_memory_mb, write_errors
+from resa_lens.files import write_errors
+from resa_lens.machine.meters import peak_memory_mb
 
 LOG = "log.jsonl"
 

@@ -18,47 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resa_lens.config import check_value, result_fields
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.saes.checkpoint import restore_threads, run_lock
+from resa_lens.files import run_lock
+from resa_lens.saes.checkpoint import restore_threads
 from resa_lens.saes.world import ALONE, World
+from resa_lens.tuning.config import Schedule
+from resa_lens.tuning.config import TuneConfig as TuneConfig
 from resa_lens.tuning.log import LOG, Log, memory_mb
 from resa_lens.tuning.state import Course, TuningState, own_draws, seed_batch, write_whole
-from resa_lens.workspace import config_dict
 
-SCHEDULES = ("cosine", "constant")
 Metrics = Mapping[str, float | Tensor]
 LossOf = Callable[[Any], tuple[Tensor, Metrics]]
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """LoRA and optimizer; the defaults are the paper's Table 7."""
-
-    rank: int = 32
-    alpha: int = 128
-    dropout: float = 0.05
-    learning_rate: float = 1e-6
-    batch: int = 1
-    """Sequences a batch."""
-    min_rate_share: float = 0.1
-    """Where the cosine ends, as a share of the learning rate (the paper gives no figure)."""
-    seed: int = 0
-    accumulation: int = 1
-    """Batches an update, over all processes."""
-    gradient_checkpointing: bool = False
-    """Compute the blocks' activations again on the way back: less memory, more time."""
-    checkpoint_every: int | None = None
-    """Keep the adapter after every so many updates, as step-<update>."""
-    weight_decay: float = 0.01
-    """AdamW's; torch's own default, since Table 7 names none."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight_decay < math.inf:
-            raise BadInputError(f"weight decay {self.weight_decay} must be 0 or more")
-        for name in ("rank", "batch", "accumulation", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInputError(f"{name} {value} must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -133,8 +104,7 @@ def fit(
         BadInputError: no batch, an accumulation that does not divide, or a state of another run.
         RunFailedError: a loss or gradient norm that is not finite.
     """
-    if schedule not in SCHEDULES:
-        raise BadInputError(f"schedule {schedule!r} is unknown; use {' or '.join(SCHEDULES)}")
+    check_value("schedule", schedule, Schedule, {})
     if config.accumulation % world.size:
         raise BadInputError(
             f"an accumulation of {config.accumulation} batches does not divide among {world.size} "
@@ -150,7 +120,7 @@ def fit(
     store = None
     if folder is not None:
         whole = {
-            **config_dict(config),
+            **result_fields(config),
             "schedule": schedule,
             "clip_norm": clip_norm,
             "steps": steps,

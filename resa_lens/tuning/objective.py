@@ -11,8 +11,6 @@ zero a part of the KL is dropout noise; `--dropout 0` takes it away.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,81 +18,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint, site_named
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.baselines import Replacement, substitute
 from resa_lens.saes.coder import SparseCoder
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is compared with what, and where gradients flow."""
-
-    preset: str = "paper"
-    site: str = "mlp_out"
-    reference: str = "adapted"
-    """The distribution without the SAE: of the "adapted" model, or of the "base", adapters off."""
-    reference_gradient: bool = True
-    """Whether gradients flow through the reference (argmin over both sides)."""
-    direction: str = "sae||reference"
-    """KL(first || second): "sae||reference" or "reference||sae"."""
-    sae_gradient: bool = True
-    """Whether gradients flow through the SAE to the adapters below the hook."""
-    reduction: str = "mean"
-    """Over tokens: "mean", or "sum" divided by the sequences of the batch."""
-    targets: tuple[str, ...] = ATTENTION
-    """Modules that get LoRA adapters (names of Llama-shaped models)."""
-    schedule: str = "cosine"
-    """"cosine" to a tenth of the learning rate, or "constant"."""
-    clip_norm: float | None = None
-    """Clip the gradient norm to this."""
-
-
-PRESETS: dict[str, Objective] = {
-    "paper": Objective(),
-    "reference": Objective(
-        preset="reference",
-        site="resid_post",
-        reference="base",
-        reference_gradient=False,
-        direction="reference||sae",
-        sae_gradient=False,
-        reduction="sum",
-        targets=(*ATTENTION, *MLP),
-        schedule="constant",
-        clip_norm=1.0,
-    ),
-}
-
-
-def preset(name: str, **changes: Any) -> Objective:
-    """Return a named preset with single options changed; None leaves the preset's value.
-
-    Raises:
-        BadInputError: unknown preset or value.
-    """
-    if name not in PRESETS:
-        raise BadInputError(f"preset {name!r} is unknown; use {' or '.join(PRESETS)}")
-    chosen = replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})
-    allowed = {
-        "reference": ("adapted", "base"),
-        "direction": ("sae||reference", "reference||sae"),
-        "reduction": ("mean", "sum"),
-        "schedule": ("cosine", "constant"),
-    }
-    for key, values in allowed.items():
-        if getattr(chosen, key) not in values:
-            raise BadInputError(
-                f"{key} {getattr(chosen, key)!r} is unknown; use {' or '.join(values)}"
-            )
-    site_named(chosen.site)
-    # A negative norm would turn every gradient around.
-    if chosen.clip_norm is not None and not 0 < chosen.clip_norm < math.inf:
-        raise BadInputError(f"clip norm {chosen.clip_norm} must be a positive number")
-    return chosen
+from resa_lens.tuning.config import ATTENTION as ATTENTION
+from resa_lens.tuning.config import MLP as MLP
+from resa_lens.tuning.config import PRESETS as PRESETS
+from resa_lens.tuning.config import Objective as Objective
+from resa_lens.tuning.config import preset as preset
 
 
 class Insertion:

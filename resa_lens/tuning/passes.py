@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.tuning.kl import HEAD_INPUT, chunked_kl, find_head, keep_head_input

@@ -28,9 +28,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from resa_lens import corpora, prompts
-from resa_lens.corpora import CorpusConfig, Record
 from resa_lens.errors import BadInputError
+from resa_lens.texts import corpora, prompts
+from resa_lens.texts.corpora import CorpusConfig, Record
 
 KINDS = ("cot-free", "cot", "own-samples")
 IGNORED = -100
@@ -62,17 +62,12 @@ def examples(records: Sequence[Record], kind: str) -> list[Example]:
     """
     if kind not in ("cot-free", "cot"):
         raise BadInputError(f"{kind!r} cannot be made of records; use cot-free or cot")
-    if not records:
-        raise BadInputError("the elicitation data hold no record; give at least one question")
+    _check_answers(records, kind)
     for number, record in enumerate(records, 1):
-        if not record.answer.strip():
-            raise BadInputError(
-                f"elicitation data, row {number}: empty answer; remove the row or fill it"
-            )
         if kind == "cot" and not record.steps.strip():
             raise BadInputError(
                 f"elicitation data, row {number}: no steps to imitate; CoT SFT needs a column "
-                "`steps` with the reasoning of every row"
+                "`steps` (or --steps-column) with the reasoning of every row"
             )
     made = []
     for record in records:
@@ -81,6 +76,21 @@ def examples(records: Sequence[Record], kind: str) -> list[Example]:
         start = prompts.question_prompt(record.question)
         made.append(Example(record.question, text.removeprefix(start)))
     return made
+
+
+def _check_answers(records: Sequence[Record], kind: str) -> None:
+    if not records:
+        raise BadInputError("the elicitation data hold no record; give at least one question")
+    for number, record in enumerate(records, 1):
+        if record.text:
+            raise BadInputError(
+                f"elicitation data, row {number}: a plain text without question and answer, which "
+                f"{kind} needs; name their columns, or give other data"
+            )
+        if not record.answer.strip():
+            raise BadInputError(
+                f"elicitation data, row {number}: empty answer; remove the row or fill it"
+            )
 
 
 def sft_batches(
@@ -252,13 +262,7 @@ def own_samples(
     Raises:
         BadInputError: no record, an empty gold answer, or not one answer is right.
     """
-    if not records:
-        raise BadInputError("the elicitation data hold no record; give at least one question")
-    for number, record in enumerate(records, 1):
-        if not record.answer.strip():
-            raise BadInputError(
-                f"elicitation data, row {number}: empty answer; remove the row or fill it"
-            )
+    _check_answers(records, "own-samples")
     names = [(i, s) for i in range(len(records)) for s in range(config.samples)]
     texts = [prompts.question_prompt(records[i].question) for i, _ in names]
     right: dict[int, list[str]] = {}

@@ -1,6 +1,8 @@
-"""The state of a tuning: after kill -9 the same call goes on to the same bits.
+"""The state of a tuning: after kill -9 the same call goes on.
 
-    <folder>/lock                                  held by the process that tunes
+To the same bits on a CPU, and on CUDA with --deterministic; without it within noise there.
+
+    <folder>/lock, <folder>/claim-<number>         of the process that tunes
     <folder>/checkpoint-<update>/state.json        course, threads, kernel path, identity
     <folder>/checkpoint-<update>/state.safetensors trained weights and the optimizer's moments
     <folder>/step-<update>/                        adapters on the way, plain PEFT
@@ -17,7 +19,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resa_lens.errors import BadInputError
-from resa_lens.saes.checkpoint import COST, SHARE, STATE, newest, sync
-from resa_lens.saes.kernels import kernel_path
+from resa_lens import claims
+from resa_lens.errors import BadInputError, DamagedError
+from resa_lens.files import read_json, write_errors
+from resa_lens.machine.limits import is_out_of_memory
+from resa_lens.saes.checkpoint import COST, SHARE, STATE, machine, newest, sync
 from resa_lens.saes.world import ALONE, World
-from resa_lens.workspace import write_errors
 
 TENSORS = "state.safetensors"
 
@@ -90,7 +93,7 @@ class TuningState:
         if held is None:
             return Course()
         try:
-            state = json.loads((held / STATE).read_text())
+            state = read_json(held / STATE)
             self._check(held, state)
             tensors = load_file(held / TENSORS)
             with torch.no_grad():
@@ -104,7 +107,9 @@ class TuningState:
             optimizer.load_state_dict(moments)
             self.last_step = int(state["step"])
             return Course(**state["course"])
-        except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError, DamagedError) as error:
+            if is_out_of_memory(error):
+                raise
             raise BadInputError(
                 f"state {held} cannot be read ({error}); start anew with --force"
             ) from error
@@ -170,10 +175,8 @@ class TuningState:
             "step": step,
             "course": asdict(course),
             "identity": dict(self.identity),
-            "threads": torch.get_num_threads(),
             "processes": self.world.size,
-            "kernel_path": kernel_path(self.device),
-            "torch": torch.__version__,
+            **machine(self.device),
         }
 
         def fill(folder: Path) -> None:
@@ -196,12 +199,15 @@ def write_whole(final: Path, fill: Callable[[Path], None]) -> None:
         RunFailedError: the disk is full, or another write error.
     """
     temporary = final.with_name(f".filling-{final.name}")
-    with write_errors(final):
+    with write_errors(final), ExitStack() as always:
         shutil.rmtree(temporary, ignore_errors=True)
+        # A half of it would take room where the disk is full.
+        always.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
+        claims.prove()
         # Only of the same update, by a run that is now made again.
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -6,6 +6,7 @@ The SAE is removed afterwards; what remains is a plain PEFT adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model, boot, check_safetensors
+from resa_lens.models.bridge import boot
+from resa_lens.models.files import check_safetensors
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.world import ALONE, World
 from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
-from resa_lens.tuning.objective import ATTENTION, MLP, Objective
+from resa_lens.tuning.objective import PRESETS, Objective
 from resa_lens.tuning.passes import Passes
-from resa_lens.workspace import config_dict
 
 __all__ = [
     "TuneConfig",
@@ -36,34 +39,51 @@ __all__ = [
 ]
 
 
-FUSED = ("query_key_value", "c_attn")
-"""Query, key and value in one matrix."""
+EQUIVALENTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "q_proj": (("q_a_proj", "q_b_proj"), ("query_key_value",), ("attn.c_attn",), ("qkv_proj",)),
+    "k_proj": (("kv_a_proj_with_mqa", "kv_b_proj"), ("query_key_value",), ("attn.c_attn",),
+               ("qkv_proj",)),
+    "o_proj": (("attn.c_proj",), ("dense",), ("out_proj",)),
+    "up_proj": (("gate_up_proj",), ("dense_h_to_4h",), ("c_fc",), ("fc1",), ("fc_in",)),
+    "down_proj": (("dense_4h_to_h",), ("mlp.c_proj",), ("c_proj",), ("fc2",), ("fc_out",)),
+}  # fmt: skip
+"""What other architectures call the modules of a Llama shape, of which the presets speak."""
+EQUIVALENTS["v_proj"] = EQUIVALENTS["k_proj"]
+# Where nothing is gated there is only the way up.
+EQUIVALENTS["gate_proj"] = (("up_proj",), *EQUIVALENTS["up_proj"])
 
 
 def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
-    """Return the module names that get adapters: the wanted ones, or a NeoX model's own.
+    """Return the module names that get adapters: those of a preset by what the model calls them.
 
     Raises:
-        BadInputError: the model has none of them, or a name that is of no model's.
+        BadInputError: the model has no module of a name, which is given with those that it has.
     """
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if unknown := [n for n in wanted if n not in present and n not in (*ATTENTION, *MLP)]:
-        raise BadInputError(
-            f"the model has no module named {unknown[0]!r} to adapt; "
-            f"choose from {', '.join(n for n in (*ATTENTION, *MLP) if n in present) or 'its own'}"
-        )
-    if found := [name for name in wanted if name in present]:
-        return found
-    fused = {
-        "q_proj": FUSED,
-        "o_proj": ("dense", "c_proj"),
-        "up_proj": ("dense_h_to_4h", "c_fc"),
-        "down_proj": ("dense_4h_to_h",),
-    }
-    found = [n for key in wanted for n in fused.get(key, ()) if n in present]
-    if not found:
-        raise BadInputError(f"the model has no module named {', '.join(wanted)} to adapt")
-    return found
+    modules = [name for name, module in model.named_modules() if _adaptable(module)]
+
+    def present(name: str) -> bool:
+        return any(module == name or module.endswith(f".{name}") for module in modules)
+
+    of_preset = any(wanted == preset.targets for preset in PRESETS.values())
+    chosen: list[str] = []
+    for name in wanted:
+        named = [(name,), *(EQUIVALENTS.get(name, ()) if of_preset else ())]
+        found = next((names for names in named if all(map(present, names))), None)
+        if found is None:
+            has = sorted({module.rsplit(".", 1)[-1] for module in modules} - {"lm_head"})
+            raise BadInputError(
+                f"the model has no module named {name!r} to adapt; choose --targets from "
+                f"{', '.join(has)}"
+            )
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def _adaptable(module: torch.nn.Module) -> bool:
+    """Whether LoRA can be put onto a module: a matrix, and no norm or embedding."""
+    weight = getattr(module, "weight", None)
+    kinds = torch.nn.Embedding, torch.nn.LayerNorm
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, kinds)
 
 
 def add_lora(model: Any, targets: Sequence[str], config: TuneConfig) -> Any:
@@ -101,12 +121,11 @@ def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tupl
     peft = add_lora(model.model, targets, config)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
-    bridge, attention = boot(inner, model.tokenizer, model.name)
-    if attention == "stock" and (fused := [name for name in targets if name in FUSED]):
-        left = ",".join(name for name in targets if name not in FUSED) or "the MLP's modules"
+    bridge, attention, reason = boot(inner, model.tokenizer, model.name)
+    if attention == "stock" and (cut := sorted(set(targets) & {*chain(*EQUIVALENTS["q_proj"])})):
         raise BadInputError(
-            f"{model.name} has one matrix for query, key and value ({fused[0]}), and the hooks "
-            f"go around adapters on it; choose others with --targets ({left})"
+            f"{model.name}: TransformerLens' own attention is used ({reason}), which goes around "
+            f"an adapter on {cut[0]}; choose others with --targets"
         )
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():

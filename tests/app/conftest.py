@@ -7,13 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from app_driver import run_page
 from streamlit.testing.v1 import AppTest
-
-
-def _script(page: str) -> None:
-    from resa_lens.app.explorer import main
-
-    main(page)
 
 
 @pytest.fixture
@@ -22,10 +17,7 @@ def open_page(monkeypatch) -> Callable[..., AppTest]:
 
     def run(workspace: Path, page: str, **query: str) -> AppTest:
         monkeypatch.setenv("RESA_LENS_WORKSPACE", str(workspace))
-        app = AppTest.from_function(_script, default_timeout=60, kwargs={"page": page})
-        for key, value in query.items():
-            app.query_params[key] = value
-        return app.run()
+        return run_page(page, **query)
 
     return run
 

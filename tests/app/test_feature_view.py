@@ -21,8 +21,8 @@ from synthetic_workspace import (
     write_workspace,
 )
 
-from resa_lens.app.features_table import Query, select
-from resa_lens.workspace import digest
+from resa_lens.app.features.table import Query, select
+from resa_lens.artifacts.kinds.effects import features_key
 
 NASTY = f"{HOSTILE} $x^2$ `c`\n\u202eabc\u200b</div>"
 
@@ -137,7 +137,7 @@ def test_without_a_lens_the_command_prints_it(workspace, features):
 
 def test_the_set_of_a_rule_has_its_effect(workspace, features):
     counts = json.loads((workspace / COUNTS / "features.json").read_text())
-    named = {str(row["layer"]): row["features"]["all"] for row in counts["layers"]}
+    named = {row["layer"]: row["features"]["all"] for row in counts["layers"]}
     effect = {
         "value": 0.002, "se": 0.0005, "freedom": 9.0, "n": 35, "control": 0.001, "target": 0.003,
         "p_value": 0.003, "rank_p": 0.1, "features": 1, "controls": 10,
@@ -145,7 +145,7 @@ def test_the_set_of_a_rule_has_its_effect(workspace, features):
     folder = workspace / "effects" / SLUG / "run"
     folder.mkdir(parents=True)
     manifest = json.loads((workspace / "scores" / SLUG / "run" / "manifest.json").read_text())
-    manifest |= {"kind": "effects", "config": {"features": digest(named), "saes": SAES}}
+    manifest |= {"kind": "effects", "config": {"features": features_key(named)}}
     manifest["results"] |= {"layers": {"1": effect}, "rule": "all"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     said = texts(features(workspace, layer="1", feature="62"))
@@ -230,7 +230,8 @@ def test_a_manifest_that_was_changed_by_hand_is_no_error(workspace, features):
     for file in workspace.rglob("manifest.json"):
         edit(file, lambda m: m["config"].update(ablation="x", falsify=[1], activity=3, layer="a"))
     app = features(workspace, layer="1", feature="62")
-    assert "Fires at" in texts(app)
+    assert "damaged or of another version, at activity" in texts(app)
+    assert "Counted by: all, any, either" not in texts(app)
     assert "resa-lens ablate" in commands(app)
 
 

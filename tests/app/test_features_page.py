@@ -21,8 +21,9 @@ from synthetic_workspace import (
     write_workspace,
 )
 
-from resa_lens.app import features_data, features_table
-from resa_lens.app.features_table import Query, as_csv, select
+from resa_lens.app.features import data as features_data
+from resa_lens.app.features import table as features_table
+from resa_lens.app.features.table import Query, as_csv, select
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
 
@@ -180,9 +181,7 @@ def test_text_is_found_over_tokens_and_in_examples(made):
 
 
 def test_many_layers_are_searched_in_what_they_raise_alone(made, monkeypatch):
-    from resa_lens.app import features_text
-
-    monkeypatch.setattr(features_text, "TEXT_GROUPS", 1)
+    monkeypatch.setattr(features_table, "TEXT_GROUPS", 1)
     found = select(source_of(made), Query(find="zebra", reverse=True))
     assert list(found.shown["found in"]) == ["raises"]
     assert any("choose a layer" in note for note in found.notes)
@@ -368,7 +367,7 @@ def test_the_shipped_workspace_has_features(features):
 
 def test_the_page_loads_no_torch():
     code = (
-        "import sys; from resa_lens.app import features_page, feature_view; "
+        "import sys; from resa_lens.app.features import page, view; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

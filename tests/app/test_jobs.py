@@ -14,13 +14,13 @@ import pytest
 from app_driver import HOSTILE, texts
 from streamlit.testing.v1 import AppTest
 
-from resa_lens.app import jobs
-from resa_lens.app.jobs import Command, Worker
+from resa_lens.app.lab import jobs
+from resa_lens.app.lab.jobs import Command, Worker
 
 # A worker whose work is as told, without a model: the protocol is the real one.
 STUB = """
 import os, subprocess, sys, time
-from resa_lens.app import worker
+from resa_lens.app.lab import worker
 from resa_lens.errors import BadInputError
 
 class Bench:
@@ -218,7 +218,7 @@ def test_a_forgotten_page_costs_no_memory_for_long():
     worker = Worker([sys.executable, "-c", STUB, "0.2"])
     first = worker.ask("echo")
     assert first.wait(20)
-    pid = worker._held[0].pid
+    pid = worker._processes[0].pid
     assert ended(pid)
     again = worker.ask("echo", x=1)
     assert again.wait(20)
@@ -228,7 +228,7 @@ def test_a_forgotten_page_costs_no_memory_for_long():
 
 OWNER = """
 import sys, time
-from resa_lens.app.jobs import Command, Worker
+from resa_lens.app.lab.jobs import Command, Worker
 if sys.argv[1] == "worker":
     held = Worker([sys.executable, "-c", sys.argv[2]])
     job = held.ask("hang")
@@ -248,7 +248,7 @@ time.sleep(60)
 LONG = """
 import sys, time
 import resa_lens.cli
-from resa_lens.app import worker
+from resa_lens.app.lab import worker
 def main():
     print("at work", file=sys.stderr, flush=True)
     time.sleep(60)
@@ -358,7 +358,7 @@ def test_commands_of_resa_lens(tmp_path):
     listed = Command(["runs", "--workspace", str(tmp_path / "none")])
     assert listed.wait(60)
     assert listed.error is None
-    assert listed.result == {"runs": []}
+    assert listed.result == {"runs": [], "problems": []}
 
 
 def test_a_failure_of_a_command_is_told():
@@ -379,7 +379,7 @@ def test_a_failure_of_a_command_is_told():
 
 
 def _panel(words: list[str]) -> None:
-    from resa_lens.app import jobs
+    from resa_lens.app.lab import jobs
 
     jobs.run_command_panel(words, "it")
 
@@ -437,14 +437,14 @@ def test_a_folder_that_cannot_be_is_a_problem(panel, folder):
     app = panel("resa-lens", "eval")
     app.radio(key="where-it").set_value("a folder of mine").run()
     app.text_input(key="folder-it").set_value(folder).run()
-    assert f"folder {folder!r} cannot be reached" in texts(app)
+    assert f"workspace {folder!r} cannot be reached" in texts(app)
     assert app.button(key="run-it").disabled
 
 
 def _changing_panel() -> None:
     import streamlit as st
 
-    from resa_lens.app import jobs
+    from resa_lens.app.lab import jobs
 
     features = st.text_input("Features", "1", key="features")
     jobs.run_command_panel(["resa-lens", "ablate", "--features", str(features)], "it")

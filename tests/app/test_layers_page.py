@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import kind_examples
 import pytest
-from app_driver import HOSTILE, charts, edit, manifest_of, marked_up, state, texts
+from app_driver import HOSTILE, charts, edit, manifest_of, marked_up, reseal, state, texts
 
-from resa_lens import layer_plots, plots, stats
-from resa_lens.app import data, layers_data, places
+from resa_lens import stats
+from resa_lens.app import answers, data
+from resa_lens.app.places import argument
+from resa_lens.artifacts.kinds.counts import Counts
+from resa_lens.artifacts.kinds.falsification import Falsification, Verdicts
+from resa_lens.artifacts.kinds.sweep import SweepTables
 from resa_lens.errors import BadInputError
+from resa_lens.figures import layers as layer_plots
+from resa_lens.figures import plots
+from resa_lens.figures.scores import sweep_figure
 from resa_lens.layers import FLAT, SUPPORTED
 from resa_lens.layers.selectors import recommend
-from resa_lens.pipeline.sweep_page import findings
 from resa_lens.resources import data_path
-from resa_lens.score_plots import sweep_figure
+from resa_lens.stages.sweep_page import findings
 
 SHIPPED = data_path("workspace")
 SWEEP = "sweeps/tiny-reasoner-459a3904-paper-mlp_out-ac2ea40e"
@@ -102,6 +109,7 @@ def test_supported_looks_different_from_flat(copied, open_app):
     edit(manifest_of(copied, "counts"), raise_counts)
     file = manifest_of(copied, "recommendations").with_name("recommendation.json")
     file.write_text(json.dumps(made.to_dict()))
+    reseal(file)
     app = open_app(copied)
     assert f"Verdict: {SUPPORTED}" in texts(app)
     assert f"Verdict: {SUPPORTED}" not in flat
@@ -150,49 +158,50 @@ def test_broken_newer_and_foreign_manifests(copied, open_app):
     text = counts.read_text()
     counts.write_text(text[: len(text) // 2])
     app = open_app(copied)
-    assert f"{counts} is not a manifest of resa-lens" in texts(app)
+    assert f"{counts} is damaged" in texts(app)
     assert "No feature counts" in texts(app)
-    edit_text = json.loads(text)
-    counts.write_text(json.dumps({**edit_text, "schema_version": 99}))
+    whole = json.loads(text)
+    counts.write_text(json.dumps({**whole, "schema_version": 99}))
     assert "has schema 99" in texts(open_app(copied))
     assert "update resa-lens" in texts(open_app(copied))
-    counts.write_text('{"name": "somebody else\'s", "version": 3}')
-    assert "is not a manifest of resa-lens" in texts(open_app(copied))
-    counts.write_text("[1, 2]")
-    assert "is not a manifest of resa-lens" in texts(open_app(copied))
-    counts.write_text(json.dumps({**edit_text, "results": {"layers": []}}))
+    for foreign in ('{"name": "somebody else\'s", "version": 3}', "[1, 2]"):
+        counts.write_text(foreign)
+        assert "is not a manifest of resa-lens" in texts(open_app(copied))
+    counts.write_text(json.dumps({**whole, "results": {"layers": []}}))
+    assert f"{counts} was changed since it was written" in texts(open_app(copied))
+    reseal(counts)
     app = open_app(copied)
-    assert "is damaged or of another version" in texts(app)
-    assert any("resa-lens demo" in code.value for code in app.code)
+    assert "is damaged or of another version, at layers" in texts(app)
+    assert any("resa-lens recommend-layers" in code.value for code in app.code)
 
 
 def test_one_damaged_artifact_leaves_the_others(copied, open_app):
-    manifest_of(copied, "adapters").write_text("{")
+    file = manifest_of(copied, "adapters")
+    file.write_text("{")
     app = open_app(copied)
-    assert "is not a manifest of resa-lens" in texts(app)
+    assert f"{file} is damaged" in texts(app)
     assert "No adapter of this model was scored" in texts(app)
     assert charts(app) == 6
 
 
 def test_adapters_made_without_an_sae_are_shown_as_what_they_are(copied, open_app):
     file = manifest_of(copied, "adapters")
-    made = json.loads(file.read_text())
     assert "Tuned through the SAE of layer" in texts(open_app(copied))
-    made["config"]["control"] = "noise"
-    file.write_text(json.dumps(made))
+    edit(file, lambda m: m["config"].update(control="noise"))
     assert "Tuned with the control noise in the SAE's place: layer" in texts(open_app(copied))
-    made["config"]["control"] = "cot"
-    made["results"] |= {"layer": None, "site": None}
-    file.write_text(json.dumps(made))
+    edit(file, lambda m: m["config"].update(control="cot"))
+    edit(file, lambda m: m["results"].update(layer=None, site=None))
     assert "Fine-tuned in place of SAE-Tuning: cot" in texts(open_app(copied))
 
 
-@pytest.mark.parametrize("name", ["recommendation.json", "results.json", "samples.parquet"])
+@pytest.mark.parametrize("name", ["recommendation.json", "samples.parquet"])
 def test_half_written_files(copied, open_app, name):
     for file in copied.rglob(name):
         file.write_bytes(file.read_bytes()[:40])
-    app = open_app(copied)
-    assert "damaged" in texts(app)
+    assert f"{name} was changed since it was written" in texts(open_app(copied))
+    for file in copied.rglob(name):
+        reseal(file)
+    assert "damaged" in texts(open_app(copied))
     for file in copied.rglob(name):
         file.unlink()
     assert "missing" in texts(open_app(copied))
@@ -231,24 +240,24 @@ def test_reading_puts_nothing_back(copied, open_app):
 
 def test_tunings_pair_the_same_questions(demo, copied):
     listing = data.scan(str(copied))
-    weights = listing.of("counts")[0].weights
+    weights = listing.of(Counts)[0].weights
     (pair,) = data.tunings(listing, weights)
     assert [str(pair.base.path), str(pair.tuned.path)] == [
         path.replace(str(demo.workspace), str(copied)) for path in demo.result["tune"]["evals"]
     ]
-    paired = data.comparison(pair)
+    paired = answers.comparison(pair)
     assert paired.changed == demo.result["tune"]["paired"]["changed"]
     edit(pair.base.path / "manifest.json", lambda m: m["config"].update(questions="others"))
     assert data.tunings(data.scan(str(copied)), weights) == []
 
 
 def test_workspace_argument():
-    assert places.argument(["--workspace", "/a b"]) == "/a b"
-    assert places.argument(["--workspace=/c"]) == "/c"
-    assert places.argument([]) is None
+    assert argument(["--workspace", "/a b"]) == "/a b"
+    assert argument(["--workspace=/c"]) == "/c"
+    assert argument([]) is None
     with pytest.raises(BadInputError, match="names no folder"):
-        places.argument(["--workspace"])
-    assert places.argument(["tests", "-q"]) is None
+        argument(["--workspace"])
+    assert argument(["tests", "-q"]) is None
 
 
 # Sweeps --------------------------------------------------------------------------------------
@@ -257,7 +266,7 @@ def test_workspace_argument():
 def test_sweep_and_counts_stand_on_one_axis(open_page):
     app = open_page(SHIPPED, "layers")
     assert app.selectbox(key="sweep").value == SWEEP  # the one of all layers
-    sweep = layers_data.read_sweep(data.scan(str(SHIPPED)).at(SWEEP))
+    sweep = data.read(data.scan(str(SHIPPED)).at(SWEEP), "sweep.json", SweepTables)
     shown = texts(app)
     for sentence in findings(sweep):
         assert sentence in shown
@@ -327,8 +336,9 @@ def test_a_workspace_of_sweeps_alone(tmp_path, open_page):
     assert len(held["SAE quality on held-out sequences"]["data"][0]["x"]) == 12
     for file in tmp_path.rglob("sweep.json"):
         file.write_text("{")
+        reseal(file)
     app = open_page(tmp_path, "layers")
-    assert "sweep.json is damaged or of another version" in texts(app)
+    assert "sweep.json is damaged" in texts(app)
 
 
 def test_a_workspace_of_saes_alone(shipped, open_page):
@@ -349,8 +359,8 @@ def test_a_damaged_sweep_leaves_the_counts(shipped, open_page):
     for change in (
         lambda v: v.update(layers=[]),
         lambda v: v["layers"][0].update(simultaneous_ci="wide"),
-        lambda v: v.pop("scores"),
-        lambda v: v.update(more=1),
+        lambda v: v.pop("regrets"),
+        lambda v: v["regrets"]["selectors"][0].pop("gain"),
     ):
         file.write_text(whole)
         edit(file, change)
@@ -368,8 +378,9 @@ def test_a_damaged_sweep_leaves_the_counts(shipped, open_page):
 def test_random_weights_stand_beside_the_counts(open_page):
     app = open_page(SHIPPED, "layers")
     listing = data.scan(str(SHIPPED))
-    counts = listing.of("counts")[0]
-    held = layers_data.read_verdicts(layers_data.verdicts_of(listing, counts))
+    (counts,) = listing.of(Counts)
+    (tests,) = listing.made_of(counts, Falsification)
+    held = data.read(tests, "verdicts.json", Verdicts)
     null = held.null()["either"]
     made = specs(app)["Features and tuned accuracy by layer"]
     (marks,) = (t for t in made["data"] if t["name"] == "random weights, 95 %")
@@ -400,6 +411,7 @@ def test_damaged_verdicts_leave_the_rest(shipped, open_page):
     assert f"{file} is damaged or of another version" in texts(app)
     assert "Features and tuned accuracy by layer" in specs(app)
     file.write_text(file.read_text()[:99])
+    reseal(file)
     assert "is damaged" in texts(open_page(shipped, "layers"))
 
 
@@ -439,8 +451,10 @@ def test_quality_by_phase(shipped, open_page):
     saes = next((shipped / "saes").rglob("manifest.json")).parent
     folder = shipped / "quality" / "tiny" / "run"
     folder.mkdir(parents=True)
-    manifest = {"kind": "quality", "config": {"saes": str(saes.relative_to(shipped))}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = kind_examples.manifest(
+        "quality", schema_version=1, identity="", parents=[str(saes.relative_to(shipped))]
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
     (folder / "quality.json").write_text(json.dumps({"3": phases, "4": phases}))
     app = open_page(shipped, "layers")
     drawn = {t["name"]: t for t in specs(app)["Loss recovered by phase"]["data"]}
@@ -471,7 +485,7 @@ def test_a_causal_recommendation_shows_its_effects(shipped, open_page):
     assert math.isnan(table(app, "effect, nats")["low"].iloc[2])
     edit(manifest, lambda m: m["config"].update(causal={"4": "much"}))
     app = open_page(shipped, "layers")
-    assert "causal effects are no numbers by layer" in texts(app)
+    assert "is damaged or of another version, at causal.4" in texts(app)
     edit(manifest, lambda m: m["config"].pop("causal"))
     said = texts(open_page(shipped, "layers"))
     assert "Selector causal read more than the counts below" in said

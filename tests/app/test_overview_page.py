@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from app_driver import HOSTILE, edit, manifest_of, marked_up, state, texts
 
-from resa_lens.app import overview_page
+from resa_lens.app.overview import page as overview_page
+from resa_lens.artifacts.workspace import MANIFEST, Manifest, Workspace
 from resa_lens.resources import data_path
-from resa_lens.workspace import MANIFEST, Manifest, Workspace
 
 SHIPPED = data_path("workspace")
 MODEL = "tiny-reasoner-459a3904"
@@ -42,7 +42,7 @@ def test_the_answers_stand_first_and_nothing_is_written(open_page):
     assert "12 layers; weights 459a3904" in shown
     verdict = json.loads(manifest_of(SHIPPED, "recommendations").read_text())["results"]["verdict"]
     assert f"verdict: {verdict}" in shown
-    assert "None is told from the others. A place to try: layer 5 (0-based; 6th of 12)" in shown
+    assert "No layer stands out. A place to try: layer 5 (0-based; 6th of 12)" in shown
     assert "points (95 %" in shown
     assert "n = 500" in shown
     assert "control noise:" in shown
@@ -141,7 +141,7 @@ def test_damaged_answers_are_said_in_their_place(held: Path, open_page):
     for file in held.rglob("samples.parquet"):
         file.write_bytes(b"PAR1 broken")
     app = open_page(held, "overview")
-    assert "is missing or damaged" in texts(app)
+    assert "samples.parquet is damaged" in texts(app)
     assert "All runs" in marked_up(app)
 
 

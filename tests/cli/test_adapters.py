@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from resa_lens.cli import app
-from resa_lens.models import load_model
+from resa_lens.models.host import load_model
 from resa_lens.resources import data_path
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from resa_lens.artifacts.workspace import Manifest, Workspace
 from resa_lens.cli import app
-from resa_lens.cli.cost import dollars, duration
-from resa_lens.workspace import Manifest, Workspace
+from resa_lens.stages.reports.costs import dollars, duration
 
 
 def invoke(*args: str | Path, code: int = 0) -> Any:
@@ -77,7 +77,9 @@ def test_an_empty_workspace_says_how_to_begin(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named(space: Path, tmp_path: Path) -> None:
-    both = invoke("--workspace", space, "--usd-per-hour", "2", "--prices", "x.csv", code=2)
+    (tmp_path / "x.csv").write_text("device,usd_per_hour,source,date\n")
+    prices = ("--usd-per-hour", "2", "--prices", tmp_path / "x.csv")
+    both = invoke("--workspace", space, *prices, code=2)
     assert "give one" in both.stderr
     assert "absent.csv" in invoke("--prices", tmp_path / "absent.csv", code=2).stderr
     assert "usd-per-hour" in invoke("--usd-per-hour", "nan", code=2).stderr

@@ -11,9 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from resa_lens import machine
 from resa_lens.cli import app
-from resa_lens.pipeline import doctor
+from resa_lens.machine import doctor
+from resa_lens.machine import hardware as machine
 
 
 def invoke(*args: str | Path, code: int = 0) -> Any:
@@ -151,3 +151,45 @@ def test_cores_heed_a_containers_quota(monkeypatch, tmp_path: Path):
         lambda self, *a, **k: "100000 100000" if self.name == "cpu.max" else real(self, *a, **k),
     )  # fmt: skip
     assert machine.cores() == 1
+
+
+# Data
+
+
+def test_three_documents_with_phases_tokens_and_tags(tmp_path: Path):
+    file = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": f"What is {n}+1?", "answer": f"{n}+1={n + 1}.\n#### {n + 1}"}
+            for n in range(4)]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["--data", file, "--model", "tiny-reasoner", "--workspace", tmp_path / "w"]
+    data = found(args)["data"]
+    assert (data["records"], data["with_steps"], data["plain_texts"]) == (4, 4, 0)
+    assert len(data["documents"]) == 3
+    for document in data["documents"]:
+        tokens = document["tokens"]
+        assert {token["phase"] for token in tokens} == {"prompt", "think", "answer"}
+        tags = {token["tag"] for token in tokens} - {None}
+        assert tags == {"<think>", "</think>", "<answer>", "</answer>"}
+        phases = [token["phase"] for token in tokens]
+        assert phases == sorted(phases, key=["prompt", "think", "answer"].index)
+    thoughts = [
+        "".join(t["text"] for t in document["tokens"] if t["phase"] == "think")
+        for document in data["documents"]
+    ]
+    assert ["=" in thought for thought in thoughts] == [False, False, True]
+    shown = invoke(*args).stdout
+    assert shown.count("[<think>]") >= 3
+    assert "record 3, with its steps" in shown
+
+
+def test_data_that_cannot_be_read_and_data_of_nobody(tmp_path: Path):
+    file = tmp_path / "bad.csv"
+    file.write_text("question,answer\nWhat is 1,000 + 1?,1001\n")
+    place = ("--workspace", tmp_path / "w")
+    said = invoke("--data", file, "--model", "tiny-reasoner", *place, code=2).stderr
+    assert "row 1 (line 2) has 3 cells" in " ".join(said.split())
+    assert "by --model" in invoke("--data", file, *place, code=2).stderr
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"text": "Once upon a time."}\n')
+    data = found(["--data", plain, "--model", "tiny-reasoner", *place])["data"]
+    assert (data["records"], data["plain_texts"]) == (1, 1)

@@ -141,7 +141,10 @@ def test_not_in_the_cache_and_no_network(tmp_path, monkeypatch):
         ({}, "holds no .jsonl"),
         ({"a.jsonl": MATH, "b.jsonl": MATH}, r"several files \(a.jsonl, b.jsonl\)"),
         ({"a.jsonl": []}, "holds no rows"),
-        ({"a.jsonl": [{"problem": "q", "solution": None, "answer": ""}]}, "an empty answer"),
+        (
+            {"a.jsonl": [{"problem": "q", "solution": None, "answer": ""}]},
+            r"row 1 \(line 1\), column .*: empty",
+        ),
         ({"a.jsonl": [{"problem": "q", "answer": "\\boxed{}"}]}, "box of the answer .* is empty"),
         ({"a.jsonl": [{"text": "q", "answer": "1"}]}, "no column 'question' or 'problem'"),
     ],

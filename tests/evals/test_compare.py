@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from resa_lens import stats
+from resa_lens.artifacts.workspace import Manifest, Workspace, write_json
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.evals import compare as module
@@ -27,7 +28,6 @@ from resa_lens.evals.compare import (
     summarise,
 )
 from resa_lens.evals.run import EvalResult, write_samples
-from resa_lens.workspace import Manifest, Workspace, write_json
 
 HOSTILE = "<b>[bold]What is 2+3?</b>"
 

@@ -339,3 +339,19 @@ def test_bad_input(engine):
 def test_bad_generation_config(values):
     with pytest.raises(BadInputError):
         GenerationConfig(**values)
+
+
+def test_no_answer_goes_beyond_the_context(tokenizer):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=16,
+                        eos_token_id=None, bos_token_id=None)  # fmt: skip
+    engine = HFEngine(GPT2LMHeadModel(config).eval(), tokenizer)
+    asked = GenerationConfig(max_new_tokens=12, stop=())
+    short, long, both = (
+        engine.generate(texts, asked) for texts in (["ab"], ["a" * 10], ["ab", "a" * 10])
+    )
+    assert [made.tokens for made in both] == [12, 6]
+    assert both == [*short, *long]
+    assert not any(made.finished for made in both)
+    with pytest.raises(BadInputError, match="prompt 1 has 16 tokens and the model reads 16"):
+        engine.generate(["ab", "a" * 16], asked)

@@ -9,15 +9,11 @@ import time
 
 import pytest
 
-from resa_lens.errors import RunFailedError
-from resa_lens.evals.grading import (
-    extract_answer,
-    extract_letter,
-    is_chosen,
-    is_correct,
-    normalise,
-)
-from resa_lens.evals.judge import Judge
+from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.evals.extraction import extract_answer
+from resa_lens.evals.grading import grade, is_chosen, is_correct
+from resa_lens.evals.judge import PYTHON, PYTHON_FILE, Judge, UndecidedError, check_judge
+from resa_lens.evals.letters import extract_letter
 
 
 @pytest.mark.parametrize(
@@ -48,16 +44,6 @@ from resa_lens.evals.judge import Judge
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
-
-
-def test_normalise():
-    assert normalise(" $+1,234,567$. ") == "1234567"
-    assert normalise("-1,000") == "-1000"
-    assert normalise("(1, 200)") == "(1,200)"  # a pair: no thousands
-    assert normalise("1,20") == "1,20"
-    assert normalise("3.14") == "3.14"
-    assert normalise("x =  5") == "x=5"
-    assert normalise("3 1/2") == "3 1/2"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +159,8 @@ def test_a_process_ended_between_answers_costs_none_and_one_that_hangs_one(monke
     assert judge.equal("1/2", "0.5")  # a new one
     judge._process.send_signal(signal.SIGSTOP)
     monkeypatch.setattr("resa_lens.evals.judge.PATIENCE_S", 0.2)
-    assert not judge.equal("1/2", "0.5")
+    with pytest.raises(UndecidedError, match=r"0\.2 s"):
+        judge.equal("1/2", "0.5")
     judge.close()
 
 
@@ -181,6 +168,47 @@ def test_a_process_that_does_not_start_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RunFailedError, match="did not start"):
         Judge().equal("1/2", "0.5")
+
+
+def test_another_python_judges_where_one_is_named(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ntouch {tmp_path}/asked\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for where in ("variable", "file"):
+        if where == "variable":
+            monkeypatch.setenv(PYTHON, str(python))
+        else:
+            monkeypatch.delenv(PYTHON)
+            (tmp_path / PYTHON_FILE).write_text(f"{python}\n")
+            monkeypatch.setattr(sys, "prefix", str(tmp_path))
+        judge = Judge()
+        assert judge.equal("1/2", "0.5")
+        judge.close()
+        (tmp_path / "asked").unlink()
+
+
+def test_a_python_with_another_math_verify_is_refused(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho \'{"value": "math-verify 0.5.2"}\'\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(PYTHON, str(python))
+    with pytest.raises(RunFailedError, match=r"math-verify 0\.5\.2"):
+        Judge().equal("1/2", "0.5")
+    monkeypatch.setenv(PYTHON, str(tmp_path / "nowhere"))
+    with pytest.raises(RunFailedError, match="nowhere"):
+        Judge().equal("1/2", "0.5")
+    with pytest.raises(BadInputError, match="nowhere"):
+        check_judge()
+
+
+def test_answers_are_compared_entirely_or_refused():
+    tail = " + 1" * 1_000
+    assert grade(f"\\boxed{{2{tail}}}", f"2{tail}").correct
+    assert not grade(f"\\boxed{{3{tail}}}", f"2{tail}").correct  # the last 1,000 are the same
+    refused = grade("\\boxed{" + "7" * 10_001 + "}", "7" * 10_001)
+    assert not refused.correct
+    assert "10,001" in (refused.refused or "")
+    assert "s" in (grade("\\boxed{9^{9^9} + x}", "x + 7").refused or "")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.recorded
 from lighteval.tasks.lighteval_task import LightevalTask  # noqa: E402
 from lighteval.tasks.registry import Registry  # noqa: E402
 
+from resa_lens.artifacts.stage import Context  # noqa: E402
+from resa_lens.artifacts.workspace import Workspace  # noqa: E402
 from resa_lens.evals.benchmarks import BENCHMARKS  # noqa: E402
 from resa_lens.evals.engines import Generation, GenerationConfig  # noqa: E402
 from resa_lens.evals.lighteval import (  # noqa: E402
@@ -31,9 +33,7 @@ from resa_lens.evals.lighteval import (  # noqa: E402
 )
 from resa_lens.evals.run import EvalConfig, ask  # noqa: E402
 from resa_lens.evals.tasks import EvalItem, load_questions  # noqa: E402
-from resa_lens.pipeline.context import Context  # noqa: E402
-from resa_lens.pipeline.scores import eval_run, load_eval_items  # noqa: E402
-from resa_lens.workspace import Workspace  # noqa: E402
+from resa_lens.stages.scores import eval_run, load_eval_items  # noqa: E402
 
 QUESTIONS = 500
 
@@ -42,8 +42,9 @@ def test_the_same_answers_as_without_it(tiny, tmp_path):
     config = EvalConfig(limit=QUESTIONS)
     items = load_eval_items("tiny", config)
     ctx = Context(Workspace(tmp_path))
-    _, plain = eval_run(ctx, tiny, items, config)
-    folder, inside = eval_run(ctx, tiny, items, config, engine="lighteval")
+    plain = eval_run(ctx, tiny, items, config).result
+    run = eval_run(ctx, tiny, items, config, engine="lighteval")
+    folder, inside = run.artifact.path, run.result
     assert inside.samples == plain.samples
     print(f"hf {plain.accuracy}, in lighteval {inside.accuracy}, its metric {inside.peer}")
     # Its metric reads an answer elsewhere than ours does: near, and every difference is listed.

@@ -2,28 +2,29 @@ from __future__ import annotations
 
 import json
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from resa_lens.artifacts.kinds.eval import Grading
 from resa_lens.errors import BadInputError
 from resa_lens.evals.engines import Generation, GenerationConfig
 from resa_lens.evals.run import (
     SAMPLE_SCHEMA,
     SETTINGS,
     EvalConfig,
+    answerable,
     ask,
     build_prompt,
-    chat_prompt,
     evaluate,
     read_samples,
     write_samples,
 )
 from resa_lens.evals.tasks import EvalItem
-from resa_lens.prompts import R1_SYSTEM_PROMPT
 from resa_lens.stats import bootstrap_mean_interval, wilson_interval
+from resa_lens.texts.chat import chat_prompts
+from resa_lens.texts.prompts import R1_SYSTEM_PROMPT
 
 ITEMS = [
     EvalItem(f"q{i}", f"What is {i}+1?", str(i + 1), "sum" if i % 2 else "odd", 1 + i % 3)
@@ -181,11 +182,11 @@ def test_bad_sample_files(tmp_path):
 
 
 def test_bad_configs():
-    with pytest.raises(BadInputError, match="prompt style is 'chat'"):
+    with pytest.raises(BadInputError, match="prompt_style 'chat' is unknown"):
         EvalConfig(prompt_style="chat")  # pyright: ignore[reportArgumentType]
     with pytest.raises(BadInputError, match="2 samples at temperature 0"):
         EvalConfig(samples=2)
-    with pytest.raises(BadInputError, match="samples is 0"):
+    with pytest.raises(BadInputError, match="samples 0 is out of range"):
         EvalConfig(samples=0)
     with pytest.raises(BadInputError, match="no questions"):
         evaluate(ScriptedEngine(right_below(1)), [], EvalConfig())
@@ -235,14 +236,15 @@ class Chat:
     def __call__(self, text):
         return {"input_ids": [1] if self.adds else []}
 
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
-        assert not tokenize
-        assert add_generation_prompt
-        return jinja2.Template(self.chat_template).render(messages=messages, error=fail)
+    def get_chat_template(self):
+        return self.chat_template
+
+    special_tokens_map = {"bos_token": "<s>"}  # noqa: RUF012
 
 
-def fail(message):
-    raise jinja2.TemplateError(message)
+def chat_prompt(tokenizer, question, system=None, *, direct=False):
+    (text,) = chat_prompts(tokenizer, [question], system, direct=direct)
+    return text
 
 
 TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[me]"
@@ -251,10 +253,11 @@ TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[
 def test_chat_template():
     assert chat_prompt(Chat(TEMPLATE), "q") == "[user]q[me]"  # the tokenizer adds its own <s>
     assert chat_prompt(Chat(TEMPLATE, adds=False), "q") == "<s>[user]q[me]"
-    assert chat_prompt(Chat(TEMPLATE), "q", "reason", "s") == "[system]s[user]q[me]"
+    assert chat_prompt(Chat(TEMPLATE), "q", "s") == "[system]s[user]q[me]"
     thinking = Chat(TEMPLATE + "<think>\n")
-    assert chat_prompt(thinking, "q", "direct") == "[user]q[me]<think> </think> <answer>"
-    assert chat_prompt(Chat(TEMPLATE), "q", "direct").endswith("[me] <think> </think> <answer>")
+    closed = "[user]q[me]<think> </think> <answer>"  # jinja drops the template's last newline
+    assert chat_prompt(thinking, "q", direct=True) == closed
+    assert chat_prompt(Chat(TEMPLATE), "q", direct=True).endswith("[me] <think> </think> <answer>")
     config = EvalConfig(chat_template=True)
     assert [a.opened for a in ask(ITEMS[:1], config, thinking)] == ["<think>"]
     assert [a.opened for a in ask(ITEMS[:1], config, Chat(TEMPLATE))] == [""]
@@ -269,9 +272,9 @@ def test_no_chat_template_where_one_is_asked_for():
     for tokenizer in (None, Chat(None)):
         with pytest.raises(BadInputError, match="no chat template; leave out --chat-template"):
             ask(ITEMS, EvalConfig(chat_template=True), tokenizer)
-    refusing = Chat("{{ error('no system role') }}")
+    refusing = Chat("{{ raise_exception('no system role') }}")
     with pytest.raises(BadInputError, match="no system role"):
-        chat_prompt(refusing, "q", "reason", "s")
+        chat_prompt(refusing, "q", "s")
 
 
 def test_the_papers_setting():
@@ -290,3 +293,69 @@ def test_samples_of_the_first_files_are_read(tmp_path):
 def test_prompts():
     assert build_prompt("q", "direct") == "Problem: q <think> </think> <answer>"
     assert build_prompt("q", "reason", "s") == "s\nProblem: q <think>"
+
+
+def test_the_result_lists_what_two_gradings_judge_differently(tmp_path):
+    said = {
+        "What is 1+1?": "\\boxed{2}",
+        "A third?": "\\boxed{0.333333}",  # math-verify rounds, we do not
+        "Ten metres?": "\\boxed{10 cm}",
+        "Too long?": "\\boxed{" + "1+" * 20_000 + "1}",
+        "Which?": "Answer: B",
+    }
+    items = [
+        EvalItem("a", "What is 1+1?", "2"),
+        EvalItem("b", "A third?", "\\frac{1}{3}"),
+        EvalItem("c", "Ten metres?", "10 m"),
+        EvalItem("d", "Too long?", "5"),
+        EvalItem("e", "Which?", "B", choice=True),
+    ]
+
+    def answer(prompt, _stream):
+        return " </think> " + next(text for asked, text in said.items() if asked in prompt)
+
+    result = evaluate(ScriptedEngine(answer), items, EvalConfig())
+    assert [row["correct"] for row in result.samples] == [True, False, False, False, True]
+    grading = result.to_dict()["grading"]
+    assert grading["compared"] == 3  # a letter and a refused answer have no second verdict
+    assert grading["refused"] == 1
+    assert [row["id"] for row in grading["answers"]] == ["b", "c"]
+    assert (grading["differing"], grading["only_math_verify"], grading["only_resa_lens"]) == (
+        2,
+        2,
+        0,
+    )
+    assert "40,001" in result.samples[3]["refused"]
+    write_samples(result, tmp_path / "samples.parquet")
+    assert read_samples(tmp_path / "samples.parquet") == result.samples
+    assert Grading.model_validate(grading).answers[0].math_verify
+
+
+def test_extraction_by_name():
+    def boxed_first(_prompt, _stream):
+        return " </think> It is $\\boxed{7}$. No: Answer: 8"
+
+    items = [EvalItem("q", "What is 3+4?", "7")]
+    for name, answer in (("resa", "7"), ("boxed", "7"), ("lighteval", "7")):
+        (row,) = evaluate(ScriptedEngine(boxed_first), items, EvalConfig(extraction=name)).samples
+        assert row["answer"] == answer
+    (row,) = evaluate(
+        ScriptedEngine(lambda *_: " </think> Answer: 7"), items, EvalConfig(extraction="boxed")
+    ).samples
+    assert (row["answer"], row["correct"]) == (None, False)
+    with pytest.raises(BadInputError, match="'theirs'"):
+        EvalConfig(extraction="theirs")  # pyright: ignore[reportArgumentType]
+
+
+def test_questions_that_fit_a_context():
+    def tokenizer(texts):
+        return {"input_ids": [text.split() for text in texts]}
+
+    items = [EvalItem(str(n), "x " * n + "y", "1") for n in (1, 3, 8)]
+    asked = ask(items, EvalConfig(samples=2, generation=GenerationConfig(temperature=1.0)))
+    lengths = [len(one.prompt.split()) for one in asked]
+    for context, left in ((lengths[-1] + 1, 0), (lengths[-1], 1), (lengths[0] + 1, 2), (None, 0)):
+        fitting, left_out = answerable(asked, tokenizer, context)
+        assert (left_out, len(fitting)) == (left, 6 - 2 * left)
+    with pytest.raises(BadInputError, match=f"shortest prompt has {lengths[0]} tokens"):
+        answerable(asked, tokenizer, lengths[0])

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.bundled_models.questions import draw_unique
 from resa_lens.errors import BadInputError
 from resa_lens.evals import tasks
 from resa_lens.evals.tasks import EvalItem, TaskSpec, load_questions, load_tasks, parse_tasks
-from resa_lens.tiny.questions import draw_unique
 
 ROWS = [
     {"question": f"{i}+1?", "steps": "", "answer": str(i + 1), "family": "sum", "level": i % 3 + 1}
@@ -76,22 +76,25 @@ def test_limit_and_levels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", "", "holds no rows"),
-        ("a.csv", "question,answer\n", "holds no rows"),
-        ("a.jsonl", '{"question": "q", "result": "1"}\n', "no column answer.*question, result"),
-        ("a.csv", "task,answer\nq,1\n", "no column question.*task, answer"),
-        ("a.jsonl", '{"question": "q", "solution": "\\\\boxed{}"}\n', "empty solution in row 0"),
+        ("a.jsonl", "", "is empty"),
+        ("a.csv", "question,answer\n", "is empty"),
+        ("a.jsonl", '{"question": "q", "result": "1"}\n', "no column 'answer'.*question, result"),
+        ("a.csv", "task,answer\nq,1\n", "no column 'question'.*task, answer"),
+        (
+            "a.jsonl",
+            '{"question": "q", "solution": "\\\\boxed{}"}\n',
+            r"row 1 \(line 1\), column solution: the result is empty",
+        ),
         (
             "a.jsonl",
             '{"question": "q", "answer": "1"}\n{"answer": "2"}\n',
-            "no column question in row 1",
+            r"row 2 \(line 2\), column question: empty",
         ),
-        ("a.jsonl", '{"question": "q", "answer": ""}\n', "empty answer in row 0"),
-        ("a.jsonl", '{"question": "q", "answer": null}\n', "empty answer in row 0"),
-        ("a.csv", "question,answer\nq,1\nr,\n", "empty answer in row 1"),
+        ("a.jsonl", '{"question": "q", "answer": ""}\n', "row 1 .*column answer: empty"),
+        ("a.jsonl", '{"question": "q", "answer": null}\n', "row 1 .*column answer: empty"),
+        ("a.csv", "question,answer\nq,1\nr,\n", r"row 2 \(line 3\), column answer: empty"),
         ("a.jsonl", '{"question": "q", "answer": "1"}\n{"quest', "line 2 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("a.csv", "question,answer,level\nq,1,hard\n", "level 'hard' in row 0"),
+        ("a.jsonl", "[1]\n", r"row 1 \(line 1\) is not a JSON object"),
         ("a.csv", "id,question,answer\nx,q,1\nx,r,2\n", "id 'x' stands twice"),
         ("a.txt", "q", "no known format"),
         ("a.parquet", "PAR1 is not enough", "not readable as .parquet"),
@@ -129,7 +132,7 @@ def test_columns_of_other_names(tmp_path):
     path = jsonl(tmp_path / "g.jsonl", rows)
     (item,) = load_questions(path, question_column="q", answer_column="gold")
     assert (item.question, item.answer) == ("1+1?", "2")
-    with pytest.raises(BadInputError, match=r"no column x.*q, answer, gold"):
+    with pytest.raises(BadInputError, match=r"no column 'x'.*q, answer, gold"):
         load_questions(path, question_column="x")
 
 

@@ -15,7 +15,7 @@ from resa_lens.evals.engines import vllm as engine_file
 from resa_lens.evals.engines.vllm import VLLMEngine, document_seed
 from resa_lens.evals.run import EvalConfig, ask, score
 from resa_lens.evals.tasks import load_questions
-from resa_lens.models import load_model
+from resa_lens.models.host import load_model
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.features.activity import (
     BINS,
@@ -22,12 +21,13 @@ from resa_lens.features.activity import (
     measure_activity,
     needed_bytes,
 )
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.phases import PhasedBatch, phased_batches
-from resa_lens.prompts import document
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.baselines import random_coder
 from resa_lens.saes.checkpoint import Checkpoints
 from resa_lens.saes.coder import SparseActs, encode, new_coder
+from resa_lens.texts.phases import PhasedBatch, phased_batches
+from resa_lens.texts.prompts import document
 
 SMALL = ActivityConfig(examples=3, before=2, after=1)
 POINT = Hookpoint(0)
@@ -302,7 +302,7 @@ def test_needed_bytes_are_those_of_the_tensors():
 
 @pytest.mark.parametrize("wrong", [{"examples": 0}, {"before": -1}, {"after": -2}])
 def test_sizes_that_make_no_sense(wrong):
-    with pytest.raises(BadInputError, match="give 1 example"):
+    with pytest.raises(BadInputError, match="out of range"):
         ActivityConfig(**wrong)
 
 

@@ -20,10 +20,10 @@ from resa_lens.features.attribution import (
 )
 from resa_lens.features.effects import causal_effects
 from resa_lens.features.interventions import Intervention, Tracker, intervening
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PhasedBatch, phased_batches
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, new_coder
+from resa_lens.texts.phases import PhasedBatch, phased_batches
 
 POINT = Hookpoint(5)
 TEXTS = (

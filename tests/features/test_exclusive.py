@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import (
     RULES,
@@ -20,10 +20,11 @@ from resa_lens.features.exclusive import (
     exclusive_features,
     tag_prompt,
 )
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model, load_model
-from resa_lens.prompts import R1_SYSTEM_PROMPT
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model, load_model
 from resa_lens.saes.coder import SparseActs, SparseCoder, new_coder
+from resa_lens.texts.prompts import R1_SYSTEM_PROMPT
 
 # Positions 1 and 4 are <think>, 2 and 6 </think>, 0, 3, 5, 7 are others.
 PROMPT = TaggedPrompt(
@@ -212,7 +213,7 @@ def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("bytewise")
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=len(vocab) + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -228,6 +229,56 @@ def test_tags_in_pieces_are_found_by_characters(bytewise: Model) -> None:
     assert opened == ["Ġ<", "th", "i", "n", "k", ">"]
     assert closed == ["Ġ<", "/", "th", "i", "n", "k", ">!"]
     assert "".join(prompt.tokens[p] for p in prompt.others) == "Ã¼nderĠand."
+
+
+@pytest.fixture(scope="module")
+def merging(bytewise: Model) -> Model:
+    """Bytes, and `> </` as one token, which some vocabularies have."""
+    tokenizer = Tokenizer.from_str(bytewise.tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+    pieces = [">Ġ", "</", ">Ġ</"]
+    vocabulary = tokenizer.get_vocab()
+    vocabulary |= {piece: len(vocabulary) + number for number, piece in enumerate(pieces)}
+    merges = [(">", "Ġ"), ("<", "/"), (">Ġ", "</")]
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges)
+    return replace(bytewise, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
+def test_a_token_of_two_tags_counts_for_neither(merging: Model) -> None:
+    tagged = tag_prompt(merging, CountConfig(prompt="a <think> </think> b"))
+    (shared,) = tagged.shared
+    assert tagged.tokens[shared] == ">Ġ</"
+    assert shared not in {*tagged.open_spans[0], *tagged.close_spans[0], *tagged.others}
+    opened, closed = tagged.open_spans[0][-1], tagged.close_spans[0][0]
+    features = {
+        0: [shared],  # on it alone
+        1: [shared, opened],  # and on a token of one tag
+        2: [opened, closed],  # without it
+        3: [shared, closed, 0],  # and elsewhere
+    }
+    found = exclusive_features(acts(features, n=len(tagged.ids)), tagged)
+    assert found == {"all": (2,), "any": (2,), "either": (1, 2)}
+
+
+def test_the_count_says_how_many_features_rest_on_shared_tokens(merging: Model) -> None:
+    config = CountConfig(prompt="a <think> </think> b")
+    tagged = tag_prompt(merging, config)
+    point = Hookpoint(0, "resid_post")
+    x = next(iter(stream_activations(merging, [torch.tensor([tagged.ids])], [point]))).acts[point]
+    # Features 0 and 1 are the directions of the shared token and of the one before the tags.
+    coder = new_coder(merging.d_model, 8, 1, seed=0)
+    with torch.no_grad():
+        centred = x[0] - x[0].mean(0)
+        coder.b_dec.copy_(x[0].mean(0))
+        coder.encoder.weight.zero_()
+        coder.encoder.weight[:2] = torch.linalg.pinv(centred)[:, [tagged.shared[0], 0]].T
+        coder.encoder.bias.fill_(-0.5)
+    counts = count_features(merging, {point: coder}, config).layers[0]
+    assert counts.features == {"all": (), "any": (), "either": ()}
+    assert counts.shared == {"all": 1, "any": 1, "either": 1}
+    assert counts.to_dict() == {"layer": 0, "all": 0, "any": 0, "either": 0,
+                                "shared": {"all": 1, "any": 1, "either": 1}}  # fmt: skip
+    plain = count_features(merging, {point: coder}, replace(config, prompt="a<think>b</think>"))
+    assert plain.layers[0].shared == {}
 
 
 def test_counting_with_tags_in_pieces(bytewise: Model) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy.stats import fisher_exact
 
-from resa_lens.activations import stream_activations
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import CountConfig, count_features
 from resa_lens.features.falsify import (
@@ -27,7 +26,8 @@ from resa_lens.features.falsify import (
     union_of_rules,
 )
 from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.coder import assemble
 
 POINT = Hookpoint(9, "resid_post")

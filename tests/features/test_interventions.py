@@ -27,10 +27,10 @@ from resa_lens.features.interventions import (
     matched_controls,
     sum_masses,
 )
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model, load_model
-from resa_lens.phases import PHASES, phased_batches, tag_phases
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model, load_model
 from resa_lens.saes.coder import SparseCoder, encode, new_coder
+from resa_lens.texts.phases import PHASES, phased_batches, tag_phases
 
 POINT, DEEP = Hookpoint(4), Hookpoint(6, "resid_post")
 FEATURES = (0, 3, 5, 11, 17, 29)

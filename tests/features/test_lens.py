@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from resa_lens.errors import BadInputError
 from resa_lens.features import lens
 from resa_lens.features.lens import logit_lens, nearest_directions
-from resa_lens.models import Model
+from resa_lens.models.host import Model
 
 
 def test_the_lens_goes_through_the_final_norm(tiny):

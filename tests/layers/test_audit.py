@@ -361,7 +361,7 @@ def test_command_for_people() -> None:
     ("args", "named"),
     [
         (("absent.csv",), "absent.csv"),
-        ((LAYERS, "--group", "seed"), '"seed"'),
+        ((LAYERS, "--group-column", "seed"), '"seed"'),
         ((LAYERS, "--questions", "mmlu=14042"), '"mmlu"'),
         ((LAYERS, "--questions", "aime24"), '--questions "aime24"'),
         ((LAYERS, "--questions", "aime24=-3"), '--questions "aime24=-3"'),
@@ -392,7 +392,7 @@ def test_brackets_in_names_are_no_markup(tmp_path: Path) -> None:
 def test_questions_of_ones_own(tmp_path: Path) -> None:
     path = write(tmp_path, [("x", 1, "25.00"), ("x", 2, "50.00"), ("y", 1, "33.33")],
                  "recipe,seed,bench")  # fmt: skip
-    result = invoke(str(path), "--group", "recipe", "--questions", "bench=4", "--json")
+    result = invoke(str(path), "--group-column", "recipe", "--questions", "bench=4", "--json")
     assert result.exit_code == 0, result.stderr
     made = json.loads(result.stdout)
     assert made["granularity"]["verdicts"]["fits neither"] == 1

@@ -82,7 +82,7 @@ HEAD = "model,step,aime24\n"
         (HEAD + "a,1,20\na,2,30\n", {}, "every row has model a"),
         (HEAD + "a,1,20\n,2,30\n", {}, "row 2"),
         (HEAD + "a,1,20\nb,1,30\na,1,20\n", {}, "row 3 repeats row 1"),
-        (HEAD + "a,1,20\nb,1,30,7\n", {}, "row 2 has more cells"),
+        (HEAD + "a,1,20\nb,1,30,7\n", {}, "row 2 (line 3) has 4 cells"),
         ("model,aime24,AIME 24\na,20,20\nb,30,30\n", {}, "are one benchmark"),
         ("layer_1_indexed,aime24\n0,20\n1,30\n", {}, 'layer_1_indexed "0" is no layer'),
         ("layer,aime24\n1.5,20\n1,30\n", {}, 'layer "1.5" is no layer'),

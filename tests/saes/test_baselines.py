@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from resa_lens import corpora
-from resa_lens.activations import stream_activations
-from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.baselines import (
     Blend,
     Noise,
@@ -30,6 +28,8 @@ from resa_lens.saes.baselines import (
 )
 from resa_lens.saes.coder import SparseCoder, encode, new_coder, reconstruct
 from resa_lens.saes.train import SaeConfig, train_saes
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig, load_records
 
 POINT = Hookpoint(6)
 NAMES = ("noise", "pca", "shuffled", "random", "random_weights")

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
+from resa_lens.files import run_lock
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes import checkpoint
-from resa_lens.saes.checkpoint import Checkpoints, newest, read_state, restore_threads, run_lock
+from resa_lens.saes.checkpoint import Checkpoints, newest, read_state, restore_threads
 from resa_lens.saes.train import SaeConfig, TrainedSaes, train_saes
 
 STEPS = 12
@@ -171,7 +172,7 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from resa_lens.saes.checkpoint import run_lock
+from resa_lens.files import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
 from typer.testing import CliRunner
 
+from resa_lens import publishing
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.machine import limits
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.progress import Reporter
 from resa_lens.saes import convert as module
 from resa_lens.saes.coder import Coder, encode, new_coder, reconstruct
@@ -167,13 +169,24 @@ def test_a_rename_that_fails_leaves_the_old_target(
     before, rename = tree(tmp_path), Path.rename
 
     def fail(self: Path, to: Path) -> Path:
-        if to == tmp_path / "t" and not self.name.endswith("-old"):
+        if to == tmp_path / "t" and ".old-" not in self.name:
             raise OSError(5, "Input/output error")
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(publishing, "_exchange", lambda *_: False)
     with pytest.raises(RunFailedError, match="Input/output"):
         convert(source, tmp_path / "t", "saelens", force=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_disk_that_is_too_small_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folders(tmp_path / "0")
+    before = tree(tmp_path)
+    monkeypatch.setattr(limits, "free_disk_mb", lambda _: 0.0)
+    refused("MB of disk are needed", lambda: convert(source, tmp_path / "t", "saelens"))
     assert tree(tmp_path) == before
 
 
@@ -263,7 +276,7 @@ def test_cast_and_k_by_the_command(tmp_path: Path) -> None:
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps({**config, "metadata": {}}))
     weights = folder / "sae_weights.safetensors"
-    save_file({name: v.bfloat16() for name, v in load_file(weights).items()}, weights)
+    save_file({name: v.double() for name, v in load_file(weights).items()}, weights)
     args = (str(folder), str(tmp_path / "t"), "--to", "dictionary_learning")
     assert "--cast" in command(*args, code=2).stderr
     assert "--k" in command(*args, "--cast", code=2).stderr

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from resa_lens import corpora
-from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import SITES, Hookpoint, parse_hookpoint
-from resa_lens.models import Model
+from resa_lens.models.activations import ordinary, special_ids
+from resa_lens.models.hookpoints import Hookpoint, parse_hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes import fit, quality
 from resa_lens.saes.baselines import random_weights_model
 from resa_lens.saes.coder import SparseCoder, new_coder
-from resa_lens.saes.fit import Places, Rival, check_fit, rivals, variances
+from resa_lens.saes.fit import PAPER, Places, Rival, check_fit, rivals, variances
 from resa_lens.saes.train import SaeConfig, train_saes
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig, load_records
 
 Coders = dict[Hookpoint, SparseCoder]
 
@@ -43,7 +44,7 @@ def text(model: Model, tokens: int, seed: int, batch: int = 4) -> list[torch.Ten
 def coders(tiny: Model) -> Coders:
     """SAEs at every layer and both sites, from a twentieth of the default's tokens."""
     made: Coders = {}
-    for site in SITES:
+    for site in PAPER:
         config = SaeConfig(site=site, latents=512, k=32).for_width(tiny.d_model)
         found = train_saes(tiny, range(tiny.n_layers), text(tiny, 10_240, 0, batch=1), [], config)
         made |= found.coders
@@ -61,7 +62,7 @@ def places(tiny: Model, probe: list[torch.Tensor]) -> Places:
 
 
 def other_site(point: Hookpoint) -> Hookpoint:
-    return Hookpoint(point.layer, next(site for site in SITES if site != point.site))
+    return Hookpoint(point.layer, next(site for site in PAPER if site != point.site))
 
 
 def test_every_sae_is_accepted_at_its_own_place(
@@ -86,7 +87,7 @@ def test_every_sae_is_refused_at_the_other_site(coders: Coders, places: Places) 
 def test_at_another_layer(coders: Coders, places: Places, move: int) -> None:
     """At the MLP every one is caught.  A residual stream changes little from layer to layer: with
     so little training, an SAE of the layer above or below can fit as well as one of the layer."""
-    caught: dict[str, list[bool]] = {site: [] for site in SITES}
+    caught: dict[str, list[bool]] = {site: [] for site in PAPER}
     for point, coder in coders.items():
         if not 0 <= point.layer + move < 12:
             continue
@@ -165,7 +166,7 @@ def test_one_that_fits_costs_at_most_four_encodings(
     assert rows <= 4 * sum(ids.numel() for ids in probe)
     rows = 0
     check_fit(tiny, {Hookpoint(5): coders[Hookpoint(5)]}, probe, known=True)
-    assert rows == sum(ids.numel() for ids in probe)
+    assert rows == sum(int(ordinary(ids, special_ids(tiny)).sum()) for ids in probe)
 
 
 def test_what_is_known_to_belong_here_is_not_called_misplaced(

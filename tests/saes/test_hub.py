@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes import hub
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.formats import by_hookpoint, find_coders, load_coder

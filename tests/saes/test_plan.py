@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from resa_lens.corpora import CorpusConfig
+from resa_lens.artifacts.stage import Context
+from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
-from resa_lens.models import Model
-from resa_lens.pipeline.context import Context
-from resa_lens.pipeline.sae_training import train_run
+from resa_lens.models.host import Model
 from resa_lens.saes import plan as module
 from resa_lens.saes.plan import Meter, plan_training, state_mb
 from resa_lens.saes.train import SaeConfig
-from resa_lens.workspace import Workspace
+from resa_lens.stages.sae_training import train_run
+from resa_lens.texts.corpora import CorpusConfig
 
 BATCH = torch.randint(2, 500, (2, 64), generator=torch.Generator().manual_seed(0))
 
@@ -62,7 +62,7 @@ def test_groups_train_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monke
     runs = []
     for name, groups in (("one", ((2, 4, 6),)), ("three", ((2,), (4,), (6,)))):
         if name == "three":
-            from resa_lens.pipeline import sae_training
+            from resa_lens.stages import sae_training
 
             real = sae_training.plan_training
 
@@ -76,8 +76,8 @@ def test_groups_train_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monke
         model = ctx.model("tiny-reasoner")
         runs.append((ctx, model, train_run(ctx, model, [2, 4, 6], config, CorpusConfig())))
     (_, model, one), (_, _, three) = runs
-    assert three.manifest is not None
-    assert three.manifest.results["groups"] == [[2], [4], [6]]
+    assert three.artifact is not None
+    assert three.artifact.manifest.results["groups"] == [[2], [4], [6]]
     assert one.folder.name == three.folder.name
     ours, theirs = one.coders(model), three.coders(model)
     assert list(ours) == list(theirs)

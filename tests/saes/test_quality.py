@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resa_lens import corpora
-from resa_lens.corpora import CorpusConfig, load_records
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
-from resa_lens.phases import PHASES, PhasedBatch, phased_batches, phased_texts
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes import quality
 from resa_lens.saes.baselines import Noise
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.saes.quality import PhaseQuality, loss_change, measure_fvu, measure_quality
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig, load_records
+from resa_lens.texts.phases import PHASES, PhasedBatch, phased_batches, phased_texts
 
 POINT = Hookpoint(3, "resid_post")
 FIGURES = (*PHASES, "all")
@@ -260,10 +260,14 @@ def test_a_layer_beyond_the_model(tiny: Model, documents: list[PhasedBatch]) -> 
 
 def test_fvu_alone_agrees_with_the_report(tiny: Model, documents: list[PhasedBatch]) -> None:
     coder = new_coder(tiny.d_model, 64, 8, seed=0)
-    fvu, l0 = measure_fvu(tiny, {POINT: coder}, [batch.ids for batch in documents])[POINT]
+    fvu, l0 = measure_fvu(
+        tiny, {POINT: coder}, [batch.ids for batch in documents], include_special=True
+    )[POINT]
     figures = measure_quality(tiny, {POINT: coder}, documents)[POINT].all
     assert (fvu, l0) == (pytest.approx(figures.fvu), figures.l0)
-    assert all(math.isnan(v) for v in measure_fvu(tiny, {POINT: coder}, [])[POINT])
+    assert all(
+        math.isnan(v) for v in measure_fvu(tiny, {POINT: coder}, [], include_special=True)[POINT]
+    )
 
 
 def test_the_loss_changes_by_what_the_reconstruction_loses(

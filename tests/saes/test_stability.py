@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes import stability
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.saes.stability import best_cosines, decoder_stability, null_share

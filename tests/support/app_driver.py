@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from resa_lens.artifacts.manifest import MANIFEST
+from resa_lens.hashes import digest, file_hash
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "apps" / "feature_explorer.py"
 CHROMIUM = Path("/usr/bin/chromium")
@@ -27,6 +30,20 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+
+
+def _script(page: str) -> None:
+    from resa_lens.app.explorer import main
+
+    main(page)
+
+
+def run_page(page: str, **query: str) -> AppTest:
+    """Open a page of the workspace that RESA_LENS_WORKSPACE names, with an address' query."""
+    app = AppTest.from_function(_script, default_timeout=60, kwargs={"page": page})
+    for key, value in query.items():
+        app.query_params[key] = value
+    return app.run()
 
 
 def texts(app: AppTest) -> str:
@@ -45,16 +62,32 @@ def manifest_of(workspace: Path, kind_folder: str) -> Path:
     return next(Path(workspace, kind_folder).rglob("manifest.json"))
 
 
-def edit(file: Path, change: Callable[[Any], None]) -> None:
-    """Change a JSON file in place."""
+def edit(file: Path, change: Callable[[Any], None], *, seal: bool = True) -> None:
+    """Change a JSON file in place; sealed, its artifact is whole all the same."""
     value = json.loads(file.read_text())
     change(value)
     file.write_text(json.dumps(value))
+    if seal:
+        reseal(file)
+
+
+def reseal(file: Path) -> None:
+    """Let the manifest of a file's artifact say what is there now, as if it was written so."""
+    folder = next((p for p in file.parents if (p / MANIFEST).is_file()), None)
+    if folder is None:
+        return
+    value = json.loads((folder / MANIFEST).read_text())
+    if not value.pop("checksum", None):
+        return
+    for name in value.get("files", {}):
+        if (folder / name).is_file():
+            value["files"][name] = file_hash(folder / name, cached=False)
+    (folder / MANIFEST).write_text(json.dumps({**value, "checksum": digest(value)}))
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     """Times and sizes of all files: equal before and after where nothing was written."""
-    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+    return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")}
 
 
 def charts(app: AppTest) -> int:

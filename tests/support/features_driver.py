@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from synthetic_workspace import Size
 
-from resa_lens.app import data, features_data
+from resa_lens.app import data
+from resa_lens.app.features import data as features_data
 
 SMALL = Size(layers=3, latents=1500)
 
@@ -24,7 +25,7 @@ def commands(app) -> str:
 
 
 def source_of(root):
-    return features_data.sources(data.scan(str(root)))[0][0]
+    return features_data.sources(data.scan(str(root)))[0]
 
 
 def pairs(frame) -> list[tuple[int, int]]:

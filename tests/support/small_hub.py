@@ -81,9 +81,9 @@ def _write_model(folder: Path) -> None:
 
 def _write_saes(model_folder: Path, folder: Path) -> None:
     """An SAE a layer that gives back nine tenths of what differs from its own place's mean."""
-    from resa_lens.activations import stream_activations
-    from resa_lens.hookpoints import Hookpoint
-    from resa_lens.models import load_model
+    from resa_lens.models.activations import stream_activations
+    from resa_lens.models.hookpoints import Hookpoint
+    from resa_lens.models.host import load_model
     from resa_lens.saes.coder import new_coder
 
     model = load_model(str(model_folder), device="cpu")

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kind_examples
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resa_lens.pipeline.feature_files import (
+from resa_lens.artifacts.feature_tables import (
     DOCUMENT_SCHEMA,
     DOCUMENTS,
     EDGES,
@@ -27,8 +28,8 @@ from resa_lens.pipeline.feature_files import (
     SCORE_GROUP,
     SCORE_SCHEMA,
 )
-from resa_lens.prompts import PHASES
-from resa_lens.workspace import Manifest, write_json
+from resa_lens.files import write_json
+from resa_lens.texts.prompts import PHASES
 
 MODEL, SITE, WEIGHTS = "synthetic", "mlp_out", "5e" * 32
 SLUG = "synthetic-5e5e5e5e"
@@ -96,15 +97,17 @@ def write_workspace(root: Path, size: Size | None = None, *, hostile: str = "") 
     def manifest(kind: str, folder: str, config: dict, results: dict, parents: list[str]) -> Path:
         target = root / folder
         target.mkdir(parents=True, exist_ok=True)
-        made = Manifest(
-            kind=kind,
+        made = kind_examples.manifest(
+            kind,
+            # Without an identity: what is changed by a test is read as it is.
+            schema_version=1,
+            identity="",
             config=config,
             results={"site": SITE, "model": model, "n_layers": size.layers, **results},
             parents=parents,
             hashes={"weights": WEIGHTS},
             created="2026-01-01T00:00:00+00:00",
             command=["resa-lens"],
-            commit=None,
         )
         write_json(target / "manifest.json", made.model_dump(mode="json"))
         return target
@@ -347,7 +350,8 @@ def _verdicts(counted: dict[int, dict[str, list[int]]], hostile: str) -> dict[st
                 }
             )
     kinds = {"original": 1, "injected": 40, "plain": 40, "neutral": 10, "shuffled": 20}
-    return {"features": made, "summary": {}, "trials": kinds, "skipped": []}
+    summary = kind_examples.RESULTS["falsification"]["summary"]
+    return {"features": made, "summary": summary, "trials": kinds, "skipped": []}
 
 
 def _ablation(features: list[int], hostile: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from resa_lens.models import Model, load_model
+from resa_lens.models.host import Model, load_model
 from resa_lens.resources import data_path
 
 

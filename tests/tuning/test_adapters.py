@@ -17,16 +17,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config
 
-import resa_lens.tuning.adapters as module
+import resa_lens.stages.merge as module
+from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import load_model
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import load_model
 from resa_lens.resources import data_path
 from resa_lens.saes.coder import new_coder
-from resa_lens.tuning.adapters import adapter_card, merge_model, write_card
+from resa_lens.stages.card import adapter_card, write_card
+from resa_lens.stages.merge import merge_model
 from resa_lens.tuning.objective import PRESETS, preset
 from resa_lens.tuning.train import TuneConfig, save_adapter, tune
-from resa_lens.workspace import Workspace
 
 SEVEN = list(PRESETS["reference"].targets)
 
@@ -301,8 +302,10 @@ def test_merged_stacked_and_scaled_is_the_attached_one(
     assert made.notes == ()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (other_base / name).read_bytes()
-    lineage = Workspace(tmp_path, recover=False).manifest(out)
-    assert lineage is not None
+    artifact = Workspace(tmp_path).read(out)
+    assert artifact is not None
+    assert list(artifact.damage()) == []
+    lineage = artifact.manifest
     assert lineage.config["base_hash"] == load_model(str(other_base)).weights_hash
     assert [x["scale"] for x in lineage.config["adapters"]] == scale
     assert lineage.hashes["weights"] == ours.weights_hash

@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import new_coder
 from resa_lens.tuning.objective import Objective, preset
 from resa_lens.tuning.train import TuneConfig, add_adapters, tune

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from resa_lens.models import boot
+from resa_lens.models.bridge import boot
 from resa_lens.tuning.kl import HEAD_INPUT, Head, chunked_kl, find_head, keep_head_input
 from resa_lens.tuning.objective import kl_divergence
 
@@ -154,7 +154,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_head_of_a_model_gives_its_logits(name: str) -> None:
     model = MODELS[name]().requires_grad_(False).eval()
-    bridge, _ = boot(model, None, name)
+    bridge, _, _ = boot(model, None, name)
     found, reason = find_head(bridge)
     assert found is not None, reason
     assert found.softcap == (2.0 if name == "gemma2" else None)
@@ -168,7 +168,7 @@ def test_the_head_of_a_model_gives_its_logits(name: str) -> None:
 
 def test_a_head_that_is_not_understood_is_said_to_be() -> None:
     model = MODELS["gemma2"]().requires_grad_(False).eval()
-    bridge, _ = boot(model, None, "gemma2")
+    bridge, _, _ = boot(model, None, "gemma2")
     # As if the configuration named its cap otherwise; only large logits show it.
     del model.config.final_logit_softcapping
     model.config.final_logit_softcapping = None
@@ -182,7 +182,7 @@ def test_a_head_that_is_not_understood_is_said_to_be() -> None:
 
 
 def test_a_trained_head_goes_the_plain_way() -> None:
-    bridge, _ = boot(MODELS["llama"](), None, "llama")
+    bridge, _, _ = boot(MODELS["llama"](), None, "llama")
     found, reason = find_head(bridge)
     assert found is None
     assert reason == "the head is trained"

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model, load_model
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model, load_model
 from resa_lens.saes.baselines import Noise
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.world import World
@@ -121,7 +121,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from tests_tuning_loop import tuned
-from resa_lens.models import load_model
+from resa_lens.models.host import load_model
 from resa_lens.tuning import state
 state.COST, state.SHARE = 0.0, 6
 peft, course = tuned(load_model(sys.argv[1]), folder=Path(sys.argv[2]),
@@ -242,7 +242,7 @@ def test_a_damaged_state_is_named_and_a_half_written_one_not_read(
 
 
 def test_a_folder_in_use_is_refused(small: Callable[[], Model], tmp_path: Path) -> None:
-    from resa_lens.saes.checkpoint import run_lock
+    from resa_lens.files import run_lock
 
     with run_lock(tmp_path), pytest.raises(BadInputError, match="is tuning at layer 1 into"):
         tuned(small(), folder=tmp_path)
@@ -432,7 +432,7 @@ import json, sys
 from pathlib import Path
 from tests_tuning_loop import adapters, tuned
 from safetensors.torch import save_file
-from resa_lens.models import load_model
+from resa_lens.models.host import load_model
 from resa_lens.tuning.loop import join_processes
 world = join_processes("cpu")
 out = Path(sys.argv[2])

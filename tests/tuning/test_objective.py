@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.tuning.objective import (
     PRESETS,
@@ -114,7 +114,7 @@ def test_single_options_override_a_preset(name: str) -> None:
         ({"direction": "forward"}, "forward"),
         ({"reduction": "max"}, "max"),
         ({"schedule": "linear"}, "linear"),
-        ({"site": "attn_out"}, "attn_out"),
+        ({"site": "attn"}, "attn"),
         ({"clip_norm": -1.0}, "-1.0"),
         ({"clip_norm": 0.0}, "0.0"),
         ({"clip_norm": math.nan}, "nan"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model, load_model
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model, load_model
 from resa_lens.saes.baselines import Noise
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.tuning import passes as module

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from resa_lens import corpora, prompts
-from resa_lens.corpora import CorpusConfig, Record, load_records
 from resa_lens.errors import BadInputError
-from resa_lens.models import Model
+from resa_lens.models.host import Model
+from resa_lens.texts import corpora, prompts
+from resa_lens.texts.corpora import CorpusConfig, Record, load_records
 from resa_lens.tuning.loop import TuneConfig, fit
 from resa_lens.tuning.objective import ATTENTION, MLP
 from resa_lens.tuning.sft import (

@@ -12,11 +12,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.hookpoints import Hookpoint
-from resa_lens.models import Model
+from resa_lens.models import bridge as bridge_module
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import new_coder
 from resa_lens.tuning.objective import Objective, preset
 from resa_lens.tuning.passes import Passes
@@ -196,8 +203,11 @@ def test_gradient_norm_that_is_not_finite(
 
 
 def test_update_of_the_last_step_is_checked_too(small: Callable[[], Model]) -> None:
+    config = replace(FAST)
+    # No configuration takes it: what is tested is the loop's own check.
+    object.__setattr__(config, "learning_rate", math.inf)
     with pytest.raises(RunFailedError, match="last step"):
-        tuned(small(), config=replace(FAST, learning_rate=math.inf), steps=1)
+        tuned(small(), config=config, steps=1)
 
 
 def test_sae_of_another_width(small: Callable[[], Model]) -> None:
@@ -226,6 +236,20 @@ def test_modules_that_the_model_lacks(small: Callable[[], Model]) -> None:
         lora_targets(model, ("q_proj", "w_proj"))
 
 
+@pytest.mark.parametrize("absent", ["gate_proj", "query_key_value", "o_proj", "norm"])
+def test_a_target_that_only_other_models_have_is_refused_by_name(absent: str) -> None:
+    config = PhiConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                       intermediate_size=32)  # fmt: skip
+    model = PhiForCausalLM(config)
+    with pytest.raises(BadInputError, match=rf"'{absent}' to adapt; choose .*dense, fc1, fc2, k_"):
+        lora_targets(model, ("q_proj", absent))
+    assert lora_targets(model, ("q_proj", "dense")) == ["q_proj", "dense"]
+    # A preset's are meant by what they do.
+    assert lora_targets(model, preset("reference").targets) == [
+        "q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2",
+    ]  # fmt: skip
+
+
 def test_a_neox_model_gets_its_own_modules() -> None:
     config = GPTNeoXConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -239,7 +263,7 @@ def test_a_neox_model_gets_its_own_modules() -> None:
 
 
 def test_adapters_that_the_hooks_would_go_around_are_refused(
-    small: Callable[[], Model],
+    small: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GPTNeoXConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -251,7 +275,20 @@ def test_adapters_that_the_hooks_would_go_around_are_refused(
         return replace(small(), model=GPTNeoXForCausalLM(config), name="neox")  # pyright: ignore
 
     data = [ids % 64 for ids in batches(2)]
-    with pytest.raises(BadInputError, match=r"neox has one matrix.*query_key_value.*--targets"):
+    # A fused matrix is adapted where the model's own attention is called.
+    peft, _ = tune(neox(), coder, Hookpoint(1), data, 2, preset("paper"), FAST)
+    moved = [n for n, p in peft.named_parameters() if "lora_B" in n and bool(p.any())]
+    assert sum("query_key_value" in name for name in moved) == 2
+
+    build = bridge_module._build
+
+    def stock_only(*args: Any, native: bool) -> Any:
+        if native:
+            raise AttributeError("no such part")
+        return build(*args, native=False)
+
+    monkeypatch.setattr(bridge_module, "_build", stock_only)
+    with pytest.raises(BadInputError, match=r"own attention.*no such part.*query_key_value"):
         tune(neox(), coder, Hookpoint(1), data, 2, preset("paper"), FAST)
     # Its other modules are tuned, and nothing else is: the bridge's copies of weights are not.
     objective = preset("paper", targets=("dense", "dense_4h_to_h"))

@@ -9,49 +9,10 @@ from typing import Protocol
 from jaxtyping import Int
 from torch import Tensor
 
-from resa_lens.errors import BadInputError
-from resa_lens.prompts import ANSWER_CLOSE
+from resa_lens.evals.config import GenerationConfig as GenerationConfig
 
 Progress = Callable[[int], None]
 """Called with the number of finished documents."""
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to generate; temperature 0 is greedy."""
-
-    max_new_tokens: int = 160
-    temperature: float = 0.0
-    top_p: float = 1.0
-    batch_size: int = 64
-    seed: int = 0
-    stop: tuple[str, ...] = (ANSWER_CLOSE,)
-    """Generation ends after any of these strings, which stay in the text."""
-    timeout: float | None = None
-    """Seconds that a document may take, from the start of its batch or, where the engine has no
-    batches, from its first token; None is no limit."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            BadInputError: a value is out of its range.
-        """
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise BadInputError(
-                f"max_new_tokens is {self.max_new_tokens}, batch_size {self.batch_size}; "
-                "both must be at least 1"
-            )
-        if not self.temperature >= 0:
-            raise BadInputError(f"temperature is {self.temperature}; use 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise BadInputError(f"top_p is {self.top_p}; use more than 0 and at most 1")
-        if self.seed < 0:
-            raise BadInputError(f"seed is {self.seed}; use 0 or more")
-        if self.timeout is not None and not self.timeout > 0:
-            raise BadInputError(f"timeout is {self.timeout}; use more than 0 seconds, or none")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise BadInputError(f"stop is {self.stop!r}; use a tuple of strings that are not empty")
 
 
 @dataclass(frozen=True)
@@ -65,7 +26,7 @@ class Generation:
     tokens: int
     """Generated tokens, the end-of-sequence token included."""
     finished: bool
-    """False where `max_new_tokens` or the time-out ended it."""
+    """False where `max_new_tokens`, the model's context or the time-out ended it."""
     timed_out: bool = False
     """Whether the time-out ended it."""
 

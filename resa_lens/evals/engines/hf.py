@@ -28,8 +28,10 @@ from resa_lens.evals.engines.base import (
     Progress,
 )
 from resa_lens.evals.engines.text import end_ids, finish, stopped, text_of
-from resa_lens.phases import PHASES, tag_phases
-from resa_lens.prompts import THINK_CLOSE, THINK_OPEN
+from resa_lens.machine.determinism import cumulative_sum
+from resa_lens.models.files import context_of
+from resa_lens.texts.phases import PHASES, tag_phases
+from resa_lens.texts.prompts import THINK_CLOSE, THINK_OPEN
 
 LIVE_SHARE = 0.8
 """A batch is cut down to its unfinished rows when their share is at most this."""
@@ -73,8 +75,8 @@ class HFEngine:
             hooks: told before each forward pass what it reads.
 
         Raises:
-            BadInputError: a prompt has no tokens, the numbers of prompts and streams differ, or
-                the tokenizer gives no offsets, which `hooks` need.
+            BadInputError: a prompt has no tokens or as many as the model reads, the numbers of
+                prompts and streams differ, or the tokenizer gives no offsets, which `hooks` need.
             RunFailedError: the model's logits are not numbers.
         """
         names = [(i,) for i in range(len(prompts))] if streams is None else list(streams)
@@ -85,6 +87,12 @@ class HFEngine:
         encoded: list[list[int]] = self.tokenizer(list(prompts))["input_ids"]
         if empty := [i for i, ids in enumerate(encoded) if not ids]:
             raise BadInputError(f"prompt {empty[0]} has no tokens: {prompts[empty[0]]!r}")
+        longest = context_of(self.model.config)
+        if longest and (over := [i for i, ids in enumerate(encoded) if len(ids) >= longest]):
+            raise BadInputError(
+                f"prompt {over[0]} has {len(encoded[over[0]])} tokens and the model reads "
+                f"{longest} in all: {prompts[over[0]][:60]!r}"
+            )
         # Longest first: too little memory shows at once, and neighbours need little padding.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         results: dict[int, Generation] = {}
@@ -120,9 +128,11 @@ class HFEngine:
         cache = DynamicCache(config=self.model.config)
         generated: list[list[int]] = [[] for _ in batch]
         rows = list(range(len(batch)))  # the batch's rows still computed
+        context = context_of(self.model.config) or config.max_new_tokens + max(map(len, batch))
+        room = [min(config.max_new_tokens, context - len(ids)) for ids in batch]
         live = set(rows)
         began = time.monotonic()
-        for step in range(config.max_new_tokens):
+        for step in range(max(room)):
             if watch is not None:
                 watch.tell(rows, live, input_BS, position_BS)
             logits_BV = self.model(
@@ -144,7 +154,7 @@ class HFEngine:
                 ended = token in self._ends or (
                     bool(enders[token]) and stopped(self.tokenizer, generated[row], config.stop)
                 )
-                if ended or late or step + 1 == config.max_new_tokens:
+                if ended or late or step + 1 == room[row]:
                     live.remove(row)
                     yield (
                         row,
@@ -348,9 +358,9 @@ def _choose(logits_BV: Tensor, config: GenerationConfig, draws: list[float]) -> 
     if config.top_p < 1:
         probs_BV, token_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p; the likeliest always does.
-        before_BV = probs_BV.cumsum(-1, dtype=exact) - probs_BV
+        before_BV = cumulative_sum(probs_BV, dtype=exact) - probs_BV
         probs_BV = probs_BV.masked_fill(before_BV >= config.top_p, 0.0)
-    cdf_BV = probs_BV.cumsum(-1, dtype=exact)
+    cdf_BV = cumulative_sum(probs_BV, dtype=exact)
     # A draw is below 1, so the first value above draw x total belongs to a token with mass.
     index_B1 = torch.searchsorted(cdf_BV, draw_B1 * cdf_BV[:, -1:], right=True)
     index_B1 = index_B1.clamp(max=cdf_BV.shape[-1] - 1)

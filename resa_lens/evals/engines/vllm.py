@@ -22,8 +22,8 @@ import torch
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.evals.engines.base import Answered, Generation, GenerationConfig, Progress
 from resa_lens.evals.engines.text import end_ids, finish
-from resa_lens.model_files import hash_files, weight_files
-from resa_lens.models import Model
+from resa_lens.models.files import hash_files, weight_files
+from resa_lens.models.host import Model
 
 INSTALL = (
     "engine vllm is not installed; it needs an environment of its own:\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.model_files import check_safetensors
+from resa_lens.models.files import check_safetensors
+from resa_lens.models.hookpoints import Hookpoint, Names
 
-CASTABLE = (torch.float16, torch.bfloat16, torch.float64)
+EXACT = (torch.float16, torch.bfloat16)
+"""float32 holds all their values."""
+CASTABLE = (*EXACT, torch.float64)
+
+NO_K = (
+    "does not say its k, the active latents a token it was trained for.\n"
+    "Give it by: resa-lens convert SOURCE TARGET --to FORMAT --k K"
+)
 
 
 class Options(NamedTuple):
@@ -25,6 +34,8 @@ class Options(NamedTuple):
     cast: bool = False
     k: int | None = None
     d_in: int | None = None
+    stored: set[str] | None = None
+    """Takes up the floating types that were turned into float32."""
 
 
 class Parts(NamedTuple):
@@ -33,7 +44,8 @@ class Parts(NamedTuple):
     tensors: dict[str, Tensor]
     k: Any
     activation: str = "topk"
-    threshold: float = 0.0
+    threshold: float | Tensor = 0.0
+    """One for all latents, or one each."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -74,10 +86,64 @@ def read_tensors(
         with safe_open(file, framework="pt") as stream:
             check_names(file.parent, set(stream.keys()), set(wanted))
             names = [n for n in wanted if options.decoder or n in encoder]
-            held = {name: stream.get_tensor(name) for name in names}
+            tensors = {name: stream.get_tensor(name) for name in names}
     except OSError as error:
         raise BadInputError(f"{file} cannot be read: {error}") from error
-    return check_values(file.parent, held, wanted, cast=options.cast)
+    return check_values(file.parent, tensors, wanted, options)
+
+
+def unpickle(file: Path, options: Options) -> dict[str, Tensor]:
+    """Read a pickle of tensors, as weights alone, where that is allowed."""
+    if not options.allow_pickle:
+        raise BadInputError(
+            f"{file} is a pickle, which can run code when it is read; refused.\n"
+            "If you trust it, it is read as weights only by: "
+            "resa-lens convert SOURCE TARGET --to sparsify --allow-pickle"
+        )
+    try:
+        held: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
+        raise BadInputError(f"{file} cannot be read as weights only: {first}") from error
+    if not isinstance(held, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    ):
+        raise BadInputError(f"{file} holds no state of tensors")
+    return held
+
+
+def hookpoint_of(folder: Path, names: Names, *stated: Any) -> Hookpoint | None:
+    """Return the hookpoint of the first name that is one: stated, the folder's, or the one above.
+
+    Sparsify's runs of several seeds lie in layers.N.mlp/seed0, ....
+    """
+    for name in (*stated, folder.name, folder.absolute().parent.name):
+        try:
+            return names.parse(str(name))
+        except BadInputError:
+            continue
+    return None
+
+
+def stated_figures(place: Path) -> dict[str, float]:
+    """Return the `fvu` and `l0` that an SAE's files state: in a configuration or an evaluation."""
+    figures: dict[str, float] = {}
+    for name in ("cfg.json", "config.json", "eval_results.json"):
+        file = place / name
+        if not file.is_file():
+            continue
+        config = read_config(file)
+        for part in (config, config.get("metadata"), config.get("trainer")):
+            for key, value in part.items() if isinstance(part, dict) else ():
+                if type(value) not in (int, float):
+                    continue
+                if key.lower() in ("l0", "average_l0", "mean_l0"):
+                    figures["l0"] = value
+                elif key == "fvu":
+                    figures["fvu"] = value
+                elif key in ("frac_variance_explained", "explained_variance"):
+                    figures["fvu"] = 1 - value
+    return figures
 
 
 def check_names(folder: Path, present: set[str], wanted: set[str]) -> None:
@@ -94,10 +160,9 @@ def check_values(
     folder: Path,
     held: dict[str, Tensor],
     wanted: Mapping[str, tuple[int, ...]],
-    *,
-    cast: bool,
+    options: Options,
 ) -> dict[str, Tensor]:
-    """Refuse other shapes, other types (unless cast) and values that are not finite."""
+    """Refuse other shapes, types that float32 would round (unless cast) and what is not finite."""
     checked = {}
     for name, value in held.items():
         # A pickle may hold tensors that are sparse, or have no storage at all.
@@ -111,7 +176,9 @@ def check_values(
             kind = str(value.dtype).removeprefix("torch.")
             if value.dtype not in CASTABLE:
                 raise BadInputError(f"SAE {folder}: {name} is {kind}; float32 is needed")
-            if not cast:
+            if options.stored is not None:
+                options.stored.add(kind)
+            if not options.cast and value.dtype not in EXACT:
                 raise BadInputError(
                     f"SAE {folder}: {name} is {kind}, float32 is needed.\n"
                     "Turn it into float32 by: resa-lens convert SOURCE TARGET --to FORMAT --cast"

@@ -6,7 +6,6 @@ ae.pt is a pickle.  It is read only when that is asked for, and then as weights 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,18 @@ import torch
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint, parse_hookpoint
+from resa_lens.models.hookpoints import LLAMA, Hookpoint, Names
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.formats.common import (
+    NO_K,
     Options,
     Parts,
     check_names,
     check_values,
     check_width,
+    hookpoint_of,
     read_config,
+    unpickle,
 )
 
 FILES = ("config.json", "ae.pt")
@@ -42,13 +44,7 @@ def read(folder: Path, options: Options) -> Parts:
             f"SAE {folder} has dictionary_learning's class {kind!r}; readable: {', '.join(CLASSES)}"
         )
     file = folder / FILES[1]
-    if not options.allow_pickle:
-        raise BadInputError(
-            f"{file} is a pickle, which can run code when it is read; refused.\n"
-            "If you trust it, it is read as weights only by: "
-            "resa-lens convert SOURCE TARGET --to sparsify --allow-pickle"
-        )
-    held = _unpickle(file)
+    held = unpickle(file, options)
     wanted = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
     # Checkpoints from before the threshold lack it.
     optional = {"threshold"} if CLASSES[kind] == "topk" else set()
@@ -72,7 +68,7 @@ def read(folder: Path, options: Options) -> Parts:
         "threshold": (),
     }
     named = {name: held[name] for name in shapes if name in held}
-    checked = check_values(folder, named, shapes, cast=options.cast)
+    checked = check_values(folder, named, shapes, options)
     tensors = {name: checked[name] for name in ("encoder.weight", "encoder.bias", "b_dec")}
     if options.decoder:
         tensors["W_dec"] = checked["decoder.weight"].mT.contiguous()
@@ -93,24 +89,18 @@ def _count(folder: Path, k: Tensor) -> int:
     return int(k)
 
 
-def _unpickle(file: Path) -> dict[str, Tensor]:
-    try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
-        raise BadInputError(f"{file} cannot be read as weights only: {first}") from error
-    if not isinstance(held, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
-    ):
-        raise BadInputError(f"{file} holds no state of tensors")
-    return held
-
-
-def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
+def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Names = LLAMA) -> None:
     """Write the class that fits the activation."""
     if coder.W_dec is None:
         raise BadInputError("the coder was loaded without its decoder; it cannot be written")
     activation = coder.cfg.activation
+    if not getattr(coder, "states_k", True):
+        raise BadInputError(f"the SAE {NO_K}")
+    if isinstance(getattr(coder, "threshold", 0.0), Tensor):
+        raise BadInputError(
+            "dictionary_learning has one threshold for all latents, the SAE one each; convert it "
+            "to saelens"
+        )
     state = {name: value.cpu() for name, value in coder.state_dict().items()}
     level = float(getattr(coder, "threshold", 0.0)) if activation == "batchtopk" else -1.0
     torch.save(
@@ -137,7 +127,7 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
     (folder / FILES[0]).write_text(json.dumps({"trainer": trainer, "buffer": {}}, indent=2))
 
 
-def hookpoint(folder: Path) -> Hookpoint | None:
+def hookpoint(folder: Path, names: Names) -> Hookpoint | None:
     """Return the hookpoint of the config's submodule_name, or of the folder's name."""
     values = read_config(folder / FILES[0]).get("trainer")
     name = values.get("submodule_name") if isinstance(values, dict) else None
@@ -145,7 +135,4 @@ def hookpoint(folder: Path) -> Hookpoint | None:
         site, _, layer = name.partition("_layer_")
         if layer.isdecimal() and site in SITES:
             return Hookpoint(int(layer), SITES[site])
-    try:
-        return parse_hookpoint(folder.name)
-    except BadInputError:
-        return None
+    return hookpoint_of(folder, names)

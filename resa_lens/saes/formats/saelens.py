@@ -1,4 +1,4 @@
-"""SAELens 6: cfg.json and sae_weights.safetensors, architectures topk and jumprelu.
+"""SAELens from 3 on: cfg.json and sae_weights.safetensors, architectures topk and jumprelu.
 
 A BatchTopK SAE at inference is a JumpReLU with one threshold for all latents, which is how SAELens
 itself saves its own.  Options that change the function are folded into the weights where that is
@@ -17,9 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint, parse_hookpoint
+from resa_lens.models.hookpoints import LLAMA, Hookpoint, Names
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.saes.formats.common import Options, Parts, check_width, read_config, read_tensors
+from resa_lens.saes.formats.common import (
+    Options,
+    Parts,
+    check_width,
+    hookpoint_of,
+    read_config,
+    read_tensors,
+)
 
 FILES = ("cfg.json", "sae_weights.safetensors")
 ENCODER = {"W_enc", "b_enc", "b_dec", "threshold"}
@@ -32,10 +39,15 @@ metadata, the hook's name with them."""
 def read(folder: Path, options: Options) -> Parts:
     """Read a TopK SAE, or a JumpReLU with one threshold as BatchTopK."""
     values = read_config(folder / FILES[0])
-    kind = values.get("architecture")
+    kind = _kind(values)
     if kind not in ("topk", "jumprelu"):
         raise BadInputError(
             f"SAE {folder} has SAELens' architecture {kind!r}; readable: topk, jumprelu"
+        )
+    if values.get("finetuning_scaling_factor"):
+        raise BadInputError(
+            f"SAE {folder} has finetuning_scaling_factor, which is not honoured here; use an SAE "
+            "without it"
         )
     for name, neutral in NEUTRAL.items():
         if values.get(name, neutral) not in (neutral, None):
@@ -82,12 +94,16 @@ def read(folder: Path, options: Options) -> Parts:
     if kind == "topk":
         return Parts(tensors, k)
     threshold = held["threshold"]
-    if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
-        raise BadInputError(
-            f"SAE {folder} has a threshold for each latent ({threshold.min():.4g} to "
-            f"{threshold.max():.4g}); readable is one for all (BatchTopK)"
-        )
-    return Parts(tensors, k, "batchtopk", float(threshold[0]))
+    if torch.equal(threshold, threshold[:1].expand_as(threshold)):
+        return Parts(tensors, k, "batchtopk", float(threshold[0]))
+    return Parts(tensors, k, "batchtopk", threshold)
+
+
+def _kind(values: dict[str, Any]) -> Any:
+    """Return the architecture: versions 3 to 5 name a TopK by its activation function."""
+    kind = values.get("architecture", "standard")
+    function = values.get("activation_fn_str", values.get("activation_fn"))
+    return "topk" if kind == "standard" and function == "topk" else kind
 
 
 def _fold_norms(tensors: dict[str, Tensor]) -> None:
@@ -101,7 +117,10 @@ def _fold_norms(tensors: dict[str, Tensor]) -> None:
 def _stated_k(values: dict[str, Any], given: int | None) -> Any:
     """Return the k of the config: its own, ours in the metadata, or that of SAELens' training."""
     trained = _meta(values).get("training_architecture_details")
-    for held in (values, _meta(values), trained if isinstance(trained, dict) else {}):
+    # Versions 3 to 5 keep it with the activation function.
+    function = values.get("activation_fn_kwargs")
+    parts = (values, function, _meta(values), trained)
+    for held in (part for part in parts if isinstance(part, dict)):
         if (k := held.get("k")) is not None:
             # A BatchTopK is trained for a mean, which SAELens writes as 32.0.
             return int(k) if isinstance(k, float) and k.is_integer() else k
@@ -113,7 +132,7 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
+def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Names = LLAMA) -> None:
     """Write a TopK coder as topk, a BatchTopK coder as jumprelu with one threshold."""
     if coder.W_dec is None:
         raise BadInputError("the coder was loaded without its decoder; it cannot be written")
@@ -127,11 +146,11 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
     }
     note: dict[str, Any] = {
         "sae_lens_version": VERSION,
-        "k": coder.cfg.k,
+        **({"k": coder.cfg.k} if getattr(coder, "states_k", True) else {}),
         "converted_by": f"resa-lens {metadata.version('resa-lens')}",
     }
     if point is not None:
-        note["hook_name"] = point.saelens
+        note["hook_name"] = names.saelens(point)
     values: dict[str, Any] = {
         "architecture": "topk" if topk else "jumprelu",
         "d_in": coder.d_in,
@@ -145,18 +164,14 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
     if topk:
         values |= {"k": coder.cfg.k, "rescale_acts_by_decoder_norm": False}
     else:
-        level = float(getattr(coder, "threshold", 0.0))
-        tensors["threshold"] = torch.full((coder.num_latents,), level)
+        level = getattr(coder, "threshold", 0.0)
+        # A number, or one a latent.
+        tensors["threshold"] = torch.as_tensor(level).float().expand(coder.num_latents).contiguous()
     save_file({name: value.cpu() for name, value in tensors.items()}, folder / FILES[1])
     (folder / FILES[0]).write_text(json.dumps(values, indent=2))
 
 
-def hookpoint(folder: Path) -> Hookpoint | None:
+def hookpoint(folder: Path, names: Names) -> Hookpoint | None:
     """Return the hookpoint of the metadata, or of the folder's name."""
     values = read_config(folder / FILES[0])
-    for name in (_meta(values).get("hook_name"), values.get("hook_name"), folder.name):
-        try:
-            return parse_hookpoint(str(name))
-        except BadInputError:
-            continue
-    return None
+    return hookpoint_of(folder, names, _meta(values).get("hook_name"), values.get("hook_name"))

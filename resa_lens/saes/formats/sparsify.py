@@ -9,12 +9,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from resa_lens.errors import BadInputError
-from resa_lens.hookpoints import Hookpoint, parse_hookpoint
+from resa_lens.models.hookpoints import LLAMA, Hookpoint, Names
 from resa_lens.saes.coder import Coder, SparseCoder
-from resa_lens.saes.formats.common import Options, Parts, check_width, read_config, read_tensors
+from resa_lens.saes.formats.common import (
+    Options,
+    Parts,
+    check_width,
+    hookpoint_of,
+    read_config,
+    read_tensors,
+)
 
 FILES = ("cfg.json", "sae.safetensors")
-ENCODER = {"encoder.weight", "encoder.bias", "b_dec"}
+ENCODER = {"encoder.weight", "encoder.bias", "b_dec", "threshold"}
+SWITCHES = ("normalize_decoder", "multi_topk", "transcode", "skip_connection", "k", "threshold",
+            "num_latents", "expansion_factor", "d_in")  # fmt: skip
+"""Of training, or looked at here; another one that is on would change what the SAE computes."""
+EACH = "each"
+"""In place of a number in the key `threshold`: the file holds one a latent."""
 
 
 def read(folder: Path, options: Options) -> Parts:
@@ -27,6 +39,10 @@ def read(folder: Path, options: Options) -> Parts:
     check_width(folder, d_in, options.d_in)
     if values.get("transcode") or values.get("skip_connection"):
         raise BadInputError(f"SAE {folder} is a transcoder; an autoencoder is needed")
+    if other := [k for k, v in values.items() if v is True and k not in SWITCHES]:
+        raise BadInputError(
+            f"SAE {folder} has {other[0]} true, which is not honoured here; use an SAE without it"
+        )
     latents = values.get("num_latents", 0)
     factor = values.get("expansion_factor", 32)
     if not isinstance(latents, int) or not isinstance(factor, int):
@@ -40,15 +56,20 @@ def read(folder: Path, options: Options) -> Parts:
             f"{factor}: no latents"
         )
     matrix = (latents, d_in)
-    shapes = {"encoder.weight": matrix, "encoder.bias": (latents,), "W_dec": matrix}
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": matrix, "encoder.bias": (latents,), "W_dec": matrix,
+    }  # fmt: skip
+    if values.get("threshold") == EACH:
+        shapes["threshold"] = (latents,)
     tensors = read_tensors(
         folder / FILES[1], {**shapes, "b_dec": (d_in,)}, options, encoder=ENCODER
     )
-    activation, threshold = values.get("activation", "topk"), values.get("threshold", 0.0)
+    activation = values.get("activation", "topk")
+    threshold = tensors.pop("threshold", values.get("threshold", 0.0))
     return Parts(tensors, values.get("k", options.k), activation, threshold)
 
 
-def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
+def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Names = LLAMA) -> None:
     """Write a TopK coder as sparsify does."""
     if coder.cfg.activation != "topk":
         raise BadInputError(
@@ -58,9 +79,6 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None) -> None:
     Coder.save_to_disk(coder, folder)  # pyright: ignore[reportArgumentType]
 
 
-def hookpoint(folder: Path) -> Hookpoint | None:
+def hookpoint(folder: Path, names: Names) -> Hookpoint | None:
     """Return the hookpoint that is the folder's name."""
-    try:
-        return parse_hookpoint(folder.name)
-    except BadInputError:
-        return None
+    return hookpoint_of(folder, names)

@@ -1,0 +1,1 @@
+"""The bundled models: their question families, tokenizer and training scripts."""

@@ -1,0 +1,386 @@
+"""The page "Features": a table of them, and in its place one feature's page where one is chosen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from resa_lens.app import empty, links
+from resa_lens.app.features import view as feature_view
+from resa_lens.app.features.data import Source, command, sources
+from resa_lens.app.features.table import (
+    EVERY,
+    ORDERS,
+    PAGE,
+    THINKING,
+    UNTESTED,
+    VERDICTS,
+    Query,
+    Selection,
+    as_csv,
+    counted_at_all,
+    neighbours,
+    score_names,
+    select,
+)
+from resa_lens.app.tokens import plain
+from resa_lens.app.widgets import download, missing, part, problem, problems, readable, table
+from resa_lens.artifacts.kinds.counts import RULES
+from resa_lens.artifacts.listing import Listing
+from resa_lens.errors import BadInputError
+from resa_lens.figures.plots import RULE_NAMES
+from resa_lens.models.hookpoints import describe_layer, parse_feature, parse_layer
+from resa_lens.texts.prompts import PHASES
+
+NO_SCORE, ALL = "none", -1
+AT = "show"
+"""LAYER:FEATURE in the address, for links; turned into layer and feature."""
+DENSITIES = ("0", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1")
+AUTO = "what fits the filters"
+MORE = ("score", "significant", "sort", "reverse", "density")
+"""Keys of the filters that are folded away."""
+_LAYER, _TABLE, _OPEN = "features-layer", "features-table", "features-open"
+_BACK, _ORDER, _WRONG = "features-back", "features-order", "features-wrong"
+
+
+def show(listing: Listing) -> None:
+    """Draw the page."""
+    problems(listing.problems)
+    runs = sources(listing)
+    if not runs:
+        empty.lacking(listing, "No features were counted or measured", "activity")
+        return
+    source = _source(runs)
+    place = _place(source)
+    if place is None:
+        _table(listing, source)
+    else:
+        _navigation(source, place)
+        feature_view.show(listing, source, *place, go=_open)
+
+
+def _source(runs: list[Source]) -> Source:
+    """Choose among the runs, where there are several."""
+    by_key = {source.key: source for source in runs}
+    key = st.query_params.get("run")
+    if key and key not in by_key:
+        problem(f"The run {key} is not in this workspace; the newest one is shown.")
+    if len(by_key) == 1:
+        return runs[0]
+    # The address holds the path, so it is also what is shown.
+    return by_key[str(st.selectbox("Run", list(by_key), **links.bound("run")))]
+
+
+# The address: which layer, and which feature
+
+
+def _place(source: Source) -> tuple[int, int] | None:
+    """The feature that the address names."""
+    if AT in st.query_params:
+        # A page with boxes of its own named layer and feature cannot link by these names: streamlit
+        # drops from a link what the page that is left had bound.
+        layer, _, feature = st.query_params[AT].partition(":")
+        del st.query_params[AT]
+        st.query_params.update({"layer": layer, "feature": feature})
+    if "feature" not in st.query_params:
+        return None
+    text = f"{st.query_params.get('layer', '')}:{st.query_params['feature']}"
+    return readable(_parse, text, source)
+
+
+def _parse(text: str, source: Source) -> tuple[int, int]:
+    """Read LAYER:FEATURE, the layer 0-based or as in 13th.
+
+    Raises:
+        BadInputError: it has no such form, or there is no such layer or feature.
+    """
+    layer, feature = parse_feature(text, source.n_layers)
+    latents = source.latents.get(layer, 0)
+    if latents and feature >= latents:
+        raise BadInputError(
+            f"feature {feature} at {describe_layer(layer, source.n_layers)} is out of range: its "
+            f"SAE has latents 0 to {latents - 1}"
+        )
+    return layer, feature
+
+
+def _open(layer: int, feature: int) -> None:
+    """Put a feature into the address; a callback."""
+    if "feature" not in st.query_params:
+        st.session_state[_BACK] = st.query_params.get("layer")
+    # Both at once: they are one step of the browser's history.
+    st.query_params.update({"layer": str(layer), "feature": str(feature)})
+
+
+def _back() -> None:
+    """Back to the list as it was; a callback."""
+    # One that came by a link finds the feature's layer.
+    layer = st.session_state.pop(_BACK, st.query_params.get("layer"))
+    del st.query_params["feature"]
+    if layer != st.query_params.get("layer"):
+        _set_layer(layer)
+
+
+def _set_layer(layer: str | None) -> None:
+    if layer is not None:
+        st.query_params["layer"] = layer
+    elif "layer" in st.query_params:
+        del st.query_params["layer"]
+
+
+def _navigation(source: Source, place: tuple[int, int]) -> None:
+    order = st.session_state.get(_ORDER, ())
+    where = "in the list" if place in order else "of this layer"
+    around: tuple[tuple[int, int] | None, tuple[int, int] | None] = None, None
+    # What is wrong with the table is said below.
+    with contextlib.suppress(BadInputError):
+        around = neighbours(source, *place, order)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.button("Back to the list", icon=":material/arrow_back:", on_click=_back, key="to-list")
+        for name, icon, to, key in (
+            ("Previous", ":material/chevron_left:", around[0], "P"),
+            ("Next", ":material/chevron_right:", around[1], "N"),
+        ):
+            st.button(
+                name,
+                icon=icon,
+                on_click=_open,
+                args=to,
+                disabled=to is None,
+                key=f"to-{name.lower()}",
+                help=f"{name} feature {where}",
+                shortcut=key,
+            )
+        address = dict(zip(("layer", "feature"), place, strict=True))
+        links.to(links.LAB, "Try it in the prompt lab", **address)
+
+
+# The table
+
+
+def _table(listing: Listing, source: Source) -> None:
+    _about(listing, source)
+    with part():
+        query = _query(source)
+        selection = select(source, query)
+        st.session_state[_ORDER] = selection.order
+        more = f"; the first {PAGE:,} of them are below" if selection.matching > PAGE else ""
+        st.text(f"{selection.matching:,} of {selection.total:,} features match{more}.")
+        for note in selection.notes:
+            st.caption(note)
+        if selection.matching:
+            _rows(selection, query)
+        else:
+            _no_match(listing, source, query)
+
+
+def _about(listing: Listing, source: Source) -> None:
+    """Say what the table is of, and what is missing."""
+    if source.activity is None:
+        st.text(f"{plain(source.model)}, site {plain(source.site)}: counted features.")
+        missing(
+            "How often, how strongly and where they fire was not measured; this command does it:",
+            command(listing, source, "activity"),
+        )
+        return
+    parts = ", ".join(f"{count:,} {plain(phase)}" for phase, count in source.tokens.items())
+    st.text(
+        f"{plain(source.model)}, site {plain(source.site)}, {len(source.layers)} layers. Activity "
+        f"over {source.documents:,} documents; tokens: {parts}."
+    )
+
+
+def _choice(label: str, options: Sequence[str], key: str, **how: Any) -> str:
+    return str(st.selectbox(label, options, width=170, **how, **links.bound(key)))
+
+
+def _query(source: Source) -> Query:
+    """The filters."""
+    counted = counted_at_all(source)
+    layer = readable(_layer, source)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        _layer_filter(source, layer)
+        rule = _choice(
+            "Counted by rule",
+            (EVERY, *RULES),
+            "rule",
+            index=1 + RULES.index("either") if counted else 0,
+            help="A feature is counted where it is active at the think tags of the prompt and at "
+            "none of its other tokens: " + "; ".join(f"{RULE_NAMES[rule]}" for rule in RULES),
+        )
+        phase = _choice(
+            "Where it fires",
+            (EVERY, THINKING, *PHASES),
+            "phase",
+            index=0 if counted else 1,
+            format_func=lambda p: f"densest in {p}" if p in PHASES else p,
+        )
+        verdict = _choice(
+            "Verdict of falsification",
+            (EVERY, *VERDICTS, UNTESTED),
+            "verdict",
+            help="Counted features are put to the test: one that fires at the tags in any text is "
+            "a token detector, one that needs this very prompt an artefact of it.",
+        )
+        text = st.text_input(
+            "Find in tokens",
+            width=170,
+            placeholder="for example therefore",
+            help="In the tokens that a feature raises (its logit lens) and in the text around its "
+            "strongest activations.",
+            **links.bound("find"),
+        )
+        st.text_input(
+            "Open LAYER:FEATURE",
+            key=_OPEN,
+            width=170,
+            placeholder="5:62 or 6th:62",
+            on_change=_open_typed,
+            args=(source,),
+        )
+    if wrong := st.session_state.pop(_WRONG, None):
+        problem(wrong)
+    # Open where something in it is chosen, so that no filter is out of sight.
+    used = any(key in st.query_params for key in MORE)
+    with st.expander("Score, density and order", expanded=used):
+        more = _more(source, rule)
+    return Query(layer, rule, phase, verdict, find=text or "", **more)
+
+
+def _layer(source: Source) -> int | None:
+    """The layer of the address: 5 is 0-based, 6th is not.
+
+    Raises:
+        BadInputError: it is none, or nothing was measured there.
+    """
+    text = st.query_params.get("layer")
+    layer = None if text is None else parse_layer(text, source.n_layers)
+    if layer is None or layer in source.latents:
+        return layer
+    where = describe_layer(layer, source.n_layers)
+    raise BadInputError(f"Nothing was measured at {where}; all layers are shown.")
+
+
+def _layer_filter(source: Source, layer: int | None) -> None:
+    """The box shows the layer as the page counts."""
+    st.session_state[_LAYER] = ALL if layer is None else layer
+    shift = int(links.one_based())
+    st.selectbox(
+        "Layer, counted from 1" if shift else "Layer, counted from 0",
+        (ALL, *source.layers),
+        format_func=lambda n: "all layers" if n == ALL else str(n + shift),
+        key=_LAYER,
+        width=170,
+        on_change=_layer_picked,
+    )
+
+
+def _layer_picked() -> None:
+    layer = st.session_state[_LAYER]
+    _set_layer(None if layer == ALL else str(layer))
+
+
+def _open_typed(source: Source) -> None:
+    text = st.session_state[_OPEN].strip()
+    if text:
+        try:
+            _open(*_parse(text, source))
+        except BadInputError as error:
+            st.session_state[_WRONG] = str(error)
+
+
+def _more(source: Source, rule: str) -> dict[str, Any]:
+    """Less common filters, and the order."""
+    names = readable(score_names, source) or ()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        score = _choice(
+            "Score",
+            (NO_SCORE, *names),
+            "score",
+            help="How a feature differs between reasoning text and other text.",
+        )
+        significant = st.toggle(
+            "Significant only",
+            disabled=score == NO_SCORE,
+            help="q below 0.05: the p-value of its permutation null, corrected for all features "
+            "that were tested.",
+            **links.bound("significant"),
+        )
+        order = _choice(
+            "Sort by", (AUTO, *ORDERS), "sort", format_func=lambda n: str(ORDERS.get(n, n))
+        )
+        reverse = st.toggle("In reverse", **links.bound("reverse"))
+        low, high = st.select_slider(
+            "Density, share of tokens",
+            DENSITIES,
+            value=(DENSITIES[0], DENSITIES[-1]),
+            width=170,
+            **links.bound("density"),
+        )
+    scored = score != NO_SCORE
+    if order == AUTO:
+        order = "score" if scored else "verdict" if rule in RULES else "thoughts"
+    return {
+        "score": score if scored else None,
+        "significant": significant and scored,
+        "density": (float(low), float(high)),
+        "order": order,
+        "reverse": reverse,
+    }
+
+
+def _no_match(listing: Listing, source: Source, query: Query) -> None:
+    if source.counts is None and (query.rule in RULES or query.verdict != EVERY):
+        missing(
+            "No features were counted with these SAEs; this command counts them:",
+            command(listing, source, "count-features"),
+        )
+    elif source.verdicts is None and query.verdict in VERDICTS:
+        missing(
+            "The counted features were not put to the test; this command does it:",
+            command(listing, source, "falsify"),
+        )
+    else:
+        st.caption("Widen a filter to see more.")
+
+
+def _rows(selection: Selection, query: Query) -> None:
+    """The table; a row that is chosen opens its feature."""
+    shift = int(links.one_based())
+    shown = selection.shown.assign(layer=selection.shown["layer"] + shift)
+    column = "layer (1-based)" if shift else "layer (0-based)"
+    shown = shown.rename(columns={"layer": column, "score": query.score or "score"})
+
+    def picked() -> None:
+        state: Any = st.session_state.get(_TABLE)
+        rows = state["selection"]["rows"] if state else []
+        if rows and rows[0] < len(selection.order):
+            _open(*selection.order[rows[0]])
+
+    st.caption(
+        "Choose a row by the box at its left, or by Shift and the space bar, to open its feature."
+    )
+    table(
+        shown,
+        "features",
+        key=_TABLE,
+        on_select=picked,
+        selection_mode="single-row",
+        height=600 if len(shown) > 15 else "content",
+        column_config={
+            "raises": st.column_config.TextColumn(width="large"),
+            "feature": st.column_config.NumberColumn(format="%d"),
+        },
+        alt="Features that match the filters",
+    )
+    st.caption(
+        "In thoughts: density in thoughts over that plus the density elsewhere; 0.5 is no "
+        "preference, above 0.67 it is twice as dense in thoughts. Raises: the tokens that its "
+        "decoder direction makes likelier (␣ is a space)."
+    )
+    if selection.matching > PAGE:
+        label = f"Download all {selection.matching:,} that match"
+        download(label, lambda: as_csv(selection), "features_all.csv", key="download-all-features")

@@ -1,0 +1,485 @@
+"""The table of features: filtered, sorted, and no more of it made than is shown.
+
+Columns of one layer, or of all, are read once and kept as arrays; 26 layers of 65,536 features are
+1.7 million rows.  Texts are read only of the row groups that can matter, by several threads.  A
+feature's key is its layer and its number in one integer, so that tables can be joined by sorting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import streamlit as st
+from numpy.typing import NDArray
+
+from resa_lens.app import data
+from resa_lens.app.features.data import HASHES, SCORES, Source, opened
+from resa_lens.app.tokens import visible
+from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.feature_tables import EXAMPLES, FEATURES, Groups
+from resa_lens.artifacts.kinds.counts import RULES
+from resa_lens.artifacts.kinds.scores import ScoreSummary
+from resa_lens.errors import BadInputError
+from resa_lens.figures.plots import VERDICT_COLOURS
+from resa_lens.texts.prompts import PHASES
+
+TEXT_GROUPS = 400
+"""Row groups of examples that one search reads at most: six layers of 65,536 features."""
+RAISED = 5
+"""Tokens of the logit lens in the table."""
+SEPARATOR = "\x1f"
+"""Between tokens that are searched one by one."""
+_BATCH = 32  # row groups that one thread reads at once
+
+Array = NDArray[Any]
+PAGE = 1000
+"""Rows that are shown."""
+VERDICTS = tuple(VERDICT_COLOURS)
+UNTESTED = "not tested"
+EVERY, THINKING = "every feature", "twice as dense in thoughts"
+LEVEL = 0.05
+"""A score is called significant below this q."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked of the table."""
+
+    layer: int | None = None
+    rule: str = EVERY
+    phase: str = EVERY
+    """A phase in which a feature is densest, or THINKING."""
+    verdict: str = EVERY
+    score: str | None = None
+    """A name that `score_names` gives."""
+    significant: bool = False
+    find: str = ""
+    """Text in the tokens that a feature raises, or around its strongest activations."""
+    density: tuple[float, float] = (0.0, 1.0)
+    order: str = "layer"
+    """A key of ORDERS."""
+    reverse: bool = False
+
+
+ORDERS = {
+    "verdict": "verdict, what survives first",
+    "thoughts": "part in thoughts",
+    "density": "density",
+    "max": "strongest activation",
+    "score": "score",
+    "layer": "layer and feature",
+}
+"""By what the table can be sorted; largest first but for the verdict and the layer."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that match."""
+
+    shown: pd.DataFrame
+    """The first `PAGE` of them."""
+    total: int
+    """Features at these layers."""
+    rows: pd.DataFrame
+    """All features that can match, by their keys; shared with other queries."""
+    index: Array
+    """The places of the rows that match, in order."""
+    notes: tuple[str, ...]
+    """What the table leaves out, and why."""
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        """The columns of `rows`."""
+        return {str(name): values.to_numpy() for name, values in self.rows.items()}
+
+    @property
+    def matching(self) -> int:
+        """How many match."""
+        return self.index.size
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Layer and feature of each row shown."""
+        first = self.rows.iloc[self.index[:PAGE]]
+        return list(zip(first["layer"].tolist(), first["feature"].tolist(), strict=True))
+
+
+def score_names(source: Source) -> dict[str, tuple[Artifact, str]]:
+    """Return the scores that can be chosen: the run and the score's name, by what is shown.
+
+    Raises:
+        BadInputError: a summary is missing or damaged.
+    """
+    names: dict[str, tuple[Artifact, str]] = {}
+    for place, run in enumerate(source.scores):
+        for totals in data.read(run, "summary.json", ScoreSummary).scores:
+            shown = f"{totals.score} ({run.path.name})" if place else totals.score
+            names[shown] = run, totals.score
+    return names
+
+
+@st.cache_resource(show_spinner=False, max_entries=12, hash_funcs=HASHES)
+def select(source: Source, query: Query) -> Selection:
+    """Return the rows that match, in order.
+
+    Raises:
+        BadInputError: a file is missing or damaged.
+    """
+    # Few features are counted or tested: then the others' rows are not even read.
+    named = query.rule in RULES or query.verdict in VERDICTS
+    rows, silent = _base(source, query.layer, named)
+    if query.score:
+        rows = rows.join(_scores(source, query.layer, query.score))
+    index, notes = np.flatnonzero(_kept(rows, query)), ()
+    if query.find:
+        where, notes = _search(source, query.find, rows.index.to_numpy()[index])
+        rows = rows.assign(where=np.zeros(len(rows), np.int8))
+        rows.iloc[index, -1] = where
+        index = index[where > 0]
+    index = index[_order(rows.iloc[index], query)].astype(np.int32)
+    total = _total(source, query.layer) + silent
+    return Selection(_shown(source, rows.iloc[index[:PAGE]]), total, rows, index, notes)
+
+
+def _kept(rows: pd.DataFrame, query: Query) -> NDArray[np.bool_]:
+    low, high = query.density
+    kept = np.ones(len(rows), dtype=bool)
+    if (low, high) != (0.0, 1.0):
+        kept &= rows["density"].between(low, high)
+    if query.rule in RULES:
+        kept &= rows["rules"] & (1 << RULES.index(query.rule)) > 0
+    if query.phase in PHASES:
+        kept &= rows["most"] == PHASES.index(query.phase)
+    elif query.phase == THINKING:
+        kept &= rows["thoughts"] > 2 / 3
+    if query.verdict in (*VERDICTS, UNTESTED):
+        kept &= rows["verdict"] == (*VERDICTS, UNTESTED).index(query.verdict)
+    if query.score and query.significant:
+        kept &= rows["q"] < LEVEL
+    return np.asarray(kept)
+
+
+def _order(rows: pd.DataFrame, query: Query) -> Array:
+    """Return the order of the rows; among equals that of layer and feature."""
+    if query.order == "layer" or (query.order == "score" and "value" not in rows):
+        order = np.arange(len(rows))
+        return order[::-1] if query.reverse else order
+    if query.order == "verdict":
+        ranks = np.array([*reversed(range(len(VERDICTS))), len(VERDICTS)])
+        values = ranks[rows["verdict"]]
+    else:
+        values = -rows["value" if query.order == "score" else query.order].to_numpy()
+    # What has no value stands last in either direction.
+    values = np.where(np.isnan(values), np.inf, -values if query.reverse else values)
+    return np.argsort(values, kind="stable")
+
+
+def _total(source: Source, layer: int | None) -> int:
+    """How many features fired at a layer, or at all."""
+    if source.activity is None:
+        return 0
+    groups = opened(source.activity, FEATURES)
+    near = groups.of(layer)
+    if layer is None or (groups.low[near, 0] == groups.high[near, 0]).all():
+        return sum(groups.metadata.row_group(group).num_rows for group in near)
+    return int((groups.read(near, ["layer"])["layer"].to_numpy() == layer).sum())
+
+
+@st.cache_resource(show_spinner=False, max_entries=6, hash_funcs=HASHES)
+def _base(source: Source, layer: int | None, named: bool) -> tuple[pd.DataFrame, int]:
+    """What one layer's features, or all, can be filtered and sorted by.
+
+    Args:
+        source: the runs.
+        layer: 0-based, or None for all.
+        named: only the features that are counted or tested.
+
+    Returns:
+        The rows by their keys, in order, and how many of these features are in no row of the file:
+        counted ones that fired on none of the documents.
+    """
+    layers = source.layers if layer is None else [layer]
+    judged = pd.DataFrame(
+        {
+            "rules": pd.Series(_rules(source, layers), dtype=np.int8),
+            "verdict": pd.Series(_verdicts(source, layers), dtype=np.int8),
+        }
+    )
+    rows = _read(source, layer, judged.index.to_numpy() if named else None)
+    read = len(rows)
+    if len(silent := judged.index.difference(rows.index)):
+        never = 0.0 if source.activity else np.nan
+        rows = rows.reindex(rows.index.union(silent), fill_value=never)
+    keys = rows.index.to_numpy()
+    rows["layer"] = (keys >> 32).astype(np.int32)
+    rows["feature"] = (keys & 0xFFFFFFFF).astype(np.int32)
+    for name, none in (("rules", 0), ("verdict", len(VERDICTS))):
+        rows[name] = np.full(len(rows), none, np.int8)
+        values = judged[name].dropna().astype(np.int8)
+        rows.iloc[rows.index.get_indexer(values.index), -1] = values
+    by_phase = [rows.pop(f"density_{phase}").to_numpy() for phase in PHASES]
+    rows["most"] = _densest(by_phase)
+    rows["thoughts"] = _thoughts(by_phase, source.tokens)
+    return rows, len(rows) - read
+
+
+def _read(source: Source, layer: int | None, keys: Array | None) -> pd.DataFrame:
+    """Read one layer's features, or all, or those of some keys."""
+    names = ["layer", "feature", "density", "max", *[f"density_{phase}" for phase in PHASES]]
+    if source.activity is None:
+        return pd.DataFrame(columns=names[2:], index=np.zeros(0, np.int64), dtype=np.float32)
+    groups = opened(source.activity, FEATURES)
+    near = groups.of(layer)
+    if keys is not None:
+        near = sorted(set(near) & set(_groups_with(groups, keys)))
+    rows = groups.read(near, names)
+    own = _keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+    # Half the memory; four digits are shown.
+    columns = {name: rows[name].to_numpy().astype(np.float32) for name in names[2:]}
+    table = _unique(pd.DataFrame(columns, index=own, copy=False).sort_index())
+    if keys is not None:
+        return table.loc[table.index.isin(keys)]
+    return table if layer is None else table.loc[layer << 32 : (layer + 1 << 32) - 1]
+
+
+def _rules(source: Source, layers: Sequence[int]) -> dict[int, int]:
+    """The rules that count a feature as bits, by its key."""
+    rules: dict[int, int] = {}
+    for row in source.counted().layers:
+        if row.layer in layers:
+            for bit, rule in enumerate(RULES):
+                for feature in row.features.get(rule, ()):
+                    key = (row.layer << 32) | feature
+                    rules[key] = rules.get(key, 0) | 1 << bit
+    return rules
+
+
+def _verdicts(source: Source, layers: Sequence[int]) -> dict[int, int]:
+    """The verdict's number, by the feature's key."""
+    return {
+        (v.layer << 32) | v.feature: VERDICTS.index(v.verdict)
+        for v in source.judged()
+        if v.layer in layers and v.verdict in VERDICTS
+    }
+
+
+def _densest(by_phase: Sequence[Array]) -> Array:
+    """The number of each feature's densest phase; len(PHASES) where it never fires."""
+    most, top = np.full(by_phase[0].size, len(PHASES), dtype=np.int8), np.zeros_like(by_phase[0])
+    for place, values in enumerate(by_phase):
+        most[values > top] = place
+        np.fmax(top, values, out=top)
+    return most
+
+
+def _thoughts(by_phase: Sequence[Array], tokens: dict[str, int]) -> Array:
+    """Density in thoughts over that plus the density elsewhere: 0 to 1, 0.5 if they are equal."""
+    thinks = by_phase[PHASES.index("think")]
+    others = {p: tokens.get(p, 0) for p in PHASES if p != "think"}
+    total = max(1, sum(others.values()))
+    both = thinks.copy()
+    for phase, weight in others.items():
+        both += by_phase[PHASES.index(phase)] * np.float32(weight / total)
+    return np.divide(thinks, both, out=np.full_like(both, np.nan), where=both > 0)
+
+
+@st.cache_resource(show_spinner=False, max_entries=6, hash_funcs=HASHES)
+def _scores(source: Source, layer: int | None, score: str) -> pd.DataFrame:
+    """Value, p and q of a score by the features' keys."""
+    run, name = score_names(source)[score]
+    groups = opened(run, SCORES)
+    names = ["layer", "feature", "score", "value", "p", "q"]
+    rows = groups.read(groups.of(layer, score=name), names).filter(pc.field("score") == name)
+    keys = _keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+    return _unique(pd.DataFrame({n: rows[n].to_numpy() for n in names[3:]}, index=keys))
+
+
+def _unique(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a key: a damaged file may hold more, and could not be joined."""
+    return rows.loc[~rows.index.duplicated()]
+
+
+def _shown(source: Source, rows: pd.DataFrame) -> pd.DataFrame:
+    """Some rows as a person reads them."""
+    strictest = [
+        next((rule for bit, rule in enumerate(RULES) if value >> bit & 1), "")
+        for value in rows["rules"].tolist()
+    ]
+    table: dict[str, Any] = {
+        "layer": rows["layer"],
+        "feature": rows["feature"],
+        "counted by": strictest,
+        "verdict": np.array([*VERDICTS, ""], dtype=object)[rows["verdict"]],
+        "density, %": 100 * rows["density"],
+        "most in": np.array([*PHASES, ""], dtype=object)[rows["most"]],
+        "in thoughts": rows["thoughts"],
+        "strongest": rows["max"],
+    }
+    if "value" in rows:
+        table |= {"score": rows["value"], "p": rows["p"], "q": rows["q"]}
+    if "where" in rows:
+        places = np.array(["", "raises", "examples", "both"], dtype=object)
+        table["found in"] = places[rows["where"]]
+    table["raises"] = _raised(source, rows.index.to_numpy())
+    return pd.DataFrame(table).reset_index(drop=True)
+
+
+def as_csv(selection: Selection) -> bytes:
+    """Return all rows that match, as CSV: numbers as they are filtered by.
+
+    Raises:
+        BadInputError: nothing matches.
+    """
+    from pyarrow import csv
+
+    if not selection.matching:
+        raise BadInputError("no feature matches; there is nothing to download")
+    rows = selection.rows.iloc[selection.index]
+    rules = rows["rules"].to_numpy()
+    counted = {f"counted_{rule}": rules >> bit & 1 for bit, rule in enumerate(RULES)}
+    columns: dict[str, Any] = {
+        **rows[["layer", "feature"]],
+        **counted,
+        "verdict": _named([*VERDICTS, UNTESTED], rows["verdict"]),
+        "densest_in": _named([*PHASES, ""], rows["most"]),
+        **rows[[n for n in ("density", "thoughts", "max", "value", "p", "q") if n in rows]],
+    }
+    out = pa.BufferOutputStream()
+    csv.write_csv(pa.table(columns), out)
+    return out.getvalue().to_pybytes()
+
+
+def _named(names: Sequence[str], numbers: pd.Series) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(names)).cast(pa.string())
+
+
+def counted_at_all(source: Source) -> bool:
+    """Return whether a rule counts any feature at the layers that were measured.
+
+    Raises:
+        BadInputError: the counts are missing or damaged.
+    """
+    return bool(_rules(source, source.layers))
+
+
+def neighbours(
+    source: Source, layer: int, feature: int, order: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Return the features before and after one: in a list that holds it, else of its layer.
+
+    Raises:
+        BadInputError: the table is missing or damaged.
+    """
+    if (layer, feature) in order:
+        place = order.index((layer, feature))
+        before = order[place - 1] if place else None
+        return before, order[place + 1] if place + 1 < len(order) else None
+    numbers = _read(source, layer, None).index.to_numpy() & 0xFFFFFFFF
+    lower, higher = numbers[numbers < feature], numbers[numbers > feature]
+    return (
+        (layer, int(lower.max())) if lower.size else None,
+        (layer, int(higher.min())) if higher.size else None,
+    )
+
+
+# Texts: read in the row groups that can matter
+
+
+def _keys_of(layers: Array, features: Array) -> NDArray[np.int64]:
+    """Return the keys of features."""
+    return (layers.astype(np.int64) << 32) | features.astype(np.int64)
+
+
+def _groups_with(groups: Groups, keys: Array) -> list[int]:
+    """Return the row groups that can hold some of the features, given by their sorted keys."""
+    low, high = groups.low, groups.high
+    first = np.searchsorted(keys, _keys_of(low[:, 0], low[:, 1]), side="left")
+    last = np.searchsorted(keys, _keys_of(high[:, 0], high[:, 1]), side="right")
+    # The smallest feature of a group with two layers need not be of the smaller layer.
+    return np.flatnonzero((last > first) | (low[:, 0] != high[:, 0])).tolist()
+
+
+def _search(source: Source, text: str, keys: Array) -> tuple[NDArray[np.int8], tuple[str, ...]]:
+    """Look for a text in the tokens that features raise, and around their strongest activations.
+
+    Args:
+        source: the runs.
+        text: in any case; in an example it may go over several tokens.
+        keys: of the features, sorted.
+
+    Returns:
+        For each feature 0, 1 (in what it raises), 2 (in an example) or 3; and what was left out.
+    """
+    where = np.zeros(keys.size, dtype=np.int8)
+    notes: tuple[str, ...] = ()
+    if source.activity is None or not keys.size:
+        return where, notes
+    for bit, (name, column, separator) in enumerate(
+        ((FEATURES, "top_tokens", SEPARATOR), (EXAMPLES, "tokens", ""))
+    ):
+        groups = opened(source.activity, name)
+        near = _groups_with(groups, keys)
+        if name == EXAMPLES and len(near) > TEXT_GROUPS:
+            notes = (
+                "Searched in the tokens that features raise; choose a layer or a rule to search in "
+                "their examples too.",
+            )
+            continue
+        use = partial(_matching, keys=keys, column=column, separator=separator, text=text)
+        for hits in _in_batches(groups, near, column, use):
+            where[hits] |= 1 << bit
+    return where, notes
+
+
+def _raised(source: Source, keys: Array) -> list[str]:
+    """Return the tokens that each of some features raises most; empty where that is unknown."""
+    if source.activity is None or not keys.size:
+        return [""] * keys.size
+
+    def texts(rows: pa.Table) -> dict[int, str]:
+        own = _keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+        places = np.flatnonzero(np.isin(own, keys))
+        tokens = rows["top_tokens"].take(pa.array(places)).to_pylist()
+        return {
+            int(own[place]): "  ".join(visible(token or "") for token in (listed or [])[:RAISED])
+            for place, listed in zip(places, tokens, strict=True)
+        }
+
+    groups = opened(source.activity, FEATURES)
+    parts = _in_batches(groups, _groups_with(groups, np.sort(keys)), "top_tokens", texts)
+    by_key = {key: text for part in parts for key, text in part.items()}
+    return [by_key.get(int(key), "") for key in keys]
+
+
+def _in_batches(
+    groups: Groups, near: Sequence[int], column: str, use: Callable[[pa.Table], Any]
+) -> list[Any]:
+    """Read a column of row groups by several threads, and use each part of it."""
+    batches = [near[first : first + _BATCH] for first in range(0, len(near), _BATCH)]
+    with ThreadPoolExecutor() as pool:
+        return list(
+            pool.map(lambda batch: use(groups.read(batch, ["layer", "feature", column])), batches)
+        )
+
+
+def _matching(table: pa.Table, keys: Array, column: str, separator: str, text: str) -> Array:
+    """Return the places in `keys` of the rows whose tokens, joined, hold the text in any case."""
+    own = _keys_of(table["layer"].to_numpy(), table["feature"].to_numpy())
+    places = np.searchsorted(keys, own).clip(max=keys.size - 1)
+    # Only the few features that are asked for: to join every row's tokens took most of the time.
+    near = keys[places] == own
+    lists = table[column].filter(pa.array(near)).combine_chunks()
+    whole = pc.call_function("binary_join", [lists, pa.scalar(separator)])
+    hit = pc.call_function(
+        "match_substring", [whole], pc.MatchSubstringOptions(text, ignore_case=True)
+    )
+    # A null, where no lens was computed, is no hit.
+    return places[near][hit.fill_null(False).to_numpy(zero_copy_only=False)]

@@ -1,0 +1,258 @@
+"""One feature's page: what it is, what it answers to, whether it survived, what it does."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+import streamlit as st
+
+from resa_lens.app import links, tokens
+from resa_lens.app.features import evidence
+from resa_lens.app.features.data import (
+    Activity,
+    Source,
+    activity,
+    command,
+    examples,
+    phases_of,
+    same_activity,
+    verdict_of,
+)
+from resa_lens.app.widgets import figure, missing, part, readable, table, verbatim
+from resa_lens.artifacts.listing import Listing
+from resa_lens.errors import BadInputError
+from resa_lens.figures import features as feature_plots
+from resa_lens.models.hookpoints import describe_layer
+from resa_lens.texts.prompts import PHASES
+
+SURVIVES = "survives"
+BADGES: dict[str, tuple[str, Any]] = {
+    SURVIVES: (":material/check_circle:", "green"),
+    "prompt artefact": (":material/help:", "orange"),
+    "token detector": (":material/cancel:", "red"),
+}
+Go = Callable[[int, int], None]
+"""Opens the page of a layer's feature; a callback."""
+_PHASE_NAMES = {"prompt": "the prompt", "think": "thoughts", "answer": "the answer"}
+
+
+def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) -> None:
+    """Draw the page of a feature; a part that cannot be read leaves the others.
+
+    Args:
+        listing: the workspace.
+        source: the runs.
+        layer: 0-based.
+        feature: of the layer's SAE.
+        go: opens another feature's page.
+    """
+    figures = readable(activity, source, layer, feature)
+    _headline(source, layer, feature, figures)
+    if figures is None:
+        _silent(listing, source, layer)
+    else:
+        readable(_activations, figures, source)
+        with part("Strongest activations"):
+            _examples(source, layer, feature, figures)
+        with part("What it raises and lowers"):
+            _lens(listing, source, figures)
+        with part("Nearest features"):
+            _nearest(layer, figures, go)
+    evidence.show(listing, source, layer, feature)
+    _address(source, layer, feature)
+
+
+def _headline(source: Source, layer: int, feature: int, figures: Activity | None) -> None:
+    st.subheader(f"Feature {feature}, {describe_layer(layer, source.n_layers)}", anchor=False)
+    st.text(f"{tokens.plain(source.model)}, site {tokens.plain(source.site)}")
+    readable(_verdict, source, layer, feature)
+    if figures is None:
+        return
+    row, (low, high) = figures.row, figures.ci
+    by_phase = ", ".join(
+        f"{_percent(row[f'density_{phase}'])} of {_PHASE_NAMES[phase]}" for phase in PHASES
+    )
+    st.text(
+        f"Fires at {_percent(row['density'])} of all tokens (95 % over documents "
+        f"{_percent(low)} to {_percent(high)}), in {row['documents_fired']:,} of "
+        f"{source.documents:,} documents. Densest in {_PHASE_NAMES[figures.most]}: {by_phase}. "
+        f"Where it fires its mean is {row['mean']:.3g}, its maximum {row['max']:.3g}."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _verdict(source: Source, layer: int, feature: int) -> None:
+    verdict = verdict_of(source, layer, feature)
+    if verdict and verdict.verdict in BADGES:
+        icon, colour = BADGES[verdict.verdict]
+        st.badge(verdict.verdict, icon=icon, color=colour)
+        st.text(f"Why: {tokens.plain(verdict.reason)}")
+        if verdict.verdict == SURVIVES and source.verdicts:
+            st.caption("What survives was not refuted, no more. Of all that were counted:")
+            st.text(tokens.plain(source.verdicts.results.summary.reason))
+    elif verdict:
+        st.text(tokens.plain(f"Verdict: {verdict.verdict}\nWhy: {verdict.reason}"))
+    elif source.counted().rules_of(layer, feature):
+        st.badge("counted, not tested", icon=":material/help:", color="blue")
+    else:
+        st.badge("not counted by any rule", color="gray")
+
+
+def _silent(listing: Listing, source: Source, layer: int) -> None:
+    """Why there is no activity to show."""
+    if source.activity is None or layer not in source.latents:
+        what = "This layer was not part of the activity run"
+        missing(
+            f"{what if source.activity else 'Activity was not measured here'}; this command "
+            "measures it:",
+            command(listing, source, "activity", "--layers", str(layer)),
+        )
+        return
+    st.text(
+        f"It fired at none of the {sum(source.tokens.values()):,} tokens of "
+        f"{source.documents:,} documents (or its row could not be read): there is no histogram and "
+        "no example."
+    )
+
+
+def _activations(figures: Activity, source: Source) -> None:
+    row = figures.row
+    counts = row["histogram"] or []
+    if len(counts) + 1 != len(figures.edges):
+        raise BadInputError(
+            f"the histogram has {len(counts)} bins and {len(figures.edges)} edges; --force of "
+            "resa-lens activity makes the tables anew"
+        )
+    left, right = st.columns(2)
+    with left:
+        figure(feature_plots.activation_figure(figures.edges, counts), "figure-activations")
+    with right:
+        densities = {phase: row[f"density_{phase}"] for phase in PHASES}
+        drawing = feature_plots.phases_figure(
+            densities, row["density"], figures.ci, source.documents
+        )
+        figure(drawing, "figure-phases")
+    rows = [
+        {
+            "phase": phase,
+            "tokens": source.tokens.get(phase),
+            "fires at": row[f"tokens_fired_{phase}"],
+            "density, %": 100 * row[f"density_{phase}"],
+            "mean where it fires": row[f"mean_{phase}"],
+            "maximum": row[f"max_{phase}"],
+        }
+        for phase in PHASES
+    ]
+    table(rows, "density_by_phase", "Table of densities")
+
+
+def _examples(source: Source, layer: int, feature: int, figures: Activity) -> None:
+    rows = examples(source, layer, feature)
+    if not rows:
+        st.text("The activity run kept no example of it.")
+        return
+    # Without phases the examples stand all the same.
+    phases = readable(phases_of, source, [row["document"] for row in rows]) or {}
+    tokens.legend()
+    st.caption(
+        "The deeper the orange, the stronger; one scale for all. The peak is framed, the line "
+        "below a token is its phase, ↵ is a line's end; a token's value stands where the pointer "
+        "rests."
+    )
+    parts, listed = [], []
+    for row in rows:
+        shown = [token or "" for token in row["tokens"] or []]
+        acts = [value or 0.0 for value in row["acts"] or []]
+        if len(shown) != len(acts):
+            raise BadInputError(
+                f"example {row['rank']} has {len(shown)} tokens and {len(acts)} activations; "
+                "--force of resa-lens activity makes the tables anew"
+            )
+        peak = row["position"] - row["start"]
+        around = phases.get(row["document"], [])[row["start"] : row["start"] + len(shown)]
+        if len(around) != len(shown):
+            around = []
+        head = (
+            f"Document {row['document']}, token {row['position']}, {row['phase']}: "
+            f"{row['value']:.3g}"
+        )
+        parts.append(
+            f'<div class="example"><div class="head">{html.escape(tokens.plain(head))}</div>'
+            + tokens.coloured(shown, acts, most=figures.row["max"], phases=around, peak=peak)
+            + "</div>"
+        )
+        listed.append(
+            {
+                "document": row["document"],
+                "token": row["position"],
+                "phase": row["phase"],
+                "activation": row["value"],
+                "peak": tokens.visible(shown[peak]) if 0 <= peak < len(shown) else "",
+                "text": tokens.plain("".join(shown)),
+            }
+        )
+    style = "<style>.example{margin:0 0 .9rem}.example .head{font-size:.85rem;opacity:.75}</style>"
+    st.html(style + "".join(parts))
+    table(listed, "examples", "Table of examples")
+
+
+def _lens(listing: Listing, source: Source, figures: Activity) -> None:
+    row = figures.row
+    if row["top_tokens"] is None:
+        options = ("--show", f"{row['layer']}:{row['feature']}", *same_activity(source))
+        missing(
+            "For SAEs this wide the tables keep no logit lens; this command prints it:",
+            command(listing, source, "activity", *options),
+        )
+        return
+    st.caption(
+        "Logit lens: the feature's direction through the model's final norm and unembedding. ␣ is "
+        "a space; the numbers are logits beside those of nothing."
+    )
+    listed = []
+    for side, name in (("top", "Raises"), ("bottom", "Lowers")):
+        words = [token or "" for token in row[f"{side}_tokens"] or []]
+        logits = [value or 0.0 for value in row[f"{side}_logits"] or []]
+        pairs = list(zip(words, logits, strict=False))
+        st.caption(name)
+        st.html(tokens.chips([word for word, _ in pairs], [value for _, value in pairs]))
+        listed += [
+            {"side": name.lower(), "token": tokens.visible(word), "logit": value}
+            for word, value in pairs
+        ]
+    if listed:
+        table(listed, "logit_lens", "Table of the logit lens")
+
+
+def _nearest(layer: int, figures: Activity, go: Go) -> None:
+    near = list(
+        zip(figures.row["nearest"] or [], figures.row["nearest_cosines"] or [], strict=False)
+    )
+    if not near:
+        st.text("The tables keep no neighbours of it.")
+        return
+    st.caption("By the cosine of the decoder directions, in the same SAE.")
+    with st.container(horizontal=True):
+        # No links: one that leads to the page it stands on leaves the address as it was.
+        for place, (other, cosine) in enumerate(near):
+            st.button(
+                f"{other} ({cosine:.2f})",
+                on_click=go,
+                args=(layer, other),
+                key=f"near-{place}",
+                type="tertiary",
+                icon=":material/hub:",
+                help=f"Open feature {other}",
+            )
+
+
+def _address(source: Source, layer: int, feature: int) -> None:
+    st.subheader("Link to this page", anchor=False)
+    query = {**links.common(), "run": source.key, "layer": layer, "feature": feature}
+    verbatim(urlsplit(st.context.url or "")._replace(query=urlencode(query), fragment="").geturl())

@@ -1,0 +1,1 @@
+"""The prompt lab: its page and the process behind it."""

@@ -1,0 +1,397 @@
+"""The page "Scores": runs side by side, their paired difference, and the answers themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+
+from resa_lens.app import empty, links
+from resa_lens.app.answers import Answers, answers
+from resa_lens.app.scores import data as scores_data
+from resa_lens.app.scores.data import Filter, Run
+from resa_lens.app.widgets import (
+    figure,
+    part,
+    problem,
+    problems,
+    readable,
+    share_columns,
+    table,
+    verbatim,
+)
+from resa_lens.artifacts.kinds.eval import Point
+from resa_lens.artifacts.listing import Listing
+from resa_lens.errors import BadInputError
+from resa_lens.evals.compare import RunSummary
+from resa_lens.figures import plots
+from resa_lens.figures.scores import forest_figure
+from resa_lens.stages.comparison import points, sentences, span
+from resa_lens.stats import Interval, PairedComparison
+from resa_lens.texts import prompts
+
+LETTERS = "ABCDEFG"
+"""What the chosen runs are called in figures and tables; as many as `plots` has colours for."""
+MARGIN = 2.0
+"""Points: runs that differ by less count as equally good."""
+PER_PAGE = 10
+LONGEST_LINK = 4000
+
+Groups = dict[str, Point]
+"""Accuracy by group: all questions, levels, families."""
+
+
+def show(listing: Listing) -> None:
+    """Draw the page."""
+    runs, damaged = scores_data.runs_of(listing)
+    problems([*listing.problems, *damaged])
+    if not runs:
+        empty.lacking(listing, "No scores", "eval", "--model", "tiny-reasoner")
+        return
+    compared = _readable(_choose(runs))
+    if not compared:
+        return
+    for letter, run in compared.items():
+        st.text(f"{letter}: {run.what}")
+    with st.container():
+        groups = _scores(compared)
+    with st.container():
+        paired = _difference(compared, groups)
+    with st.container():
+        _many(compared)
+    with st.container():
+        if paired:
+            _samples(compared)
+
+
+def _choose(runs: Sequence[Run]) -> dict[str, Run]:
+    """Choose runs, all on the same questions, and return them by letter."""
+    by_name = {run.name: run for run in runs}
+    first, second = scores_data.defaults(runs)
+    address = st.query_params.get("right")
+    columns = st.columns(2)
+    name = columns[0].selectbox(
+        "A, to compare with",
+        list(by_name),
+        index=list(by_name).index(first.name),
+        **links.bound("left"),
+    )
+    left = by_name[str(name)]
+    partners = {run.name: run for run in scores_data.partners(runs, left)}
+    rest = dict(partners)
+    selection = [left]
+    if rest:
+        default = list(rest).index(second.name) if second and second.name in rest else 0
+        right = columns[1].selectbox("B", list(rest), index=default, **links.bound("right"))
+        selection.append(rest.pop(str(right)))
+    if rest:
+        more = st.multiselect(
+            "More runs on the same questions",
+            list(rest),
+            max_selections=len(LETTERS) - 2,
+            **links.bound("also"),
+        )
+        selection += [rest[name] for name in more]
+    if address in by_name and address not in (left.name, *partners):
+        problem(f"{address} answered other questions than {left.name}: they cannot be paired.")
+    st.caption(
+        f"Only runs on the same questions can be paired, question by question: {len(partners)} "
+        f"beside A; {len(runs) - 1 - len(partners)} answered other questions."
+    )
+    return dict(zip(LETTERS, selection, strict=False))
+
+
+def _readable(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Leave out what cannot be read, with its problem; letters stay."""
+    kept = {}
+    for letter, run in runs.items():
+        try:
+            answers(run.key)
+        except BadInputError as error:
+            problem(f"{letter}: {error}")
+        else:
+            kept[letter] = run
+    return kept
+
+
+def _scores(runs: Mapping[str, Run]) -> dict[str, Groups]:
+    """Draw each run by itself; returns its accuracy by group."""
+    st.subheader("Accuracy", anchor=False)
+    summaries = {letter: scores_data.summary(run.key, letter) for letter, run in runs.items()}
+    rows = []
+    for letter, run in runs.items():
+        summary, own = summaries[letter], answers(run.key)
+        rows.append(
+            {
+                "": letter,
+                **share_columns("accuracy", "%", summary.accuracy, summary.ci),
+                "questions": summary.n,
+                "answers each": summary.samples,
+                "tokens an answer": own.tokens,
+                "cut off": own.unfinished,
+                "run": run.name,
+            }
+        )
+    table(rows, "runs")
+    st.caption(
+        "low and high: 95 % interval over questions (Wilson's where each is right or wrong, else a "
+        "bootstrap). Of several answers to a question the mean counts."
+    )
+    groups = {letter: _groups(summary) for letter, summary in summaries.items()}
+    if any(len(rows) > 1 for rows in groups.values()):
+        figure(plots.scores_figure(groups), "figure-runs")
+    return groups
+
+
+def _groups(summary: RunSummary) -> Groups:
+    """Return all questions, then levels, then families, as `plots.scores_figure` takes them."""
+    groups = {"all": (summary.accuracy, summary.ci, summary.n)}
+    groups |= {f"level {name}": (s.value, s.ci, s.n) for name, s in summary.by_level.items()}
+    return groups | {name: (s.value, s.ci, s.n) for name, s in summary.by_task.items()}
+
+
+def _difference(runs: Mapping[str, Run], groups: Mapping[str, Groups]) -> bool:
+    """Draw the second run minus the first; returns whether their questions are the same."""
+    if len(runs) < 2:
+        return True
+    first, second = pair = list(runs)[:2]
+    st.subheader(f"{second} minus {first}", anchor=False)
+    margin = st.number_input(
+        "Margin, points",
+        min_value=0.1,
+        max_value=50.0,
+        value=MARGIN,
+        step=0.5,
+        help="Runs that differ by less count as equally good",
+        width=180,
+        **links.bound("margin"),
+    )
+    share = float(margin) / 100
+    keys = runs[first].key, runs[second].key
+    with st.spinner("Comparing question by question"):
+        comparison = readable(scores_data.compared, *keys, (first, second), share)
+    if comparison is None:
+        return False
+    paired = comparison.paired
+    st.text(
+        f"{second} minus {first}: {points(paired.difference)} points (95 % {span(paired.ci)}); "
+        f"{paired.gained} gained, {paired.lost} lost; n = {paired.n}"
+    )
+    st.text("\n".join(sentences(comparison)))
+    by_group = {f"level {row.group}": row for row in comparison.by_level}
+    by_group |= {row.group: row for row in comparison.by_task}
+    lines = [(label, row.paired.difference, row.paired.ci) for label, row in by_group.items()]
+    drawing = forest_figure(
+        [("all", paired.difference, paired.ci), *lines],
+        share,
+        f"{second} minus {first}, by group",
+        "95 % intervals, each by itself; diamond: 0 is outside",
+    )
+    figure(drawing, "figure-difference")
+    if not lines:
+        st.caption("A sweep keeps neither families nor levels: only all questions can be compared.")
+        return True
+    st.caption(
+        f"Grey: the margin. {len(comparison.by_level)} levels and {len(comparison.by_task)} "
+        "families are as many tests: of true equals, one in twenty intervals misses 0. p after "
+        "Holm is corrected for the rows of its kind."
+    )
+    rows = []
+    for label, row in by_group.items():
+        cells: dict[str, object] = {"group": label, "n": row.paired.n}
+        for letter in pair:
+            accuracy, ci, _ = groups[letter].get(label, (None, None, 0))
+            cells |= share_columns(letter, "%", accuracy, ci, ends=f"{letter} ")
+        flips = {"gained": row.paired.gained, "lost": row.paired.lost}
+        rows.append({**cells, **_tested(row.paired, row.paired.ci, row.holm_p), **flips})
+    table(rows, "differences", "Table of groups")
+    return True
+
+
+def _tested(paired: PairedComparison, ci: Interval, holm: float) -> dict[str, float | None]:
+    """A difference, an interval and its p-values as columns."""
+    columns = share_columns("difference", "points", paired.difference, ci)
+    return {**columns, "p": paired.p_value, "p, Holm": holm}
+
+
+def _many(runs: Mapping[str, Run]) -> None:
+    if len(runs) < 3:
+        return
+    first = next(iter(runs))
+    share = float(st.session_state.get("margin", MARGIN)) / 100
+    with part(f"All minus {first}"):
+        with st.spinner("Comparing all runs"):
+            comparisons = scores_data.ranked(
+                tuple(run.key for run in runs.values()), tuple(runs), share
+            )
+        ranks = comparisons.runs
+        lines = [(run.name, run.paired.difference, run.simultaneous_ci) for run in ranks]
+        subtitle = "95 % intervals that hold for all runs at once"
+        figure(forest_figure(lines, share, f"Difference to {first}", subtitle), "figure-all")
+        st.text("\n".join(sentences(comparisons)))
+        rows = [
+            {
+                "": run.name,
+                **_tested(run.paired, run.simultaneous_ci, run.holm_p),
+                "p, equally good": run.equivalence.p_equivalent,
+                "gained": run.paired.gained,
+                "lost": run.paired.lost,
+                "n": run.paired.n,
+            }
+            for run in ranks
+        ]
+        table(rows, "all_differences")
+
+
+# The answers themselves ------------------------------------------------------------------------
+
+
+def _samples(runs: Mapping[str, Run]) -> None:
+    pair = dict(list(runs.items())[:2])
+    left, *rest = pair.values()
+    right = rest[0] if rest else None
+    with part("Answers"):
+        own = {letter: answers(run.key) for letter, run in pair.items()}
+        both = list(own.values())
+        kinds = scores_data.kinds_of(both[0], both[1] if right else None)
+        tally = {kind: int((kinds == kind).sum()) for kind in scores_data.KINDS}
+        kept = [kind for kind in scores_data.KINDS if tally[kind] or kind != scores_data.PART]
+        if right is None:
+            kept = [k for k in kept if k not in (scores_data.GAINED, scores_data.LOST)]
+        labels = {kind: kind if right else kind.removeprefix("both ") for kind in kept}
+        totals = ", ".join(f"{tally[kind]} {label}" for kind, label in labels.items())
+        st.text(f"{totals}; n = {len(kinds)}")
+        query = _filter(labels, both)
+        with st.spinner("Searching"):
+            places = scores_data.matching(left, right, query)
+        if not places.size:
+            st.text("No question fits these filters.")
+            return
+        if all(one.rows is None for one in both):
+            _without_texts(own, places.tolist(), kinds)
+            return
+        pages = math.ceil(places.size / PER_PAGE)
+        # A filter may leave fewer pages than the one that is open.
+        if int(st.session_state.get("sample_page", 1)) > pages:
+            st.session_state["sample_page"] = pages
+        page = int(st.pagination(pages, max_visible_pages=5, **links.bound("sample_page")))
+        shown = places[(page - 1) * PER_PAGE : page * PER_PAGE].tolist()
+        st.text(f"{places.size} of {len(kinds)} questions; {PER_PAGE} a page")
+        texts = [_texts(run, own[letter], shown) for letter, run in pair.items()]
+        for number, place in enumerate(shown):
+            _question(own, [rows[number] for rows in texts], place)
+
+
+def _filter(labels: Mapping[str, str], pair: Sequence[Answers]) -> Filter:
+    def widget(key: str) -> dict[str, Any]:
+        return {**links.bound(key), "on_change": _first_page}
+
+    kind = st.segmented_control(
+        "Show", list(labels), format_func=labels.__getitem__, **widget("flips")
+    )
+    families, known_levels = scores_data.groups_of(pair)
+    columns = st.columns(3)
+    groups, levels, text = [], [], ""
+    if families:
+        groups = columns[0].multiselect("Family", families, **widget("family"))
+    if known_levels:
+        levels = columns[1].multiselect("Level", known_levels, **widget("level"))
+    if any(one.rows is not None for one in pair):
+        text = columns[2].text_input(
+            "Text",
+            help="In the question, the expected answer, or what a model wrote; capitals or not",
+            **widget("search"),
+        )
+    return Filter(kind, tuple(groups), tuple(levels), str(text or "").strip())
+
+
+def _first_page() -> None:
+    if st.session_state.get("sample_page", 1) != 1:
+        st.session_state["sample_page"] = 1
+
+
+def _without_texts(own: Mapping[str, Answers], places: Sequence[int], kinds: Any) -> None:
+    st.caption("These runs keep right or wrong of each question, without texts.")
+    first = next(iter(own.values()))
+    rows = [
+        {
+            "question": first.scores.questions[place].id,
+            **{letter: float(one.scores.means[place]) for letter, one in own.items()},
+            "kind": kinds[place],
+        }
+        for place in places
+    ]
+    table(rows, "questions")
+
+
+def _texts(run: Run, own: Answers, places: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """Return the texts of each question's answers; none of a run that keeps no texts."""
+    if own.rows is None:
+        return [[] for _ in places]
+    rows = own.rows[places]
+    texts = scores_data.texts(run.key, tuple(rows.ravel().tolist()))
+    return [[texts[int(row)] for row in of_question] for of_question in rows]
+
+
+def _question(
+    own: Mapping[str, Answers], texts: Sequence[Sequence[Mapping[str, Any]]], place: int
+) -> None:
+    first = next(rows[0] for rows in texts if rows)
+    question = scores_data.known(*own.values()).scores.questions[place]
+    level = None if question.level is None else f"level {question.level}"
+    with st.container(border=True):
+        st.text(" · ".join(text for text in (question.id, question.task, level) if text))
+        verbatim(str(first["question"]))
+        st.text(f"expected: {first['gold']}")
+        columns = st.columns(len(own))
+        for column, (letter, one), rows in zip(columns, own.items(), texts, strict=True):
+            with column:
+                _answers(letter, one, rows, place)
+        _to_the_lab(str(first["question"]), str(first["prompt"]))
+
+
+def _to_the_lab(question: str, prompt: str) -> None:
+    """Link to the same prompt there: by the question where the lab makes the prompt of it."""
+    address = {"prompt": question}
+    if prompt != prompts.question_prompt(question):
+        address = {"prompt": prompt, "raw": "true"}
+    if len(address["prompt"]) <= LONGEST_LINK:
+        links.to(links.LAB, "Try it in the prompt lab", **address)
+
+
+def _answers(letter: str, own: Answers, rows: Sequence[Mapping[str, Any]], place: int) -> None:
+    correct = own.scores.correct[place]
+    right = int(correct.sum()) if own.rows is not None else float(correct.mean())
+    if correct.size == 1 and right in (0, 1):
+        label = f"{letter}: {'right' if right else 'wrong'}"
+    else:
+        label = f"{letter}: {right:g} of {correct.size} right"
+    colour, icon = (
+        ("green", ":material/check:") if correct.all()
+        else ("orange", ":material/close:") if not correct.any()
+        else ("gray", ":material/contrast:")
+    )  # fmt: skip
+    st.badge(label, icon=icon, color=colour)
+    if not rows:
+        st.text("no text is kept")
+        return
+    _answer(rows[0])
+    if len(rows) > 1:
+        with st.expander(f"The other {len(rows) - 1}"):
+            for row in rows[1:]:
+                st.badge("right" if row["correct"] else "wrong")
+                _answer(row)
+
+
+def _answer(row: Mapping[str, Any]) -> None:
+    """Draw one answer: what was understood of it, the thought, and the rest; all of it as text."""
+    answer = row["answer"]
+    read = "no answer could be read" if answer is None else f"answer: {answer}"
+    st.text(f"{read}{'' if row['finished'] else '; cut off'}")
+    thought, rest = scores_data.thought_and_answer(str(row["prompt"]), str(row["generation"]))
+    for name, text in (("thought", thought), ("after the thought", rest)):
+        if text is not None:
+            st.caption(name)
+            verbatim(text.strip("\n ") or "(empty)")

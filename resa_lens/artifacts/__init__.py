@@ -1,0 +1,1 @@
+"""Artifacts: what a workspace holds, and how it is written and read."""

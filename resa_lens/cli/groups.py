@@ -1,0 +1,304 @@
+"""Options that commands share, and what they open with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from resa_lens.cli.options import options, part, running
+from resa_lens.config import setting
+from resa_lens.evals.config import EvalConfig, GenerationConfig
+from resa_lens.features.config import Rule
+from resa_lens.files import check_path, check_workspace
+from resa_lens.models.hookpoints import check_layers, parse_layers
+from resa_lens.processes import is_silent_rank
+from resa_lens.saes.config import SaeConfig, check_saes
+from resa_lens.stages.config import Recipe, Selector
+from resa_lens.texts.config import CorpusConfig, check_data
+from resa_lens.tuning.config import Objective, TuneConfig, check_adapter, check_scales
+
+if TYPE_CHECKING:
+    from resa_lens.artifacts.stage import Context
+    from resa_lens.artifacts.workspace import Workspace
+    from resa_lens.models.host import Model
+    from resa_lens.progress import Reporter
+    from resa_lens.stages.saes import SaeRun
+    from resa_lens.stages.tune_job import TuneJob
+
+
+@options("Output")
+class Output:
+    """How the result is printed."""
+
+    as_json: bool = setting(False, "Print one JSON object to stdout.", "--json")
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Return options by name, as the keywords of a function or a configuration."""
+        return {name: getattr(self, name) for name in names}
+
+
+@options("Output")
+class Place:
+    """Where the results lie."""
+
+    workspace: str | None = setting(
+        None, "Folder of all results [RESA_LENS_WORKSPACE, else ./resa-workspace].",
+        check=check_workspace,
+    )  # fmt: skip
+
+    def open(self) -> tuple[Workspace, Reporter]:
+        """Open the workspace to read it, which may be a read-only one, and say where it is."""
+        from resa_lens.artifacts.workspace import Workspace
+        from resa_lens.progress import SILENT, ConsoleReporter
+
+        # Of the processes that torchrun starts only the first speaks.
+        reporter = SILENT if is_silent_rank() else ConsoleReporter()
+        workspace = Workspace(self.workspace)
+        reporter.note(f"workspace: {workspace.root}")
+        return workspace, reporter
+
+
+@options("Machine")
+class Seeded:
+    """A draw of random numbers that can be repeated."""
+
+    seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
+
+
+@options("Machine")
+class Run(Seeded, Place, Output):
+    """A stage that makes an artifact."""
+
+    device: str = setting("auto", "auto, cpu or cuda.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Numbers of the model's weights."
+    )
+    threads: int | None = setting(
+        None, "CPU threads; one for narrow models by default.", min=1, max=4096
+    )
+    deterministic: bool = setting(False, "Promise the same bits on CUDA too; slower there.")
+    force: bool = setting(False, "Make this command's result anew, even if it is done.")
+
+    def context(self, device: str | None = None) -> Context:
+        """Open the workspace, which can be written, for stages on this or another device."""
+        from resa_lens.artifacts.workspace import Workspace
+
+        Workspace(self.workspace).check_writable()
+        from resa_lens.artifacts.stage import Context
+        from resa_lens.models.host import choose_device
+
+        device = device or self.device
+        choose_device(device, self.dtype)
+        command = running()
+        return Context(
+            *self.open(), self.seed, device, self.dtype, self.force, self.threads,
+            self.deterministic, command=command.words, options=command.options,
+        )  # fmt: skip
+
+
+@options("Model")
+class NamedModel:
+    """The model that is looked at."""
+
+    model: str = setting(
+        "tiny-reasoner",
+        "tiny-reasoner, a hub id, a local folder, a .gguf file or a PEFT adapter folder.",
+        "--model", "-m", check=check_path,
+    )  # fmt: skip
+
+
+@options("Model")
+class AdapterBase:
+    """The model below an adapter."""
+
+    base: str | None = setting(None, "Base model of an adapter folder.", check=check_path)
+
+
+@options("Model")
+class Adapters:
+    """Adapters on the model."""
+
+    adapter: list[str] | None = setting(
+        None, "PEFT adapter folder to put onto the model; may be repeated: their sum.",
+        check=check_adapter,
+    )  # fmt: skip
+    scale: list[float] | None = setting(
+        None, "Factor on the adapters: one for all, or one each [1].", max=10**6
+    )
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where the scales are neither one nor one each."""
+        check_scales(self.adapter, self.scale)
+
+
+@options("Model")
+class OnModel(NamedModel, Run):
+    """A stage that runs a model."""
+
+    def load(self) -> tuple[Context, Model]:
+        """Open the workspace and load the model."""
+        ctx = self.context()
+        return ctx, ctx.model(self.model)
+
+
+COLUMNS = "question_column answer_column steps_column text_column"
+"""Options of the columns of files of data."""
+DATA = f"source {COLUMNS} seed"
+"""Options of documents."""
+
+
+@options("Data")
+class OnData(OnModel):
+    """A stage that runs a model over documents.
+
+    The options of the data are the fields of `CorpusConfig` that are named here.
+    """
+
+    corpus: CorpusConfig = part(CorpusConfig, DATA, "Data")
+
+    def load(self) -> tuple[Context, Model]:
+        """Open the workspace, check the data and load the model."""
+        ctx = self.context()
+        check_data(self.corpus)
+        return ctx, ctx.model(self.model)
+
+
+@options("SAEs")
+class SaeFit(OnData):
+    """SAEs by folder or by the figures of their training."""
+
+    saes: str | None = setting(
+        None, "Folder of SAEs in sparsify's layout (layers.N.mlp/), or a hub id.", check=check_saes
+    )
+    sae: SaeConfig = part(SaeConfig, "site latents k tokens seed", "SAEs")
+    corpus: CorpusConfig = part(CorpusConfig, f"{DATA} packing", "Data")
+
+
+@options("SAEs")
+class SaeUse(SaeFit):
+    """A stage that needs SAEs, and trains those that are missing."""
+
+    allow_site_mismatch: bool = setting(
+        False, "Use an SAE that does not fit its place, with a warning."
+    )
+
+    def obtain(
+        self, ctx: Context, model: Model, layers: Sequence[int], only: Sequence[int] | None
+    ) -> SaeRun:
+        """Return SAEs at the layers; `only` are those of a folder that are opened."""
+        from resa_lens.stages.sae_training import saes_for
+
+        return saes_for(
+            ctx, model, layers, self.sae, self.corpus, self.saes,
+            allow_mismatch=self.allow_site_mismatch, only=only,
+        )  # fmt: skip
+
+
+@options("Layers")
+class AtLayers:
+    """The layers that are looked at."""
+
+    layers: str | None = setting(
+        None, '"1-26", "all", "3,5,13th" or "layers.*.mlp"; all but first and last.',
+        check=check_layers,
+    )  # fmt: skip
+
+    def indices(self, model: Model) -> list[int]:
+        """Return the layers, 0-based."""
+        return parse_layers(self.layers, model.n_layers)
+
+    def explicit(self, model: Model) -> list[int] | None:
+        """Return the layers that the option names, None where it is left out."""
+        return self.indices(model) if self.layers else None
+
+
+@options("Layers")
+class WithSaesAt(AtLayers, SaeUse):
+    """A stage that looks through SAEs at several layers."""
+
+    def find(self, ctx: Context, model: Model) -> SaeRun:
+        """Return the SAEs at the layers."""
+        return self.obtain(ctx, model, self.indices(model), self.explicit(model))
+
+    def scope(self, model: Model) -> list[int] | None:
+        """Return the layers that are looked at, None for all that a folder of SAEs has."""
+        return None if self.saes and self.layers is None else self.indices(model)
+
+
+@options("Counting")
+class Ruled:
+    """The counting rule."""
+
+    rule: Rule = setting("all", "Counting rule; all is the strict one.")
+
+
+@options("Counting")
+class Recommending:
+    """How a layer is chosen from counts."""
+
+    selector: Selector = setting("mixture", "What chooses the layer.")
+    recipe: Recipe = setting("robust", "Of the mixture: robust, or paper for the published one.")
+
+
+COUNTING = "prompt chat_template threshold ignore_first"
+"""Options of a count."""
+
+
+@options("Machine")
+class MemoryLimit:
+    """The memory that a stage may take."""
+
+    memory_limit: float | None = setting(
+        None, "GB that may be taken; by default what is free.", over=0, max=10**6
+    )
+
+    @property
+    def memory_limit_mb(self) -> float | None:
+        """The limit in MB."""
+        return None if self.memory_limit is None else self.memory_limit * 1024
+
+
+@options("Questions")
+class Questions:
+    """Questions that a model answers."""
+
+    tasks: str = setting(
+        "tiny",
+        "By commas: tiny (levels 1 to 3), aime24, aime25, math500, gpqa-diamond, amc23, minerva, "
+        'math500=FILE, a file as of --data; with ":families=a+b" or ":levels=1+2".',
+    )
+    asking: EvalConfig = part(EvalConfig, "limit extraction", "Questions", limit=500)
+    generation: GenerationConfig = part(GenerationConfig, "max_new_tokens", "Questions")
+
+
+@options("Tuning")
+class Tuning(AdapterBase, Questions, SaeUse):
+    """A tuning of LoRA adapters through SAEs, and its scores."""
+
+    preset: Literal["paper", "reference"] = setting(
+        "paper", "The paper's text, or reference for the authors' code."
+    )
+    objective: dict[str, Any] = part(Objective, "site", "Tuning", given="preset")
+    lora: TuneConfig = part(TuneConfig, "rank alpha dropout learning_rate batch seed", "Tuning")
+    sae: SaeConfig = part(SaeConfig, "latents k tokens seed", "SAEs")
+    steps: int | None = setting(
+        None, "Updates; two epochs from width 1024 on, else 100.", min=1, max=10**9
+    )
+    source_model: str | None = setting(
+        None, "Model whose SAE is inserted; the target by default.", check=check_path
+    )
+
+    def job(self, model: str) -> TuneJob:
+        """Return the tuning of a model."""
+        from resa_lens.stages.tune_job import TuneJob
+        from resa_lens.tuning.config import preset
+
+        objective = preset(self.preset, **self.objective)
+        return TuneJob(
+            model=model, objective=objective, lora=self.lora,
+            sae=replace(self.sae, site=objective.site), trigger=self.corpus,
+            elicitation=self.corpus, allow_mismatch=self.allow_site_mismatch,
+            evaluation=replace(self.asking, generation=self.generation), eval_source=self.tasks,
+            **self.pick("source_model", "steps", "saes", "base"),
+        )  # fmt: skip

@@ -1,0 +1,114 @@
+"""How features are counted, tallied and tried: the configurations alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from resa_lens.config import Config, resolved, setting
+from resa_lens.errors import BadInputError
+from resa_lens.models.hookpoints import MOST_LAYERS, parse_layer
+from resa_lens.texts import prompts
+
+Rule = Literal["all", "any", "either"]
+RULES: dict[str, str] = {
+    "all": "active at every occurrence of <think> and of </think>, and at no other token",
+    "any": "active at one or more occurrences of each tag, and at no other token",
+    "either": "active at one or more occurrences of either tag, and at no other token",
+}
+"""The counting rules; `all` is the paper's as the spec states it."""
+
+
+def check_rule(rule: str) -> None:
+    """Raise BadInputError where a rule is unknown."""
+    if rule not in RULES:
+        raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise BadInputError where a prompt, by name, text or @file, has no think tags."""
+    check_tags(prompts.resolve_system_prompt(prompt), prompts.THINK_OPEN, prompts.THINK_CLOSE)
+
+
+def check_tags(text: str, *tags: str) -> None:
+    """Raise BadInputError where a text has no tags to count at."""
+    for tag in tags:
+        if not tag or tag not in text:
+            shown = text if len(text) < 60 else text[:57] + "..."
+            raise BadInputError(
+                f"the prompt {shown!r} has no {tag or 'tag'}; use one that contains "
+                f"{' and '.join(tags)}, for example --prompt r1"
+            )
+
+
+@dataclass(frozen=True)
+class CountConfig(Config):
+    """What the paper leaves open, with the stated defaults."""
+
+    prompt: str = resolved(
+        "r1", prompts.resolve_system_prompt,
+        "Prompt with the think tags: r1, steps, short, a text, or @file.", check=check_prompt,
+    )  # fmt: skip
+    chat_template: bool = setting(False, "Send the prompt through the model's chat template.")
+    open_tag: str = prompts.THINK_OPEN
+    close_tag: str = prompts.THINK_CLOSE
+    threshold: float = setting(
+        0.0, "A feature is active where its value after the top-k is above this.", min=0
+    )
+    ignore_first: bool = setting(
+        False, 'Leave the first position (an attention sink) out of "other tokens".'
+    )
+
+
+@dataclass(frozen=True)
+class ActivityConfig(Config):
+    """What is kept of each feature."""
+
+    examples: int = setting(8, "Documents kept of each feature, the strongest.", min=1, max=10_000)
+    before: int = setting(16, "Tokens of context before the peak.", min=0)
+    after: int = setting(8, "Tokens of context after the peak.", min=0)
+    threshold: float = setting(
+        0.0, "A feature is active where its value after the top-k is above this.", min=0
+    )
+
+    @property
+    def window(self) -> int:
+        """Tokens of an example, the peak included."""
+        return self.before + 1 + self.after
+
+
+@dataclass(frozen=True)
+class FalsifyConfig(Config):
+    """How often each test is tried, and what counts as firing."""
+
+    texts: int = setting(40, "Plain texts with the tags put in.", min=1, max=100_000)
+    shuffles: int = setting(20, "Orders of the prompt's words.", min=1, max=100_000)
+    fires: float = setting(
+        0.5, "Share of trials from which on a feature counts as firing.", over=0, max=1
+    )
+    seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
+
+
+def check_feature(text: str) -> None:
+    """Raise BadInputError where a text is no LAYER:FEATURE, whatever the model."""
+    layer, _, feature = text.partition(":")
+    parse_layer(layer, MOST_LAYERS)
+    if not feature.isdecimal():
+        raise BadInputError(f"--show {text!a:.60} names no feature; give LAYER:FEATURE, as 5:62")
+
+
+def check_features(text: str, *words: str) -> tuple[int, ...] | None:
+    """Return features by their indices, None for what a word names.
+
+    Raises:
+        BadInputError: neither.
+    """
+    words = words or ("active", "counted")
+    if text in words:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise BadInputError(
+            f'features {text!r:.80} are no indices; use {", ".join(words)} or for example "3,17,40"'
+        )
+    return tuple(map(int, parts))

@@ -1,0 +1,1 @@
+"""Figures of Plotly, and the self-contained page that holds them."""

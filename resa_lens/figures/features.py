@@ -1,0 +1,152 @@
+"""Figures of one feature: how strongly it fires, in which phase, and how it answers to trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import plotly.graph_objects as go
+
+from resa_lens.figures.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    _layout,
+    _to_ends,
+)
+from resa_lens.stats import Interval
+from resa_lens.texts.prompts import PHASES
+
+PHASE_COLOURS = {"prompt": GREY, "think": BLUE, "answer": GREEN}
+TRIALS = {
+    "injected": "plain text, tags put in",
+    "plain": "plain text, no tags",
+    "shuffled": "the prompt's words shuffled",
+    "neutral": "other tags in their places",
+    "paraphrase": "other prompts for the same",
+}
+"""Kinds of trials that put a counted feature to the test."""
+WANTED = "paraphrase"
+"""The one kind at which a feature that means something should fire."""
+
+
+def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figure:
+    """Tokens at which a feature fires, by the size of its activation, in the bins given.
+
+    Args:
+        edges: of the bins, one more than there are bins; equal steps on a log axis, or nearly so.
+        counts: tokens in each bin; empty bins at both ends are left out.
+    """
+    held = [place for place, count in enumerate(counts) if count]
+    first, last = (held[0], held[-1]) if held else (0, 0)
+    kept = list(range(max(0, first - 1), min(len(counts), last + 2)))
+    bounds = [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)]
+    figure = go.Figure(
+        go.Bar(
+            # Bins have one width on the page: the octaves stand as ticks below their edges.
+            x=[place + 0.5 for place in kept],
+            y=[counts[place] for place in kept],
+            width=0.98,
+            marker={"color": ORANGE},
+            customdata=[bounds[place] for place in kept],
+            hovertemplate="%{customdata}: %{y} tokens<extra></extra>",
+        )
+    )
+    marks = [place for place in range(len(edges)) if kept[0] <= place <= kept[-1] + 1]
+    every = max(2, 2 * round(len(marks) / 16))
+    marks = [place for place in marks if place % every == 0]
+    figure.update_xaxes(tickvals=marks, ticktext=[f"{edges[place]:.2g}" for place in marks])
+    figure.update_yaxes(rangemode="tozero")
+    made = _layout(
+        figure, "Activation where it fires", "activation, log scale", "tokens", legend=False
+    )
+    return made.update_layout(hovermode="closest", height=320)
+
+
+def phases_figure(
+    densities: Mapping[str, float], overall: float, interval: Interval, documents: int
+) -> go.Figure:
+    """Share of tokens at which a feature fires, by phase and over all.
+
+    Args:
+        densities: {phase: share}.
+        overall: over all tokens.
+        interval: of that, 95 % over documents; the phases' own is not kept by the tables.
+        documents: how many.
+    """
+    low, high = interval
+    error = _to_ends([100 * overall], [(100 * low, 100 * high)], color=GREY)
+    figure = go.Figure()
+    for names, shares, colours, reach in (
+        (PHASES, [densities[p] for p in PHASES], [PHASE_COLOURS[p] for p in PHASES], None),
+        (["all"], [overall], [PURPLE], error),
+    ):
+        values = [100 * share for share in shares]
+        figure.add_bar(
+            x=values,
+            # The figures stand at the axis: in a short bar they would have no room.
+            y=[f"{name}, {value:.3g} %" for name, value in zip(names, values, strict=True)],
+            orientation="h",
+            marker={"color": colours},
+            hovertemplate="%{x:.4g} % of tokens<extra></extra>",
+            error_x=reach,
+        )
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(rangemode="tozero")
+    made = _layout(
+        figure,
+        "Density by phase",
+        "% of the phase's tokens",
+        "",
+        f"95 % of the whole, over {documents} documents",
+        legend=False,
+    )
+    return made.update_layout(hovermode="closest", height=320)
+
+
+def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float) -> go.Figure:
+    """Share of trials of each kind in which a feature fired, with the border of its verdict.
+
+    Args:
+        shares: {kind: (fired, trials, 95 % interval)}, kinds of TRIALS.
+        fires: the share from which it counts as firing.
+    """
+    kinds = [kind for kind in TRIALS if kind in shares]
+    points = [100 * shares[kind][0] / max(1, shares[kind][1]) for kind in kinds]
+    ends = [(100 * low, 100 * high) for low, high in (shares[kind][2] for kind in kinds)]
+    wrong = [
+        (point >= 100 * fires) != (kind == WANTED)
+        for kind, point in zip(kinds, points, strict=True)
+    ]
+    figure = go.Figure()
+    figure.add_vline(x=100 * fires, line={"color": GREY, "dash": "dash"})
+    for falls, name, colour, symbol in (
+        (False, "as a feature of reasoning would", GREEN, "circle"),
+        (True, "speaks against it", VERMILION, "x"),
+    ):
+        rows = [place for place, against in enumerate(wrong) if against == falls]
+        figure.add_scatter(
+            x=[points[place] for place in rows],
+            y=[TRIALS[kinds[place]] for place in rows],
+            mode="markers",
+            name=name,
+            marker={"color": colour, "symbol": symbol, "size": 11},
+            customdata=[shares[kinds[place]][:2] for place in rows],
+            hovertemplate="%{y}: %{customdata[0]} of %{customdata[1]}<extra></extra>",
+            error_x=_to_ends([points[p] for p in rows], [ends[p] for p in rows], color=GREY),
+        )
+    figure.update_xaxes(range=[-4, 104])
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=[TRIALS[kind] for kind in kinds][::-1]
+    )
+    made = _layout(
+        figure,
+        "Where it fires",
+        "% of the trials",
+        "",
+        "95 % intervals; dashed: from here it counts as firing",
+    )
+    return made.update_layout(hovermode="closest", height=400, legend_y=-0.3)

@@ -1,0 +1,1 @@
+"""Models on disk and on a TransformerLens host, their hookpoints and activations."""

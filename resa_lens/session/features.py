@@ -1,0 +1,96 @@
+"""Verdicts on features and their activity as results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from resa_lens.session.results import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from resa_lens.session.discovery import Counts, SAEs
+    from resa_lens.stages.activity import ActivityRun
+    from resa_lens.stages.falsification import FalsificationRun
+
+
+@dataclass(frozen=True, repr=False)
+class Falsification(Result):
+    """The verdict on every counted feature: token detector, prompt artefact, or survives."""
+
+    run: FalsificationRun
+    counts: Counts
+
+    def table(self) -> pd.DataFrame:
+        """Return a row for each counted feature with its rule, verdict and reason."""
+        columns = ["layer", "feature", "rule", "verdict", "reason"]
+        return pd.DataFrame(self.run.features, columns=columns).set_index(["layer", "feature"])
+
+    def _overview(self) -> pd.DataFrame:
+        rows = [
+            {"rule": tally["rule"], "counted": tally["counted"], **tally["verdicts"]}
+            for tally in self.run.summary["rules"]
+        ]
+        return pd.DataFrame(rows).set_index("rule")
+
+    def _sentences(self) -> list[str]:
+        return [f"{self.run.summary['reason']}.", *self.run.skipped]
+
+    def plot(self) -> go.Figure:
+        """Draw the counted features of each layer by their verdict."""
+        from resa_lens.figures.plots import verdict_figure
+
+        by_layer = {layer: {} for layer in self.counts.table().index}
+        for item in self.run.features:
+            tally = by_layer[item["layer"]]
+            tally[item["verdict"]] = tally.get(item["verdict"], 0) + 1
+        return verdict_figure(by_layer)
+
+
+@dataclass(frozen=True, repr=False)
+class Activity(Result):
+    """How often, how strongly and where every feature fires over documents."""
+
+    run: ActivityRun
+    saes: SAEs
+
+    def table(self) -> pd.DataFrame:
+        """Return a row for each layer: features that fire, latents, active latents a token."""
+        return pd.DataFrame(self.run.layers).set_index("layer")
+
+    def _overview(self) -> pd.DataFrame:
+        return self.table().filter(["alive", "latents", "l0", "dense", "thinking", "prompt_only"])
+
+    def features(self, layer: int) -> pd.DataFrame:
+        """Return a row for each feature that fired at a layer (0-based), by its number."""
+        from resa_lens.artifacts.feature_tables import FEATURES
+
+        file = self.run.artifact.file(FEATURES)
+        return pd.read_parquet(file, filters=[("layer", "==", layer)]).set_index("feature")
+
+    def feature(self, layer: int, feature: int) -> dict[str, Any]:
+        """Return everything known of one feature: densities, examples, logit lens, neighbours.
+
+        Raises:
+            BadInputError: no SAE at the layer (0-based), or a feature that never fired.
+        """
+        from resa_lens.stages.activity import feature_page
+
+        return feature_page(self.saes.model, self.saes.run, self.run, layer, feature)
+
+    def _sentences(self) -> list[str]:
+        tokens = ", ".join(f"{count} {phase}" for phase, count in self.run.tokens.items())
+        return [f"Features of {self.saes.model.name} over {self.run.documents} documents "
+                f"({tokens} tokens)."]  # fmt: skip
+
+    def plot(self, layer: int, feature: int) -> go.Figure:
+        """Draw the density of one feature in prompts, thoughts and answers."""
+        from resa_lens.figures.features import phases_figure
+        from resa_lens.texts.prompts import PHASES
+
+        page = self.feature(layer, feature)
+        densities = {phase: page[f"density_{phase}"] for phase in PHASES}
+        return phases_figure(densities, page["density"], page["density_ci"], self.run.documents)

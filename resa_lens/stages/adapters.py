@@ -1,0 +1,393 @@
+"""Adapters in the workspace: through an SAE, a control, or by fine-tuning instead."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resa_lens.artifacts.artifact import Artifact, Parent
+from resa_lens.artifacts.kinds.adapter import Adapter as AdapterKind
+from resa_lens.artifacts.stage import Context, Draft, Stage
+from resa_lens.config import config_dict
+from resa_lens.errors import BadInputError
+from resa_lens.evals.grading import RULES
+from resa_lens.evals.tasks import EvalItem
+from resa_lens.machine.hardware import MB
+from resa_lens.machine.needs import activations_mb, read_shape
+from resa_lens.models.hookpoints import Hookpoint, describe_layer
+from resa_lens.models.host import Model, load_model
+from resa_lens.models.packing import end_of_documents, separate_documents
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.fit import check_fit
+from resa_lens.saes.world import ALONE, World
+from resa_lens.stages.controls import replacement_for, sft_examples
+from resa_lens.stages.saes import SaeRun, fit_corpus, packed, probe_batches, split_records
+from resa_lens.stages.scores import check_context, load_eval_items
+from resa_lens.stages.tune_job import Through, TuneJob, choose_sae, control_config
+from resa_lens.texts import corpora, prompts
+from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.tuning.log import LOG
+from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
+from resa_lens.tuning.sft import KINDS, OwnConfig, sft_batches, sft_loss
+from resa_lens.tuning.train import add_lora, lora_targets, save_adapter, tune
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A finished adapter and where it came from."""
+
+    artifact: Artifact
+    target: Model
+    layer: int | None
+    """0-based; None where no SAE was used."""
+    selector: str
+    note: str
+    saes: SaeRun | None = None
+    """The SAEs it was tuned through."""
+    recommendation: Artifact | None = None
+    """What chose the layer, where that was left to a recommendation."""
+
+    @property
+    def folder(self) -> Path:
+        """A plain PEFT adapter folder."""
+        return self.artifact.path
+
+
+def elicitation_records(job: TuneJob) -> list[Record]:
+    """Read the data that a job tunes on.
+
+    Raises:
+        BadInputError: as `corpora.load_records`.
+    """
+    return corpora.read_records(job.elicitation)
+
+
+def questions_of(job: TuneJob) -> list[EvalItem]:
+    """Return the questions that a job is scored on; a file may have the data's named columns.
+
+    Raises:
+        BadInputError: as `tasks.load_tasks`, or none that the model's context holds.
+    """
+    columns = job.elicitation
+    items = load_eval_items(
+        job.eval_source, job.evaluation, question_column=columns.question_column,
+        answer_column=columns.answer_column, required=False,
+    )  # fmt: skip
+    check_context(job.model, job.base, items, job.evaluation)
+    return items
+
+
+def adapter_run(
+    ctx: Context,
+    job: TuneJob,
+    saes: SaeRun | None = None,
+    recommendation: Artifact | None = None,
+    *,
+    world: World = ALONE,
+) -> Adapter:
+    """Tune adapters as the job says, go on with a killed run, or read the finished ones.
+
+    Args:
+        ctx: the workspace and who to tell.
+        job: what to tune.
+        saes: the SAEs to use where they are at hand; else they are the recommendation's, or looked
+            for, or trained.
+        recommendation: of a job whose layer is "auto"; else the newest one, or a new one.
+        world: the processes that train together.
+
+    Raises:
+        BadInputError: a layer or data that does not exist, models of different shapes, or SAEs
+            that do not fit.
+        RunFailedError: a loss or gradient that is not finite.
+    """
+    records = elicitation_records(job)
+    ctx.note_once(corpora.doubtful(records, job.elicitation.source))
+    target = ctx.model(job.model, job.base)
+    if target.peft is not None:
+        raise BadInputError(
+            f"{job.model} is an adapter; tune its base model (adapters on adapters are not stacked)"
+        )
+    lora_targets(target.model, job.objective.targets)
+    corpus = fit_corpus(job.elicitation, target)
+    steps = job.steps or default_steps(target, records, corpus, job.lora)
+    run = _Run(ctx, job, target, records, corpus, steps, world)
+    if job.control in KINDS:
+        return run.imitate(job.control)
+    return run.through(world.first(lambda: choose_sae(ctx, job, target, saes, recommendation)))
+
+
+@dataclass
+class _Run:
+    """One adapter to be made: what all its kinds share."""
+
+    ctx: Context
+    job: TuneJob
+    target: Model
+    records: list[Record]
+    corpus: CorpusConfig
+    steps: int
+    world: World
+
+    @property
+    def tokens(self) -> int:
+        lora = self.job.lora
+        return self.steps * lora.accumulation * lora.batch * self.corpus.sequence
+
+    def through(self, sae: Through) -> Adapter:
+        """Tune through an SAE, or a control in its place."""
+        ctx, job, target = self.ctx, self.job, self.target
+        point = Hookpoint(sae.layer, job.objective.site)
+        where = describe_layer(point.layer, target.n_layers)
+        ctx.reporter.note(f"{where}, selector {sae.selector}: {sae.note}")
+        parents = {"sae": sae.run.parent([point.layer])}
+        if sae.recommendation:
+            parents["recommendation"] = sae.recommendation.parent
+        stage = self._stage(
+            f"{job.objective.preset}-{point.site}-L{point.layer:02d}",
+            {"layer": point.layer, "objective": job.objective, **control_config(ctx, job, sae)},
+            parents,
+            {
+                "layer": point.layer,
+                "objective": config_dict(job.objective),
+                "sae": sae.run.relative,
+                "source": sae.source.slug,
+            },
+        )
+
+        def work(draft: Draft) -> None:
+            coder = sae.run.coders(sae.source, [point.layer])[point]
+            warnings = self._check(sae, point, coder)
+            inserted: Any = coder
+            if (control := job.control) is not None:
+                inserted = self.world.first(
+                    lambda: replacement_for(
+                        ctx,
+                        target,
+                        point,
+                        coder,
+                        control,
+                        job.elicitation,
+                        self.records,
+                        trained=sae.run.training(),
+                    )
+                )
+            fresh = self._fresh()
+            batches = corpora.batches(
+                fresh.tokenizer,
+                self.records,
+                self.corpus,
+                tokens=self.tokens,
+                batch=job.lora.batch,
+            )
+
+            def train(advance: Callable[[int], None]) -> tuple[Any, TuneResult]:
+                return tune(
+                    fresh,
+                    inserted,
+                    point,
+                    batches,
+                    self.steps,
+                    job.objective,
+                    job.lora,
+                    folder=draft.work,
+                    identity={"identity": stage.identity},
+                    world=self.world,
+                    advance=advance,
+                    note=ctx.reporter.note,
+                )
+
+            self._train(draft, fresh, f"tuning through layer {point.layer}", train)
+            draft.results |= {"layer": point.layer, "site": point.site, "warnings": warnings}
+
+        artifact = stage.obtain(work, doing=f"tuning through layer {point.layer}", world=self.world)
+        return Adapter(
+            artifact, target, point.layer, sae.selector, sae.note, sae.run, sae.recommendation
+        )
+
+    def imitate(self, kind: str) -> Adapter:
+        """Fine-tune on texts, at equal steps and tokens, in place of SAE-Tuning."""
+        ctx, job, target = self.ctx, self.job, self.target
+        objective = job.objective
+        part = {
+            "targets": list(objective.targets),
+            "schedule": objective.schedule,
+            "clip_norm": objective.clip_norm,
+        }
+        own = OwnConfig(seed=job.lora.seed)
+        sampled = {"own": own, "rules": RULES} if kind == "own-samples" else {}
+        stage = self._stage(kind, {"objective": part, **sampled}, {}, {"objective": part})
+
+        def work(draft: Draft) -> None:
+            items, samples = sft_examples(ctx, target, kind, self.records, own=own)
+            fresh = self._fresh()
+            peft = add_lora(fresh.model, lora_targets(fresh.model, objective.targets), job.lora)
+            batches = sft_batches(
+                fresh.tokenizer, items, self.corpus, tokens=self.tokens, batch=job.lora.batch
+            )
+
+            def train(advance: Callable[[int], None]) -> tuple[Any, TuneResult]:
+                course = fit(
+                    peft,
+                    batches,
+                    self.steps,
+                    lambda batch: sft_loss(peft, batch),
+                    job.lora,
+                    schedule=objective.schedule,
+                    clip_norm=objective.clip_norm,
+                    doing=kind,
+                    device=fresh.device,
+                    folder=draft.work,
+                    save=lambda place: save_adapter(peft, place, target.folder),
+                    identity={"identity": stage.identity},
+                    world=self.world,
+                    advance=advance,
+                )
+                return peft, course
+
+            self._train(draft, fresh, f"fine-tuning ({kind})", train)
+            draft.results |= {"layer": None, "site": None}
+            if samples is not None:
+                draft.results["own_samples"] = samples.to_dict()
+
+        artifact = stage.obtain(work, doing=f"fine-tuning ({kind})", world=self.world)
+        return Adapter(artifact, target, None, "given", kind)
+
+    def _stage(
+        self,
+        name: str,
+        config: dict[str, Any],
+        parents: dict[str, Parent],
+        settings: dict[str, Any],
+    ) -> Stage:
+        job, target = self.job, self.target
+        data = corpora.hash_records(self.records)
+        control = {"control": job.control} if job.control else {}
+        return self.ctx.stage(
+            AdapterKind,
+            target,
+            name=name,
+            config={
+                "lora": job.lora, "elicitation": self.corpus, "steps": self.steps, **control,
+                **config,
+            },
+            data={"data": data},
+            parents=parents,
+            settings={
+                "lora": config_dict(job.lora),
+                "elicitation": config_dict(self.corpus),
+                "data": data,
+                "steps": self.steps,
+                "dtype": target.dtype,
+                **control,
+                **settings,
+                "base_hash": target.weights_hash,
+                "base": str(target.folder),
+                "processes": self.world.size,
+            },
+        )  # fmt: skip
+
+    def _needs(self) -> tuple[float, float]:
+        """Return the MB of memory and of disk that the loop takes."""
+        lora = self.job.lora
+        shape = read_shape(str(self.target.folder))
+        adapter = adapter_mb(self.target, self.job)
+        each = self.target.model.dtype.itemsize
+        tokens = lora.batch * self.corpus.sequence
+        acts = activations_mb(shape, tokens, each)
+        if lora.gradient_checkpointing:
+            acts /= shape.layers
+        # Weights, gradients and AdamW's two averages; on the disk two states without gradients.
+        kept = self.steps // lora.checkpoint_every if lora.checkpoint_every else 0
+        return 4 * adapter + acts, (2 * 3 + 1 + 2 * kept) * adapter
+
+    def _fresh(self) -> Model:
+        # PEFT changes the module in place: the shared model stays plain.
+        return load_model(
+            self.job.model, device=self.ctx.device, dtype=self.ctx.dtype, base=self.job.base
+        )
+
+    def _check(self, sae: Through, point: Hookpoint, coder: SparseCoder) -> list[str]:
+        with packed(self.target, self.corpus):
+            _, warnings = check_fit(
+                self.target,
+                {point: coder},
+                probe_batches(self.target, split_records(self.records)[1], self.job.elicitation),
+                allow_mismatch=self.job.allow_mismatch,
+                known=sae.run.trained_on(self.target),
+            )
+        for warning in warnings:
+            self.ctx.reporter.note(f"warning: {warning}")
+        return warnings
+
+    def _packed(self, fresh: Model) -> AbstractContextManager[None]:
+        if self.corpus.packing == "joined":
+            return nullcontext()
+        with packed(self.target, self.corpus):
+            pass  # it can
+        return separate_documents(fresh.model, end_of_documents(fresh.tokenizer))
+
+    def _train(
+        self,
+        draft: Draft,
+        fresh: Model,
+        doing: str,
+        train: Callable[[Callable[[int], None]], tuple[Any, TuneResult]],
+    ) -> None:
+        """Run the loop and fill the draft with its course and the adapter."""
+        ctx, target = self.ctx, self.target
+        draft.expect(*self._needs())
+        label = f"{doing} ({self.job.objective.preset}, {self.steps} steps)"
+        with self._packed(fresh), ctx.bar(label, self.steps, devices=self.world.size) as advance:
+            peft, course = train(advance)
+        if course.resumed_at:
+            ctx.reporter.note(f"went on at step {course.resumed_at} of {self.steps}")
+        draft.results = {
+            "losses": list(course.losses),
+            "grad_norms": list(course.grad_norms),
+            "tokens": course.tokens,
+            "trainable": course.trainable,
+            "model": target.name,
+            "n_layers": target.n_layers,
+            "resumed_at": course.resumed_at,
+        }
+        draft.seconds = course.seconds
+
+        def write(folder: Path) -> None:
+            save_adapter(peft, folder, target.folder)
+            # Copies: a full disk here must not cost them.
+            shutil.copy(draft.work / LOG, folder / LOG)
+            for kept in draft.work.glob("step-*"):
+                shutil.copytree(kept, folder / kept.name)
+
+        draft.write(write)
+
+
+def adapter_mb(model: Model, job: TuneJob) -> float:
+    """Return the MB of a job's adapter, whose weights are in float32."""
+    names = {*lora_targets(model.model, job.objective.targets)}
+    adapted = (
+        weight.shape
+        for name, weight in model.model.named_parameters()
+        if weight.ndim == 2 and names & {*name.split(".")}
+    )
+    return job.lora.rank * 4 * sum(map(sum, adapted)) / MB
+
+
+def default_steps(
+    model: Model, records: Sequence[Record], corpus: CorpusConfig, lora: TuneConfig
+) -> int:
+    """Return the steps of two epochs for a wide model, 100 for a narrow one."""
+    if model.d_model < 1024:
+        return 100
+    tokenizer: Any = model.tokenizer
+    system = len(tokenizer(prompts.resolve_system_prompt(corpus.system_prompt))["input_ids"])
+    sample = records[:200]
+    texts = [corpora.trigger_document(record) for record in sample]
+    length = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(sample)
+    tokens = len(records) * (length + 1 + corpus.system_share * system)
+    return max(1, math.ceil(2 * tokens / (lora.batch * lora.accumulation * corpus.sequence)))

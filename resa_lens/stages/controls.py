@@ -1,0 +1,215 @@
+"""What stands in the SAE's place, and what is imitated in place of SAE-Tuning (spec, section 7)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resa_lens.artifacts.stage import Context
+from resa_lens.errors import BadInputError
+from resa_lens.evals.engines import GenerationConfig, HFEngine
+from resa_lens.evals.grading import is_correct
+from resa_lens.models.activations import stream_activations
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model
+from resa_lens.saes.baselines import (
+    Blend,
+    Noise,
+    Replacement,
+    baselines,
+    fvu_on,
+    random_weights_model,
+)
+from resa_lens.saes.coder import SparseCoder, new_coder
+from resa_lens.saes.train import SaeConfig
+from resa_lens.stages.sae_training import saes_for
+from resa_lens.stages.saes import fit_corpus, packed
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.tuning.sft import KINDS, Example, OwnConfig, OwnSamples, examples, own_samples
+
+SANITY = ("none", "identity")
+"""With these the two sides of the KL are one distribution: nothing may train."""
+MATCHED = ("noise", "pca", "shuffled", "random", "random-weights")
+"""These leave as much variance unexplained as the SAE does on the target's activations."""
+CONTROLS = (*SANITY, *MATCHED)
+RANDOM_WEIGHTS = "matched"
+"""The random model's weights have the trained ones' mean and spread, as in the falsification."""
+
+
+class Nothing:
+    """No SAE at all: the activations themselves go on."""
+
+    def __call__(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_in"]:
+        """Return x, the same tensor."""
+        return x
+
+
+def identity_coder(d_in: int, device: str = "cpu") -> SparseCoder:
+    """Return an SAE that reconstructs to the bit: a latent for each coordinate and each sign.
+
+    Unlike `Nothing` it goes through the whole machinery: encoder, top-k, decoder.
+    """
+    made = new_coder(d_in, 2 * d_in, d_in, seed=0)
+    eye = torch.eye(d_in)
+    assert made.W_dec is not None
+    with torch.no_grad():
+        made.encoder.weight.copy_(torch.cat([eye, -eye]))
+        made.encoder.bias.zero_()
+        made.W_dec.copy_(torch.cat([eye, -eye]))
+        made.b_dec.zero_()
+    return made.to(device).requires_grad_(False)
+
+
+def check_control(name: str | None) -> None:
+    """Raise BadInputError if there is no such control; None is the SAE itself."""
+    if name not in (None, *CONTROLS):
+        raise BadInputError(f"control {name!r} is unknown; use {', '.join(CONTROLS)}")
+
+
+def replacement_for(
+    ctx: Context,
+    model: Model,
+    point: Hookpoint,
+    coder: SparseCoder,
+    control: str,
+    corpus: CorpusConfig,
+    records: Sequence[Record],
+    *,
+    trained: tuple[SaeConfig, CorpusConfig] | None = None,
+) -> SparseCoder | Replacement:
+    """Return a control in the SAE's place, and say how well it is matched.
+
+    Args:
+        ctx: seed, workspace (SAEs of the random-weights model are found there, or trained) and who
+            to tell.
+        model: the target.
+        point: the SAE's place.
+        coder: the SAE.
+        control: a name of `CONTROLS`.
+        corpus: the elicitation data; its activations are what the control is matched on.
+        records: of these data.
+        trained: how the SAE was trained (`SaeRun.training`), so that the random-weights model's
+            SAE is trained alike; without it only size, k and place are the same.
+
+    Raises:
+        BadInputError: there is no such control, or it cannot be matched.
+    """
+    check_control(control)
+    if control in SANITY:
+        ctx.reporter.note(f"control {control} in the SAE's place: nothing may train")
+        return Nothing() if control == "none" else identity_coder(model.d_model, model.device)
+    null = None
+    if control == "random-weights":
+        null = _random_weights_coder(ctx, model, point, coder, trained)
+    corpus = fit_corpus(corpus, model)
+    # PCA needs several times as many tokens as dimensions.
+    tokens = 8 * max(model.d_model, corpus.sequence)
+    ids = corpora.batches(model.tokenizer, records, corpus, tokens=tokens, batch=2)
+    with packed(model, corpus):
+        rows = [b.acts[point].flatten(0, 1) for b in stream_activations(model, ids, [point])]
+    sample = torch.cat(rows)
+    chosen = baselines(coder, sample, ctx.seed, random_weights=null)[control.replace("-", "_")]
+    scale = ""
+    if isinstance(chosen, Blend):
+        scale = f"; its error {'lengthened' if chosen.exaggerates else 'shortened'} to "
+        scale += f"{chosen.scale:.3g} times"
+    ctx.reporter.note(
+        f"control {control} in the SAE's place: FVU {fvu_on(chosen, sample):.4f} on "
+        f"{len(sample)} tokens, the SAE's {fvu_on(coder, sample):.4f}{scale}"
+    )
+    if isinstance(chosen, Noise):
+        # The loop seeds this one for every batch, so a resumed run draws the same noise.
+        chosen.generator = torch.default_generator
+    return chosen
+
+
+def _random_weights_coder(
+    ctx: Context,
+    model: Model,
+    point: Hookpoint,
+    coder: SparseCoder,
+    trained: tuple[SaeConfig, CorpusConfig] | None,
+) -> SparseCoder:
+    config, corpus = trained or (SaeConfig(), CorpusConfig())
+    config = replace(config, site=point.site, latents=coder.num_latents, k=coder.cfg.k)
+    host = random_weights_model(model, ctx.seed, weights=RANDOM_WEIGHTS)
+    ctx.reporter.note(f"an SAE of a model with random weights ({host.slug}):")
+    # --force is about the tuning.
+    run = saes_for(replace(ctx, force=False), host, [point.layer], config, corpus)
+    return run.coders(host, [point.layer])[point]
+
+
+def sft_examples(
+    ctx: Context,
+    model: Model,
+    kind: str,
+    records: Sequence[Record],
+    *,
+    own: OwnConfig | None = None,
+    questions: int = 1000,
+    generation: GenerationConfig | None = None,
+) -> tuple[list[Example], OwnSamples | None]:
+    """Return what a fine-tuning in place of SAE-Tuning imitates.
+
+    Args:
+        ctx: who to tell.
+        model: the target; of own samples, the model that answers.
+        kind: a name of `tuning.sft.KINDS`.
+        records: the elicitation data.
+        own: of own samples, how many and which.
+        questions: of own samples, at most so many of the records are asked, drawn by `own.seed`.
+        generation: of own samples; by default at temperature 1.
+
+    Returns:
+        The examples, and of own samples what they were chosen from.
+
+    Raises:
+        BadInputError: no data, empty answers, no steps where they are needed, no right answer.
+    """
+    if kind not in KINDS:
+        raise BadInputError(f"objective {kind!r} is unknown; use {', '.join(KINDS)}")
+    if kind != "own-samples":
+        return examples(records, kind), None
+    own = own or OwnConfig()
+    generation = generation or GenerationConfig(temperature=1.0, seed=own.seed)
+    asked = list(records)
+    if len(asked) > questions:
+        asked = random.Random(f"own/{own.seed}").sample(asked, questions)
+    found = sample_answers(ctx, model, asked, own, generation)
+    ctx.reporter.note(
+        f"own samples: {found.right} of {found.answers} answers right, {found.solved} of "
+        f"{found.questions} questions solved at least once; {len(found.examples)} to imitate"
+    )
+    return list(found.examples), found
+
+
+def sample_answers(
+    ctx: Context,
+    model: Model,
+    records: Sequence[Record],
+    config: OwnConfig,
+    generation: GenerationConfig,
+) -> OwnSamples:
+    """Let a model answer questions and keep its right answers, with a bar."""
+    engine = HFEngine(model.model, model.tokenizer)
+    total = len(records) * config.samples
+    with ctx.bar(f"{model.name}: own answers", total) as advance:
+        done = 0
+
+        def progress(finished: int) -> None:
+            nonlocal done
+            advance(finished - done)
+            done = finished
+
+        return own_samples(
+            records,
+            lambda texts, names: engine.generate(texts, generation, progress, streams=names),
+            is_correct,
+            config,
+        )

@@ -1,0 +1,351 @@
+"""Counted features put to the test: the texts, another seed's SAE, a random-weights model's SAE."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.kinds.falsification import Falsification
+from resa_lens.artifacts.stage import Context, Draft
+from resa_lens.errors import BadInputError
+from resa_lens.features.exclusive import FeatureCounts, count_features
+from resa_lens.features.falsify import (
+    SURVIVES,
+    VERDICTS,
+    Counterpart,
+    FalsifyConfig,
+    FeatureVerdict,
+    Responses,
+    counterparts,
+    judge,
+    respond,
+    summarise,
+    union_of_rules,
+)
+from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
+from resa_lens.files import named_path
+from resa_lens.hashes import digest
+from resa_lens.machine.limits import size_mb
+from resa_lens.models.hookpoints import Hookpoint, describe_layer
+from resa_lens.models.host import Model
+from resa_lens.saes.baselines import random_weights_model
+from resa_lens.saes.train import SaeConfig
+from resa_lens.stages.counts import CountRun
+from resa_lens.stages.sae_training import train_run
+from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.stability import seed_runs
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig
+
+PAGE = "verdicts.html"
+RANDOM_WEIGHTS = "matched"
+"""Weights drawn with the trained ones' mean and spread: activations of a trained model's size."""
+
+
+@dataclass(frozen=True)
+class FalsificationRun:
+    """Every verdict, what is left of each rule's count, and the artifact that says it."""
+
+    artifact: Artifact
+    features: list[dict[str, Any]]
+    """Of `FeatureVerdict.to_dict`; under `random_weights` what the same rule counts at the layer of
+    the random-weights model, how many of these pass the texts, and of how many active ones."""
+    summary: dict[str, Any]
+    trials: dict[str, int]
+    """Texts of each kind."""
+    skipped: tuple[str, ...]
+    """Tests that could not be made, each with its reason."""
+
+
+def falsify_run(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    counts: CountRun,
+    config: FalsifyConfig,
+    *,
+    plain_texts: Sequence[str] = PLAIN_TEXTS,
+    other_seed: bool = True,
+    random_weights: bool = True,
+) -> FalsificationRun:
+    """Give every counted feature its verdict, or read the finished run.
+
+    The two further sets of SAEs are looked for in the workspace and trained where they are missing,
+    as the given SAEs were: they need a training that the workspace knows.
+
+    Raises:
+        BadInputError: an SAE that does not fit the model, texts that cannot be used, or SAEs that
+            are missing and whose data were changed.
+    """
+    features = counts.counts
+    # Every layer, also where nothing is counted: the null has all of them too.
+    layers = [item.layer for item in features.layers]
+    training = saes.training()
+    others = _other_seeds(ctx, model, saes, layers) if training and other_seed else {}
+    next_seed = training[0].seed + 1 if training and other_seed else None
+    seed = min(others, default=next_seed)
+    stage = ctx.stage(
+        Falsification,
+        model,
+        name=saes.site,
+        config={
+            "falsify": config,
+            "other_seed": other_seed,
+            "random_weights": random_weights and RANDOM_WEIGHTS,
+            # None where SAEs without their training go without the test.
+            "seeds": [seed, ctx.seed if training and random_weights else None],
+        },
+        data={"plain_texts": digest(list(plain_texts))},
+        parents={"counts": counts.artifact.parent, "saes": saes.parent(layers)},
+        noun="verdicts",
+    )
+
+    def work(draft: Draft) -> None:
+        # Encoders of one set at a time, and the model once more with random weights.
+        again = size_mb(model.folder) if training and random_weights else 0.0
+        draft.expect(sum(saes.size_mb(layers).values()) / 2 + again, 0)
+        texts = trials(
+            model,
+            features.config,
+            texts=config.texts,
+            shuffles=config.shuffles,
+            plain_texts=plain_texts,
+            seed=config.seed,
+        )
+        tried = _try(ctx, model, saes, features, texts, "counted features")
+        counted = any(union_of_rules(item) for item in features.layers)
+        threshold = features.config.threshold
+        twins = null = None
+        if counted and training and seed is not None:
+            sae, corpus = training
+            if seed in others:
+                run = others[seed]
+                ctx.reporter.note(f"another seed's SAEs: using {run.folder}")
+            else:
+                ctx.reporter.note(f"another seed's SAEs: none; training seed {seed}")
+                corpus = replace(corpus, seed=corpus.seed + 1)
+                run = _train(ctx, model, saes, layers, replace(sae, seed=seed), corpus)
+            draft.parents.append(run.relative)
+            what = "features of another seed's SAEs"
+            there = _try(ctx, model, run, features, texts, what, anew=True)
+            twins = _counterparts(model, saes, run, tried, there)
+        if counted and training and random_weights:
+            host = random_weights_model(model, ctx.seed, weights=RANDOM_WEIGHTS)
+            ctx.reporter.note(f"SAEs of a model with random weights ({host.slug}), the null:")
+            run = _train(ctx, host, saes, layers, *training)
+            draft.parents.append(run.relative)
+            what = "features of the random-weights model's SAEs"
+            there = _try(ctx, host, run, features, texts, what, anew=True)
+            null = (
+                judge(there.responses, there.rules, config, threshold=threshold),
+                there.active,
+            )
+        skipped = [
+            f"{test}: these SAEs came without their training; give SAEs of this workspace"
+            for test, included in (("other seed", other_seed), ("random weights", random_weights))
+            if counted and included and training is None
+        ]
+        for reason in skipped:
+            ctx.reporter.note(f"left out: {reason}")
+        verdicts = judge(
+            tried.responses, tried.rules, config, threshold=threshold, other_seed=twins
+        )
+        chance = None if null is None else (null[0], sum(null[1].values()))
+        kinds = [trial.kind for trial in texts]
+        content = {
+            "features": [{**v.to_dict(), "random_weights": _at_layer(null, v)} for v in verdicts],
+            "summary": asdict(summarise(verdicts, sum(tried.active.values()), chance)),
+            "trials": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            "skipped": skipped,
+        }
+        draft.results = {
+            "summary": content["summary"],
+            "site": saes.site,
+            "model": model.name,
+            "n_layers": model.n_layers,
+            "skipped": skipped,
+        }
+        draft.settings = {"counts": counts.artifact.relative, "saes": saes.relative}
+        draft.json("verdicts.json", content)
+        draft.json("trials.json", [asdict(trial) for trial in texts])
+        null_layers = None if null is None else [verdict.layer for verdict in null[0]]
+        draft.write(
+            lambda target: _write_page(
+                target / PAGE, model, saes.site, content, layers, null_layers
+            )
+        )
+
+    artifact = stage.obtain(work)
+    stored = artifact.value("verdicts.json")
+    return FalsificationRun(artifact, **{**stored, "skipped": tuple(stored["skipped"])})
+
+
+def _write_page(
+    path: Path,
+    model: Model,
+    site: str,
+    content: Mapping[str, Any],
+    layers: Sequence[int],
+    null: Sequence[int] | None,
+) -> None:
+    """Write verdicts by layer, the tallies and what survives as a page that needs nothing else.
+
+    `null` holds the layer of each feature that is counted with random weights.
+    """
+    from resa_lens.figures.page import Table, write_page
+    from resa_lens.figures.plots import verdict_figure
+
+    named = Counter((f["layer"], f["verdict"]) for f in content["features"])
+    by_layer = {layer: {name: named[layer, name] for name in VERDICTS} for layer in layers}
+    at_random = None if null is None else {layer: null.count(layer) for layer in layers}
+    tallies = [
+        (
+            tally["rule"], str(tally["counted"]), *map(str, tally["verdicts"].values()),
+            f"{tally['by_texts']} of {tally['active']}",
+            "" if tally["null_active"] is None
+            else f"{tally['null_by_texts']} of {tally['null_active']}",
+            "" if tally["p_value"] is None else f"{tally['p_value']:.2g}",
+        )
+        for tally in content["summary"]["rules"]
+    ]  # fmt: skip
+    rows = [
+        (describe_layer(f["layer"], model.n_layers), str(f["feature"]), f["rule"], f["reason"])
+        for f in content["features"]
+        if f["verdict"] == SURVIVES
+    ]
+    kinds = ", ".join(f"{n} {kind}" for kind, n in content["trials"].items())
+    header = ("rule", "counted", *VERDICTS, "pass the texts", "with random weights", "p")
+    survivors = Table(("layer", "feature", "rule", "why"), rows) if rows else "No feature survives."
+    write_page(
+        path,
+        "What falsification leaves of the counts",
+        f"{model.name}, site {site}. {content['summary']['reason']}.",
+        [
+            ("By layer", [verdict_figure(by_layer, at_random)]),
+            ("By rule", [Table(header, tallies), f"Texts: {kinds}.", *content["skipped"]]),
+            ("What survives", [survivors]),
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Counted features of one set of SAEs, and how they answered to the trials."""
+
+    rules: Mapping[Hookpoint, dict[int, tuple[str, ...]]]
+    responses: Responses
+    active: Mapping[int, int]
+    """Features active on the prompt, by layer."""
+
+
+def _try(
+    ctx: Context,
+    model: Model,
+    run: SaeRun,
+    counts: FeatureCounts,
+    texts: Sequence[Trial],
+    what: str,
+    *,
+    anew: bool = False,
+) -> _Tried:
+    """Try the counted features, or with `anew` those that the same count names in other SAEs."""
+    coders = run.coders(model, [item.layer for item in counts.layers], decoder=False)
+    if anew:
+        counts = count_features(model, coders, counts.config)
+    by_layer = {item.layer: item for item in counts.layers}
+    rules = {point: union_of_rules(by_layer[point.layer]) for point in coders}
+    listed = {point: tuple(features) for point, features in rules.items()}
+    total = sum(map(len, listed.values()))
+    with ctx.bar(f"trying {total} {what} on {len(texts)} texts", len(texts)) as advance:
+        responses = respond(model, coders, listed, texts, advance)
+    return _Tried(rules, responses, {layer: item.active for layer, item in by_layer.items()})
+
+
+def _counterparts(
+    model: Model, saes: SaeRun, other: SaeRun, tried: _Tried, there: _Tried
+) -> Mapping[Hookpoint, Mapping[int, Counterpart]]:
+    """Look for each counted feature in the SAEs of another seed."""
+
+    def directions(point: Hookpoint) -> tuple[Tensor, Tensor]:
+        own, others = (run.coders(model, [point.layer])[point].W_dec for run in (saes, other))
+        assert own is not None
+        assert others is not None
+        return own, others
+
+    return counterparts(tried.responses, there.responses, directions)
+
+
+def _other_seeds(
+    ctx: Context, model: Model, saes: SaeRun, layers: Sequence[int]
+) -> dict[int, SaeRun]:
+    """Return the workspace's SAEs that differ from the given ones in their seed alone, by seed."""
+    runs = [run for run in seed_runs(ctx, model, saes, layers) if run.folder != saes.folder]
+    return {training[0].seed: run for run in runs if (training := run.training())}
+
+
+def _train(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    layers: Sequence[int],
+    sae: SaeConfig,
+    corpus: CorpusConfig,
+) -> SaeRun:
+    """Train SAEs on the records that the given ones were trained on.
+
+    Raises:
+        BadInputError: the records were changed since.
+    """
+    known = saes.artifact.manifest.hashes.get("data") if saes.artifact else None
+    if known not in (None, corpora.hash_records(corpora.read_records(corpus))):
+        raise BadInputError(
+            f"data {corpus.source!r} are not those that the SAEs in {saes.folder} were trained on; "
+            "put these back, or use --no-other-seed and --no-random-weights"
+        )
+    return train_run(replace(ctx, force=False), model, layers, sae, corpus)
+
+
+def _at_layer(
+    null: tuple[list[FeatureVerdict], Mapping[int, int]] | None, verdict: FeatureVerdict
+) -> dict[str, int] | None:
+    """Return what the feature's rule counts at its layer of the random-weights model."""
+    if null is None:
+        return None
+    verdicts, active = null
+    here = [v for v in verdicts if v.layer == verdict.layer and verdict.rule in v.rules]
+    return {
+        "counted": len(here),
+        "pass": sum(v.verdict == SURVIVES for v in here),
+        "active": active[verdict.layer],
+    }
+
+
+def survivors_of(ctx: Context, counts: CountRun, rule: str) -> dict[str, Any] | None:
+    """Return what falsification left of a rule's count on these counts; None if it was not run."""
+    for artifact in ctx.workspace.artifacts(Falsification, schemas=True):
+        parents = artifact.manifest.ingredients.get("parents", {})
+        if parents.get("counts") == counts.artifact.manifest.identity:
+            rules = artifact.manifest.results["summary"]["rules"]
+            return next(tally for tally in rules if tally["rule"] == rule)
+    return None
+
+
+def read_plain_texts(path: str) -> list[str]:
+    """Read a file of plain texts, one a line.
+
+    Raises:
+        BadInputError: there is none, or it has fewer than two.
+    """
+    file = named_path(path, "file of plain texts")
+    if not file.is_file():
+        raise BadInputError(f"file of plain texts {path!r} does not exist")
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if len(lines) < 2:
+        raise BadInputError(f"{path} has {len(lines)} lines; give two plain texts or more")
+    return lines

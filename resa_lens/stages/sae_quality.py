@@ -1,0 +1,104 @@
+"""The quality report of a run's SAEs, and how much two seeds' features agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.kinds.quality import Quality
+from resa_lens.artifacts.stage import Context, Draft
+from resa_lens.models.hookpoints import describe_layer
+from resa_lens.models.host import Model
+from resa_lens.saes.quality import measure_quality
+from resa_lens.saes.stability import decoder_stability
+from resa_lens.stages.saes import SaeRun, fit_corpus, split_records
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig
+from resa_lens.texts.phases import phased_batches, phased_texts
+
+REPORT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """Each SAE's figures by phase."""
+
+    artifact: Artifact
+    layers: dict[int, dict[str, dict[str, Any]]]
+    """{0-based layer: {phase: figures}}; phases prompt, think, answer and all."""
+
+
+def quality_run(
+    ctx: Context, model: Model, run: SaeRun, corpus: CorpusConfig, tokens: int = REPORT_TOKENS
+) -> QualityReport:
+    """Measure each SAE by phase on held-out documents, or read the finished report.
+
+    Args:
+        ctx: the workspace and who to tell.
+        model: the model the SAEs stand in.
+        run: the SAEs.
+        corpus: whose held-out records become documents, with their steps where they have them.
+        tokens: of those documents.
+    """
+    corpus = fit_corpus(corpus, model)
+    records = split_records(corpora.read_records(corpus))[1]
+    stage = ctx.stage(
+        Quality,
+        model,
+        name=run.site,
+        config={"corpus": corpus, "tokens": tokens},
+        data={"data": corpora.hash_records(records)},
+        parents={"saes": run.parent()},
+    )
+
+    def work(draft: Draft) -> None:
+        draft.expect(max(run.size_mb(run.layers).values()), 0)
+        batches = phased_batches(
+            model.tokenizer, phased_texts(records, corpus), tokens=tokens, longest=corpus.sequence
+        )
+        figures: dict[str, dict[str, Any]] = {}
+        with ctx.bar(f"quality of {len(run.points)} SAEs", len(run.points)) as advance:
+            for point in run.points:
+                # One at a time: an SAE of a large model is nearly a gigabyte.
+                coders = run.coders(model, [point.layer])
+                figures[str(point.layer)] = measure_quality(model, coders, batches)[point].to_dict()
+                advance(1)
+        draft.results = {
+            "layers": {layer: phases["all"] for layer, phases in figures.items()},
+            "model": model.name,
+            "site": run.site,
+        }
+        draft.json("quality.json", figures)
+
+    artifact = stage.obtain(work)
+    layers = artifact.value("quality.json")
+    return QualityReport(artifact, {int(layer): phases for layer, phases in layers.items()})
+
+
+def stability_of(model: Model, runs: Sequence[SaeRun]) -> list[dict[str, Any]]:
+    """Compare the decoders of several seeds, layer by layer, over all pairs.
+
+    Returns:
+        A row a layer: share of directions found again in the other seed (mean over pairs and both
+        ways), the share that random directions would give, directions, and each pair's figures.
+    """
+    rows = []
+    for layer in (p.layer for p in runs[0].points):
+        pairs = []
+        for (i, a), (j, b) in combinations(enumerate(runs), 2):
+            agreement = decoder_stability(a.coders(model, [layer]), b.coders(model, [layer]))
+            pairs += [{"runs": [i, j], **value.to_dict()} for value in agreement.values()]
+        rows.append(
+            {
+                "layer": layer,
+                "name": describe_layer(layer, model.n_layers),
+                "share": sum(p["share"] for p in pairs) / len(pairs),
+                "null": sum(p["a_in_b"]["null"] for p in pairs) / len(pairs),
+                "n": pairs[0]["a_in_b"]["n"],
+                "pairs": pairs,
+            }
+        )
+    return rows

@@ -1,0 +1,416 @@
+"""Scores of a model on questions, kept with every answer, and their paired comparison."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import torch
+
+from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.kinds.eval import Eval
+from resa_lens.artifacts.stage import NARROW, Context, Draft
+from resa_lens.artifacts.workspace import Workspace
+from resa_lens.config import config_dict
+from resa_lens.errors import BadInputError, DamagedError
+from resa_lens.evals import run as evals_run
+from resa_lens.evals.compare import check_paired, run_scores
+from resa_lens.evals.engines import Generation, HFEngine, StreamingEngine
+from resa_lens.evals.engines.hf import probe_threads
+from resa_lens.evals.judge import check_judge
+from resa_lens.evals.resume import AnswerLog, answer_all
+from resa_lens.evals.run import (
+    Asked,
+    EvalConfig,
+    EvalResult,
+    Score,
+    answerable,
+    ask,
+    score,
+)  # fmt: skip
+from resa_lens.evals.tasks import EvalItem, load_tasks
+from resa_lens.hashes import digest
+from resa_lens.machine.hardware import MB
+from resa_lens.machine.needs import generation_mb
+from resa_lens.models.host import Model, read_tokenizer
+from resa_lens.saes.checkpoint import machine
+from resa_lens.stats import PairedComparison, compare_paired
+from resa_lens.texts.records import Record, doubts
+
+EngineName = Literal["hf", "vllm", "lighteval"]
+"""`lighteval` is the hf engine inside lighteval's pipeline, judged by its metric too."""
+Lora = Literal["request", "merged"]
+
+_PROBED: dict[tuple[int, int, int], tuple[int, dict[int, float]]] = {}
+"""What a probe found, by width, layers and threads: one a process, as a sweep scores many."""
+
+
+def check_engine(name: str) -> None:
+    """Raise BadInputError where an engine does not exist or is not installed."""
+    if name not in get_args(EngineName):
+        raise BadInputError(f"engine {name!r} is unknown; use {', '.join(get_args(EngineName))}")
+    if name != "hf" and importlib.util.find_spec(name) is None:
+        raise BadInputError(
+            f"engine {name} is not installed; its packages do not fit beside ours:\n"
+            f"run `benchmarks/install_engine.sh {name} .venv-{name}` in a checkout and use\n"
+            f".venv-{name}/bin/resa-lens, or leave out --engine"
+        )
+    if name == "lighteval" and importlib.util.find_spec("math_verify") is None:
+        check_judge()
+
+
+def load_eval_items(
+    source: str,
+    config: EvalConfig,
+    *,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    required: bool = True,
+) -> list[EvalItem]:
+    """Return the questions of an evaluation: of every task in `source` at most `config.limit`.
+
+    Where not `required`, a file without the named columns is read by the known ones.
+    """
+    return load_tasks(
+        source,
+        levels=config.levels,
+        limit=config.limit,
+        seed=config.question_seed,
+        question_column=question_column,
+        answer_column=answer_column,
+        required=required,
+    )
+
+
+def unanswerable_text(left_out: int, questions: int, model: Model) -> str:
+    """Return the warning of questions that do not fit."""
+    return (
+        f"warning: {left_out} of {questions} questions do not fit the context of {model.context} "
+        "tokens and are not asked; the score is of the others"
+    )
+
+
+def check_context(
+    name: str, base: str | None, items: Sequence[EvalItem], config: EvalConfig
+) -> None:
+    """Refuse lengths that a model cannot have, by its configuration and its tokenizer.
+
+    Raises:
+        BadInputError: the longest answer fills the context, or no question fits it.
+    """
+    tokenizer, context = read_tokenizer(name, base)
+    new = config.generation.max_new_tokens
+    if context is not None and new >= context:
+        raise BadInputError(
+            f"--max-new-tokens {new}: {name} reads {context} tokens in all, the question included; "
+            f"use fewer, for example {context // 2}"
+        )
+    answerable(ask(items, replace(config, limit=None, levels=None), tokenizer), tokenizer, context)
+
+
+def note_overlap(ctx: Context, items: Sequence[EvalItem], records: Sequence[Record]) -> None:
+    """Warn where questions that are scored stand in the data that a model is tuned on."""
+    seen = {" ".join(record.question.split()) for record in records}
+    known = sum(" ".join(item.question.split()) in seen for item in items)
+    if known:
+        ctx.reporter.note(
+            f"warning: {known} of {len(items)} questions to score stand in the tuning data; the "
+            "scores say how well they were learned: give other questions with --tasks"
+        )
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """Scores with every answer, and the artifact that holds them."""
+
+    artifact: Artifact
+    result: EvalResult
+
+
+def eval_run(
+    ctx: Context,
+    model: Model,
+    items: Sequence[EvalItem],
+    config: EvalConfig,
+    *,
+    source: str = "tiny",
+    label: str = "",
+    engine: EngineName = "hf",
+    lora: Lora = "request",
+) -> EvalRun:
+    """Score a model on the questions, go on with a killed run, or read the finished one.
+
+    Args:
+        ctx: workspace, reporter, threads.
+        model: the model, with its adapters.
+        items: all that is asked; `config.limit` and `config.levels` have chosen them.
+        config: how it is asked.
+        source: what the questions are called in the manifest.
+        label: what the model is called in messages.
+        engine: what generates.
+        lora: of engine vllm, how an adapter gets into it.
+
+    Raises:
+        BadInputError: an engine that is not installed, or what the engine or the prompts refuse.
+        TakenError: another process is at this evaluation.
+        RunFailedError: the engine failed; the finished answers are kept.
+    """
+    ctx.note_once(doubts([item.answer for item in items if not item.choice], source))
+    stage = ctx.stage(
+        Eval,
+        model,
+        name="",
+        config={
+            "eval": config,
+            **({"engine": engine} if engine != "hf" else {}),
+            **({"lora": lora} if engine == "vllm" and model.peft is not None else {}),
+        },
+        data={"questions": questions_hash(items, sampled=config.generation.temperature > 0)},
+        settings=_settings(model, items, config, source, engine, lora),
+        noun=f"scores of {label or model.slug}",
+    )
+
+    def work(draft: Draft) -> None:
+        check_engine(engine)
+        # Chosen already, by task: a limit is each task's, not theirs together.
+        plain = replace(config, limit=None, levels=None)
+        asked = ask(items, plain, model.tokenizer, note=lambda text: ctx.note_once([text]))
+        fitting, left_out = answerable(asked, model.tokenizer, model.context)
+        if left_out:
+            ctx.note_once([unanswerable_text(left_out, len(items), model)])
+        _answered(ctx, model, fitting, left_out, config, engine, lora, label or model.slug, draft)
+
+    artifact = stage.obtain(work, doing="answering")
+    return EvalRun(artifact, read_result(artifact))
+
+
+def questions_hash(items: Sequence[EvalItem], *, sampled: bool = False) -> str:
+    """Return the SHA-256 of questions: what is asked, how it is graded, and in which groups.
+
+    Their ids hold the names of files; they count only where answers are sampled, for a question's
+    random stream is named by its id.
+    """
+    return digest(
+        [
+            [i.question, i.answer, i.query, i.choice, i.family, i.level, i.id if sampled else None]
+            for i in items
+        ]
+    )
+
+
+def _settings(
+    model: Model,
+    items: Sequence[EvalItem],
+    config: EvalConfig,
+    source: str,
+    engine: EngineName,
+    lora: Lora,
+) -> dict[str, Any]:
+    """Return how a run asked, for people and for runs beside it."""
+    return {
+        "eval": config_dict(config),
+        "source": source,
+        "model": model.slug,
+        "dtype": model.dtype,
+        "questions": questions_hash(items)[:8],
+        **({"engine": engine} if engine != "hf" else {}),
+        **({"lora": lora} if engine == "vllm" and model.peft is not None else {}),
+    }
+
+
+def _answered(
+    ctx: Context,
+    model: Model,
+    asked: Sequence[Asked],
+    left_out: int,
+    config: EvalConfig,
+    engine: EngineName,
+    lora: Lora,
+    label: str,
+    draft: Draft,
+) -> None:
+    """Generate and grade, and fill the draft."""
+    work = draft.work
+    expect_answers(draft, model, asked, config)
+    log = AnswerLog(work / "answers.jsonl")
+    if log.answers:
+        ctx.reporter.note(f"{len(log.answers)} of {len(asked)} answers are there; going on")
+    with _threads(ctx, model, engine, asked, log):
+        generator = _engine(model, engine, lora)
+        with (
+            log,
+            ctx.bar(f"scoring {label}", len(asked)) as advance,
+        ):
+            before = 0
+
+            def progress(done: int, total: int) -> None:
+                nonlocal before
+                advance(done - before)
+                before = done
+
+            def answer(questions: Sequence[Asked]) -> list[Generation]:
+                return answer_all(generator, questions, config.generation, log, progress)
+
+            peer = None
+            if engine == "lighteval":
+                from resa_lens.evals.lighteval import run_lighteval
+
+                shutil.rmtree(work / "lighteval", ignore_errors=True)
+                generations, peer = run_lighteval(
+                    answer,
+                    asked,
+                    config.generation,
+                    work / "lighteval",
+                    name=model.slug,
+                    tokenizer=model.tokenizer,
+                    extraction=config.extraction,
+                )
+            else:
+                generations = answer(asked)
+        graded = score(asked, generations, extraction=config.extraction)
+    result = replace(graded, seconds=log.seconds + graded.seconds, peer=peer, unanswerable=left_out)
+    if result.timed_out:
+        ctx.reporter.note(
+            f"{result.timed_out} of {len(asked)} answers took more than "
+            f"{config.generation.timeout:g} s and count as wrong"
+        )
+    draft.results = {
+        **result.to_dict(),
+        "model": model.name,
+        "slug": model.slug,
+        "engine": engine,
+        "threads_probe": log.settings["probe"],
+    }
+    draft.seconds = result.seconds
+    draft.threads = log.settings["threads"]
+    draft.json("results.json", result.to_dict())
+    draft.write(lambda target: evals_run.write_samples(result, target / "samples.parquet"))
+    if engine == "lighteval":
+        draft.write(lambda target: shutil.move(work / "lighteval", target / "lighteval"))
+
+
+FEWER_ANSWERS = "A smaller --limit or --max-new-tokens takes less."
+
+
+def expect_answers(
+    draft: Draft, model: Model, asked: Sequence[Asked], config: EvalConfig, times: int = 1
+) -> None:
+    """Compare what answering will take with what is free (`Stage.expect`), for `times` rounds."""
+    prompts = [len(one.prompt) for one in asked]
+    longest, new = max(prompts, default=0) // 3, config.generation.max_new_tokens
+    rows = min(len(asked), config.generation.batch_size)
+    memory = generation_mb(model.model.config, rows, longest + new, model.model.dtype.itemsize)
+    draft.expect(memory, times * answers_mb(asked, config), FEWER_ANSWERS)
+
+
+def answers_mb(asked: Sequence[Asked], config: EvalConfig) -> float:
+    """Return the MB that answers take at most: as lines while they come, and as a table."""
+    # Texts, and ids of about 7 characters a token.
+    letters = 2 * sum(len(one.prompt) for one in asked)
+    return (letters + 12 * len(asked) * config.generation.max_new_tokens) / MB
+
+
+def _engine(model: Model, engine: EngineName, lora: Lora) -> StreamingEngine:
+    if engine == "vllm":
+        from resa_lens.evals.engines.vllm import VLLMEngine
+
+        return VLLMEngine(model, lora=lora)
+    return HFEngine(model.model, model.tokenizer)
+
+
+@contextmanager
+def _threads(
+    ctx: Context, model: Model, engine: EngineName, asked: Sequence[Asked], log: AnswerLog
+) -> Iterator[None]:
+    """Set the threads to generate with: as asked, as begun, one for a narrow model, or by a probe.
+
+    They and the probe's seconds are in the log's settings.
+    """
+    before = torch.get_num_threads()
+    if not log.settings:
+        threads, probe = before, {}
+        if engine != "vllm" and ctx.threads is None and model.device == "cpu" and before > 1:
+            if model.d_model <= NARROW:
+                threads = 1
+            else:
+                shape = (model.d_model, model.n_layers, before)
+                if shape not in _PROBED:
+                    tried = HFEngine(model.model, model.tokenizer)
+                    prompts = [one.prompt for one in asked]
+                    _PROBED[shape] = probe_threads(tried, prompts, before)
+                threads, probe = _PROBED[shape]
+                ctx.reporter.note(
+                    f"{threads} thread{'s' if threads > 1 else ''}: "
+                    + ", ".join(f"{s:.1f} s with {n}" for n, s in probe.items())
+                )
+        log.settings = {
+            **machine(model.device),
+            "threads": threads,
+            "probe": {str(n): round(seconds, 3) for n, seconds in probe.items()},
+        }
+    torch.set_num_threads(log.settings["threads"])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def read_eval(workspace: Workspace, folder: Path) -> EvalRun:
+    """Read a finished evaluation.
+
+    Raises:
+        BadInputError: there is none, or it is damaged.
+    """
+    artifact = workspace.read(folder)
+    if artifact is None or artifact.manifest.kind != Eval.name:
+        raise BadInputError(f"{folder} is not an evaluation (evals/<run>)")
+    return EvalRun(artifact, read_result(artifact))
+
+
+def read_result(artifact: Artifact) -> EvalResult:
+    """Return an evaluation's scores with every answer.
+
+    Raises:
+        DamagedError: a file is missing, was changed, or is not as its schema says.
+    """
+    values = artifact.value("results.json")
+    samples = artifact.file("samples.parquet")
+    try:
+        rows = evals_run.read_samples(samples)
+    except (pa.ArrowException, OSError, TypeError) as error:
+        raise DamagedError(f"{samples} is damaged or of another version; score again") from error
+
+    def scores(stored: dict[str, Any]) -> dict[str, Score]:
+        return {name: Score(**{**one, "ci": tuple(one["ci"])}) for name, one in stored.items()}
+
+    return EvalResult(
+        accuracy=values["accuracy"],
+        n=values["n"],
+        ci=tuple(values["ci"]),
+        by_task=scores(values["by_task"]),
+        by_level={int(level): one for level, one in scores(values["by_level"]).items()},
+        samples=rows,
+        seconds=values["seconds"],
+        tokens=values["tokens"],
+        unfinished=values.get("unfinished", 0),
+        timed_out=values.get("timed_out", 0),
+        peer=values.get("peer"),
+        unanswerable=values.get("unanswerable", 0),
+    )
+
+
+def compare_results(base: EvalResult, tuned: EvalResult, seed: int = 0) -> PairedComparison:
+    """Compare two evaluations question by question.
+
+    Raises:
+        BadInputError: they do not answer the same questions.
+    """
+    runs = [run_scores("base", base.samples), run_scores("tuned", tuned.samples)]
+    check_paired(runs)
+    return compare_paired(runs[0].means, runs[1].means, seed)

@@ -1,0 +1,195 @@
+"""What is tuned and through which SAE: the layer, and the SAEs whose counts chose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.stage import Context
+from resa_lens.config import Config
+from resa_lens.errors import BadInputError
+from resa_lens.evals.run import EvalConfig
+from resa_lens.files import named_path
+from resa_lens.models.hookpoints import parse_layer
+from resa_lens.models.host import Model
+from resa_lens.saes.train import SaeConfig
+from resa_lens.stages.controls import CONTROLS, MATCHED
+from resa_lens.stages.recommendation import discover, newest_recommendation, recommended_saes
+from resa_lens.stages.sae_training import saes_for
+from resa_lens.stages.saes import SaeRun, open_saes
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig
+from resa_lens.tuning.config import Control
+from resa_lens.tuning.loop import TuneConfig
+from resa_lens.tuning.objective import Objective
+from resa_lens.tuning.sft import KINDS
+
+ALL_CONTROLS = (*CONTROLS, *KINDS)
+
+
+@dataclass(frozen=True)
+class TuneJob(Config):
+    """One tuning: where, with what, how long."""
+
+    model: str
+    layer: str = "auto"
+    """"auto", 0-based number, or 1-based ordinal."""
+    selector: str = "given"
+    """What chose a layer that is not "auto"."""
+    reason: str = "as given"
+    source_model: str | None = None
+    """The model whose SAE is inserted; the target itself by default."""
+    objective: Objective = field(default_factory=Objective)
+    lora: TuneConfig = field(default_factory=TuneConfig)
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    trigger: CorpusConfig = field(default_factory=CorpusConfig)
+    elicitation: CorpusConfig = field(default_factory=CorpusConfig)
+    steps: int | None = None
+    """None: two epochs (Table 7) from width 1,024 on, 100 steps below."""
+    saes: str | None = None
+    control: Control | None = None
+    """What stands in the SAE's place, or is imitated in place of tuning."""
+    base: str | None = None
+    allow_mismatch: bool = False
+    evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
+    eval_source: str = "tiny"
+
+
+@dataclass(frozen=True)
+class Through:
+    """The SAE that an adapter is tuned through."""
+
+    source: Model
+    run: SaeRun
+    layer: int
+    selector: str
+    note: str
+    recommendation: Artifact | None = None
+
+
+def choose_sae(
+    ctx: Context,
+    job: TuneJob,
+    target: Model,
+    saes: SaeRun | None,
+    recommendation: Artifact | None,
+) -> Through:
+    """Return the SAE that a job is tuned through: the recommendation's, or at the layer it names.
+
+    Raises:
+        BadInputError: source and target of different shapes, no such layer, or options that
+            contradict the recommendation.
+    """
+    source = ctx.model(job.source_model) if job.source_model else target
+    if (source.d_model, source.n_layers) != (target.d_model, target.n_layers):
+        raise BadInputError(
+            f"source {source.name} has {source.n_layers} layers x {source.d_model}, target "
+            f"{target.name} {target.n_layers} x {target.d_model}; they must be of one shape"
+        )
+    if job.layer == "auto":
+        return _recommended(ctx, job, source, saes, recommendation)
+    layer = parse_layer(job.layer, target.n_layers)
+    run = saes or saes_for(
+        ctx,
+        source,
+        [layer],
+        replace(job.sae, site=job.objective.site),
+        job.trigger,
+        job.saes,
+        allow_mismatch=job.allow_mismatch,
+        only=[layer],
+    )
+    return Through(source, run, layer, job.selector, job.reason)
+
+
+def _recommended(
+    ctx: Context,
+    job: TuneJob,
+    source: Model,
+    saes: SaeRun | None,
+    recommendation: Artifact | None,
+) -> Through:
+    """Return the SAE that a job is tuned through: the recommendation's, or at the layer it names.
+
+    Raises:
+        BadInputError: source and target of different shapes, no such layer, or options that
+            contradict the recommendation.
+    """
+    """Take layer and SAEs from a recommendation: the given, the newest, or a new one."""
+    site = job.objective.site
+    artifact = recommendation or newest_recommendation(ctx, source, site)
+    if artifact is None:
+        ctx.reporter.note(f"recommendation: none for {source.slug} at site {site}; making one")
+        made = discover(
+            ctx,
+            source,
+            sae=replace(job.sae, site=site),
+            corpus=job.trigger,
+            saes=job.saes,
+            allow_mismatch=job.allow_mismatch,
+        )
+        artifact, run = made.recommendation.artifact, made.saes
+        reason = made.recommendation.recommendation.reason
+    else:
+        run = recommended_saes(ctx, source, artifact)
+        reason = str(artifact.manifest.results["reason"])
+        if recommendation is None:
+            reason += f" (from {artifact.path})"
+    results = artifact.manifest.results
+    layer = int(results["recommended"][0])
+    _refuse_contradiction(ctx, job, source, artifact, run, layer, saes)
+    return Through(source, run, layer, str(results["selector"]), reason, artifact)
+
+
+def _refuse_contradiction(
+    ctx: Context,
+    job: TuneJob,
+    source: Model,
+    recommendation: Artifact,
+    run: SaeRun,
+    layer: int,
+    saes: SaeRun | None,
+) -> None:
+    """Raise BadInputError where options ask for other SAEs than those that were counted."""
+    where = f"the recommendation {recommendation.relative} was counted on"
+    remedy = "leave it out, name a layer with --layer, or recommend again with it"
+    if job.saes and saes is None:
+        folder = named_path(job.saes, "SAEs")
+        saes = open_saes(
+            ctx, source, folder, job.objective.site, allow_mismatch=job.allow_mismatch, only=[layer]
+        )
+    if saes is not None and saes.parent([layer]).identity != run.parent([layer]).identity:
+        raise BadInputError(
+            f"--saes {saes.folder} holds other SAEs than {run.folder}, which {where}; {remedy}"
+        )
+    training, plain = run.training(), SaeConfig()
+    for name in ("latents", "k", "tokens", "optimizer", "learning_rate", "batch", "mode"):
+        asked = getattr(job.sae, name)
+        if training and asked != getattr(plain, name) and asked != getattr(training[0], name):
+            raise BadInputError(
+                f"--{name.replace('_', '-')} {asked} contradicts the SAEs that {where}, which have "
+                f"{getattr(training[0], name)}; {remedy}"
+            )
+    if run.artifact and job.trigger.source != CorpusConfig().source:
+        data = corpora.hash_records(corpora.read_records(job.trigger))
+        trained = run.artifact.manifest.hashes.get("data")
+        if trained != data:
+            raise BadInputError(
+                f"data {job.trigger.source} ({data[:8]}) are not what the SAEs that {where} were "
+                f"trained on ({run.artifact.manifest.config['corpus']['source']}, "
+                f"{str(trained)[:8]});\nto tune on these data alone give --elicitation-data, or "
+                "recommend again with --data"
+            )
+
+
+def control_config(ctx: Context, job: TuneJob, sae: Through) -> dict[str, Any]:
+    """Return what a control in the SAE's place depends on besides the SAE."""
+    if job.control not in MATCHED:
+        return {}
+    config: dict[str, Any] = {"seed": ctx.seed}
+    if job.control == "random-weights":
+        training = sae.run.training() or (SaeConfig(), CorpusConfig())
+        records = corpora.read_records(training[1])
+        config["null"] = [*training, corpora.hash_records(records)]
+    return config

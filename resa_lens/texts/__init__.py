@@ -1,0 +1,1 @@
+"""What a model reads: records, documents, prompts and their phases."""

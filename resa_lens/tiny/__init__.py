@@ -1,1 +1,0 @@
-"""The bundled model: its question families, tokenizer and training script."""

@@ -1,0 +1,122 @@
+"""A stage that computes something else than before has a new recipe number.
+
+The golden figures are those of every stage at a tiny shape, through SAEs that do not depend on the
+machine.  Where a figure changes on purpose: raise `recipe` of the kind's class in artifacts/kinds/
+and write the figures anew with
+
+    RESA_LENS_WRITE_GOLDEN=1 python -m pytest tests/stages/test_recipes.py -n 0
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from resa_lens.artifacts.artifact import KINDS, Artifact
+from resa_lens.artifacts.workspace import Workspace
+from resa_lens.cli import app
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+FILE = GOLDEN / "recipes.json"
+SAES = next((GOLDEN / "workspace" / "saes").glob("*/*"))
+TRAINED = {"saes": 0.1, "quality": 0.1, "adapter": 0.01, "sweep": 0.02}
+"""Relative tolerance where weights were trained, whose last bits are the processor's."""
+TOLERANCE = 2e-3
+"""Elsewhere: sums in float32."""
+OWN = ("seconds", "threads_probe", "planned_memory_mb", "peak_memory_mb", "saes", "adapter", "eval",
+       "folder", "path", "html")  # fmt: skip
+"""Keys of what is the run's own: times, memory and places."""
+HERE = ["--saes", str(SAES), "--layers", "5"]
+LAYER = ["--saes", str(SAES), "--layer", "5"]
+SHORT = ["--limit", "8", "--max-new-tokens", "48"]
+COMMANDS = [
+    ["train-saes", "--layers", "5", "--tokens", "2048", "--latents", "128", "--k", "8"],
+    ["count-features", *HERE],
+    ["recommend-layers", *HERE, "--rule", "either", "--selector", "causal"],
+    ["stability", *HERE, "--rule", "either", "--rule", "any", "--selector", "most-features"],
+    ["activity", *HERE, "--text-tokens", "1500", "--examples", "1"],
+    ["score-features", *HERE, "--text-tokens", "1500", "--draws", "20", "--score", "auc"],
+    ["falsify", *HERE, "--texts", "4", "--shuffles", "2", "--no-other-seed",
+     "--no-random-weights"],
+    ["attribute", *LAYER, "--text-tokens", "600", "--top", "3"],
+    ["ablate", *LAYER, "--features", "1,2", "--doses", "1", "--control-sets", "1", *SHORT],
+    ["match-features", str(SAES), str(SAES), "--layers", "5", "--text-tokens", "600"],
+    ["tune", "--model", "tiny-reasoner", *LAYER, "--steps", "2", "--rank", "2",
+     "--learning-rate", "1e-3", *SHORT],
+    ["sweep", "--saes", str(SAES), "--layers", "5", "--seeds", "2", "--steps", "1", "--no-effects",
+     "--rank", "2", *SHORT],
+]  # fmt: skip
+
+
+def flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) of every number, word and truth value that is a result."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in OWN:
+                yield from flat(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from flat(item, f"{place}[{number}]")
+    elif isinstance(value, bool | int | float) or value is None:
+        yield place, value
+
+
+def figures(artifact: Artifact) -> dict[str, Any]:
+    found = dict(flat(artifact.manifest.results, "results"))
+    for name in artifact.manifest.files:
+        # Trials are texts, losses are the training's course.
+        if name.endswith(".json") and "/" not in name and name not in ("trials.json", "cfg.json"):
+            found |= dict(flat(artifact.value(name), name))
+    # Enough to see a change, and little to carry.
+    names = sorted(found)
+    return {name: found[name] for name in names[:: max(1, len(names) // 120)]}
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    workspace = tmp_path_factory.mktemp("recipes") / "workspace"
+    for command in COMMANDS:
+        done = CliRunner().invoke(app, [*command, "--workspace", str(workspace), "--json"])
+        assert done.exit_code == 0, (command, done.stderr, done.exception)
+    by_kind: dict[str, dict[str, Any]] = {}
+    for artifact in reversed(Workspace(workspace).artifacts()):
+        name = artifact.manifest.kind
+        if name not in by_kind:
+            by_kind[name] = {"recipe": KINDS[name].recipe, "figures": figures(artifact)}
+    if os.environ.get("RESA_LENS_WRITE_GOLDEN"):
+        FILE.write_text(json.dumps(dict(sorted(by_kind.items())), indent=1) + "\n")
+    return by_kind
+
+
+STAGES = sorted(set(KINDS) - {"model"})
+"""A merged model is what its own tests hold: sums of weights, to the bit."""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_change_of_results_has_a_new_recipe_number(computed: Any, name: str) -> None:
+    golden, now = json.loads(FILE.read_text())[name], computed[name]
+    mend = "raise `recipe` in artifacts/kinds/ and write the golden figures anew (top of this file)"
+    assert now["recipe"] == golden["recipe"], f"recipe of {name} is new; write the golden figures"
+    assert now["figures"].keys() == golden["figures"].keys(), f"{name} has other results: {mend}"
+    for place, before in golden["figures"].items():
+        value = now["figures"][place]
+        if isinstance(before, float) and isinstance(value, float):
+            bound = TRAINED.get(name, TOLERANCE)
+            close = math.isclose(before, value, rel_tol=bound, abs_tol=bound)
+            assert close, f"{name} {place}: {before} was, {value} is; {mend}"
+        else:
+            assert value == before, f"{name} {place}: {before} was, {value} is; {mend}"
+
+
+def test_every_stage_is_among_them(computed: Any) -> None:
+    assert sorted(computed) == STAGES
+    assert all(len(entry["figures"]) >= 3 for entry in computed.values())
