@@ -110,12 +110,6 @@ def _recommended(
     saes: SaeRun | None,
     recommendation: Artifact | None,
 ) -> Through:
-    """Return the SAE that a job is tuned through: the recommendation's, or at the layer it names.
-
-    Raises:
-        BadInputError: source and target of different shapes, no such layer, or options that
-            contradict the recommendation.
-    """
     """Take layer and SAEs from a recommendation: the given, the newest, or a new one."""
     site = job.objective.site
     artifact = recommendation or newest_recommendation(ctx, source, site)

@@ -24,7 +24,8 @@ for line in sys.stdin:
     done = CliRunner().invoke(app, json.loads(line))
     failed = done.exception and not isinstance(done.exception, SystemExit)
     trace = "".join(traceback.format_exception(done.exception)) if failed else ""
-    print(json.dumps([done.exit_code, done.output[-3000:] + trace]), file=answers, flush=True)
+    said = done.output[-3000:] + trace if done.exit_code else done.stdout
+    print(json.dumps([done.exit_code, said]), file=answers, flush=True)
 """
 
 
