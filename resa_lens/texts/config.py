@@ -83,6 +83,13 @@ class CorpusConfig(Config):
     )
     """Without it in the data, the SAE's FVU on the prompt is 0.36 to 0.77 on a tiny model (0.02 to
     0.05 with one half)."""
+    thought_share: float = setting(
+        0.0,
+        "Share of documents whose think tags hold the worked steps of --data, where it has them; "
+        "the others hold the answer alone.",
+        min=0, max=1, later=True,
+    )  # fmt: skip
+    """0 is the paper's setting: CoT-free documents alone, on which an SAE never sees a thought."""
     sequence: int = setting(256, "Tokens a sequence.", min=2, max=2**20)
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
     packing: Packing = setting(

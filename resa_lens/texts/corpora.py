@@ -130,12 +130,18 @@ def epochs(items: Sequence[T], config: CorpusConfig) -> Iterator[tuple[T, str | 
 
 
 def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
-    """Yield CoT-free documents without end, in the order of `epochs`.
+    """Yield documents without end, in the order of `epochs`: CoT-free, or with their worked steps.
 
-    A plain text is a document as it is; the system prompt stands before it as before a problem.
+    `config.thought_share` of those whose record has steps hold them inside the think tags.  A plain
+    text is a document as it is; the system prompt stands before it as before a problem.
     """
+    # A stream of its own: the order and the system prompts do not depend on the share.
+    rng = random.Random(f"thoughts/{config.seed}")
     for record, system in epochs(records, config):
-        yield trigger_document(record, system)
+        if rng.random() < config.thought_share and record.steps:
+            yield prompts.document(record.question, record.steps, record.answer, system)
+        else:
+            yield trigger_document(record, system)
 
 
 def trigger_document(record: Record, system: str | None = None) -> str:

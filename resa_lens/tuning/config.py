@@ -59,6 +59,12 @@ class Objective(Config):
     reference: Literal["adapted", "base"] = setting(
         "adapted", "The distribution without the SAE: of the adapted model, or with adapters off."
     )
+    teacher: Literal["adapted", "base"] = setting(
+        "adapted",
+        "The distribution with the SAE: of the adapted model, or with adapters off.",
+        later=True,
+    )
+    """`base` is a frozen teacher, which the adapters approach (preset distil)."""
     reference_gradient: bool = setting(
         True, "Let gradients flow through the reference (argmin over both sides).",
         "--reference-gradient/--detach-reference",
@@ -80,6 +86,21 @@ class Objective(Config):
     # A negative norm would turn every gradient around.
     clip_norm: float | None = setting(None, "Clip the gradient norm to this.", over=0)
 
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            BadInputError: a value that is none of the choices, or two distributions that no
+                gradient could change.
+        """
+        super().__post_init__()
+        if self.teacher == "base" and (self.reference == "base" or not self.reference_gradient):
+            raise BadInputError(
+                "with --teacher base the distribution without the SAE must be the adapted model's "
+                "and have a gradient, or nothing trains; use --reference adapted "
+                "--reference-gradient"
+            )
+
 
 PRESETS: dict[str, Objective] = {
     "paper": Objective(),
@@ -95,7 +116,14 @@ PRESETS: dict[str, Objective] = {
         schedule="constant",
         clip_norm=1.0,
     ),
+    "distil": Objective(preset="distil", teacher="base", sae_gradient=False),
 }
+"""`paper` is the paper's text, `reference` its authors' code (spec, section 7).  `distil` is what
+"elicit" says when it is written down: KL(frozen model with the SAE || adapted model without it).
+
+Where inserting the SAE changes the model by some effect, `paper` and `distil` can hand that effect
+on to the adapters.  `reference` asks that the adapted model WITH the SAE equal the base; taken away
+again, the SAE leaves the base MINUS its effect, so what helps when it is inserted must hurt."""
 
 
 def preset(name: str, **changes: Any) -> Objective:
@@ -105,7 +133,7 @@ def preset(name: str, **changes: Any) -> Objective:
         BadInputError: unknown preset or value.
     """
     if name not in PRESETS:
-        raise BadInputError(f"preset {name!r} is unknown; use {' or '.join(PRESETS)}")
+        raise BadInputError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
     return replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})
 
 

@@ -2,8 +2,8 @@
 
     minimise over the adapters  D_KL( y~ , y ),   y~ with the SAE inserted, y without
 
-`paper` follows the text, `reference` the authors' code (spec, section 7); each difference is an
-option of its own.
+`paper` follows the text, `reference` the authors' code (spec, section 7), and `distil` has a frozen
+model with the SAE teach the adapted one without it; each difference is an option of its own.
 
 With LoRA dropout (Table 7: 0.05) the two passes draw different masks, so once the adapters are not
 zero a part of the KL is dropout noise; `--dropout 0` takes it away.
@@ -104,7 +104,11 @@ def tuning_loss(
     """
     hook = Insertion(coder, gradient=objective.sae_gradient)
     with bridge.hooks(fwd_hooks=[(point.transformer_lens, hook)]):
-        with_sae = bridge(ids)
+        if objective.teacher == "base":
+            with torch.no_grad(), peft.disable_adapter():
+                with_sae = bridge(ids)
+        else:
+            with_sae = bridge(ids)
     with torch.set_grad_enabled(objective.reference_gradient and torch.is_grad_enabled()):
         if objective.reference == "base":
             with peft.disable_adapter():

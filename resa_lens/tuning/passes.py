@@ -45,7 +45,8 @@ def shared_block(objective: Objective, point: Hookpoint, peft: Any) -> int | Non
     learns = objective.sae_gradient or not at_output or _reference_learns(objective)
     if not learns and _zero_up_to(block, peft):
         return block
-    return block if objective.reference == "adapted" and not adapters_drop else None
+    alike = objective.reference == objective.teacher == "adapted"
+    return block if alike and not adapters_drop else None
 
 
 def _reference_learns(objective: Objective) -> bool:
@@ -136,6 +137,9 @@ class Passes:
         self, ids: Tensor, insertion: Insertion, keep: list[tuple[str, Any]] | None = None
     ) -> Tensor:
         hook = (self.point.transformer_lens, insertion)
+        if self.objective.teacher == "base":
+            with torch.no_grad(), self.peft.disable_adapter():
+                return self._run(ids, [*(keep or []), hook])
         # A block's output is outside of what checkpointing computes again.
         if self.point.site != "resid_post":
             self.around = lambda: self.bridge.hooks(fwd_hooks=[hook])
