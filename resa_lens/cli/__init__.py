@@ -14,7 +14,8 @@ from resa_lens.machine.exits import limits
 GROUPS = {
     "Start": ("demo", "doctor", "app", "runs"),
     "Main path": (
-        "train-saes", "count-features", "recommend-layers", "falsify", "tune", "eval", "compare",
+        "train-saes", "count-features", "recommend-layers", "falsify", "insert", "tune", "eval",
+        "compare",
     ),
     "Look closer": (
         "activity", "score-features", "match-features", "ablate", "attribute", "stability", "sweep",
@@ -27,8 +28,8 @@ GROUPS = {
 
 # Each adds its commands.
 for _module in (
-    "start", "layers", "features", "scores", "interventions", "tuning", "evals", "tables", "files",
-    "cost",
+    "start", "layers", "features", "scores", "interventions", "insertion", "tuning", "evals",
+    "tables", "files", "cost",
 ):  # fmt: skip
     import_module(f"resa_lens.cli.{_module}")
 

@@ -276,8 +276,10 @@ class Questions:
 class Tuning(AdapterBase, Questions, SaeUse):
     """A tuning of LoRA adapters through SAEs, and its scores."""
 
-    preset: Literal["paper", "reference"] = setting(
-        "paper", "The paper's text, or reference for the authors' code."
+    preset: Literal["paper", "reference", "distil"] = setting(
+        "paper",
+        "The paper's text, reference for the authors' code, or distil: the frozen model with the "
+        "SAE teaches the adapted one without it.",
     )
     objective: dict[str, Any] = part(Objective, "site", "Tuning", given="preset")
     lora: TuneConfig = part(TuneConfig, "rank alpha dropout learning_rate batch seed", "Tuning")
@@ -287,6 +289,9 @@ class Tuning(AdapterBase, Questions, SaeUse):
     )
     source_model: str | None = setting(
         None, "Model whose SAE is inserted; the target by default.", check=check_path
+    )
+    start_check: bool = setting(
+        True, "First insert the SAE and tune nothing: does it carry a gain to be taught?"
     )
 
     def job(self, model: str) -> TuneJob:
@@ -300,5 +305,5 @@ class Tuning(AdapterBase, Questions, SaeUse):
             sae=replace(self.sae, site=objective.site), trigger=self.corpus,
             elicitation=self.corpus, allow_mismatch=self.allow_site_mismatch,
             evaluation=replace(self.asking, generation=self.generation), eval_source=self.tasks,
-            **self.pick("source_model", "steps", "saes", "base"),
+            **self.pick("source_model", "steps", "saes", "base", "start_check"),
         )  # fmt: skip

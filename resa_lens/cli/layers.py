@@ -22,6 +22,7 @@ from resa_lens.config import setting
 from resa_lens.errors import BadInputError
 from resa_lens.features.config import RULES, CountConfig, check_prompt, check_rule
 from resa_lens.figures.grids import grid
+from resa_lens.files import check_path
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.saes.config import SaeConfig
 from resa_lens.stages.reports import layers as reports
@@ -186,6 +187,10 @@ class RecommendLayers(Recommending, Ruled, WithSaesAt):
     """How a layer is recommended."""
 
     count: CountConfig = part(CountConfig, COUNTING, "Counting")
+    target_model: str | None = setting(
+        None, "For --selector insertion: the model that the SAEs are inserted into.",
+        check=check_path,
+    )  # fmt: skip
 
 
 @command("recommend-layers")
@@ -198,12 +203,15 @@ def recommend_layers(args: RecommendLayers) -> Outcome:
     """
     from resa_lens.stages.attribution import measure_effects
     from resa_lens.stages.falsification import survivors_of
+    from resa_lens.stages.insertion import measure_gains
     from resa_lens.stages.recommendation import discover
 
     ctx, model = args.load()
+    target = ctx.model(args.target_model) if args.target_model else model
     discovery = discover(
         ctx, model, layers=args.explicit(model), allow_mismatch=args.allow_site_mismatch,
         causal=measure_effects(ctx, model, args.rule, args.corpus),
+        insertion=measure_gains(ctx, target, model, args.corpus),
         **args.pick("sae", "corpus", "count", "rule", "selector", "recipe", "saes"),
     )  # fmt: skip
     recommendation = discovery.recommendation.recommendation

@@ -41,7 +41,7 @@ class Tune(Tuning):
     )
     objective: dict[str, Any] = part(
         Objective,
-        "site reference reference_gradient direction sae_gradient reduction targets schedule "
+        "site teacher reference reference_gradient direction sae_gradient reduction targets schedule "
         "clip_norm",
         "Objective", given="preset",
     )  # fmt: skip
@@ -153,7 +153,7 @@ class Sweep(AtLayers, Ruled, Tuning):
             layers=layers,
             controls=ALL_CONTROLS if "all" in names else tuple(dict.fromkeys(names)),
             control_layers=control_layers,
-            **self.pick("seeds", "rule", "effects"),
+            **self.pick("seeds", "rule", "effects", "start_check"),
         )
 
 
@@ -175,7 +175,13 @@ def sweep(args: Sweep) -> Outcome:
     config = args.config(n_layers)
     ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
     run = sweep_run(ctx, config)
-    values = {**run.sweep.to_dict(), "folder": str(run.artifact.path), "page": str(run.page)}
+    start = run.artifact.manifest.results.get("start")
+    values = {
+        **run.sweep.to_dict(),
+        "start": start,
+        "folder": str(run.artifact.path),
+        "page": str(run.page),
+    }
     return values, _sweep(run)
 
 

@@ -1,4 +1,4 @@
-"""A model that answers questions while something stands in place of its activations.
+"""The insertion test: a model answers while something stands in place of its activations.
 
 What an SAE's reconstruction does to accuracy before any tuning is what tuning through it could hand
 on.  Beside the SAE stand controls of the same size (saes/baselines.py) and the oracle: the source's
@@ -7,8 +7,8 @@ own activations, which the source computes in lockstep on the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,32 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.saes.baselines import Replacement, substitute
 from resa_lens.saes.coder import SparseCoder
+from resa_lens.stats import Interval
+
+Verdict = Literal[
+    "the teacher carries a gain", "costs", "nothing to learn", "cost only", "undetermined"
+]
+GAIN: Verdict = "the teacher carries a gain"
+NOTHING = 0.02
+"""A gain that is surely below two points is nothing to learn (spec, section 7)."""
+
+
+def insertion_verdict(ci: Interval, *, one_model: bool) -> Verdict:
+    """Return what an inserted SAE could teach, by the interval of its change of accuracy.
+
+    Args:
+        ci: 95 % interval of accuracy with the SAE inserted less without, shares.
+        one_model: whether the SAE's source is the target itself; an SAE can then only lose what
+            its model knows, and controls of the source say nothing.
+    """
+    low, high = ci
+    if low > 0:
+        return GAIN
+    if one_model:
+        return "cost only"
+    if high < 0:
+        return "costs"
+    return "nothing to learn" if high < NOTHING else "undetermined"
 
 
 class MeanAblation(nn.Module):
@@ -40,7 +66,7 @@ class MeanAblation(nn.Module):
 
 
 class Lockstep(nn.Module):
-    """A target that reads with its source beside it, whose activations stand in its own ones' place.
+    """A target that reads with its source beside it and takes the source's activations.
 
     Args:
         target: the model that answers.
@@ -104,6 +130,7 @@ def evaluate_inserted(
     config: EvalConfig,
     point: Hookpoint | None = None,
     inserted: SparseCoder | Replacement | Model | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Score a model with something in place of its activations at every token it reads.
 
@@ -114,15 +141,16 @@ def evaluate_inserted(
         point: the place.
         inserted: an SAE or a control (`baselines`), the source model (the oracle), or None for the
             model as it is.
+        progress: called with (finished, all) answers.
     """
     if inserted is None or point is None:
-        return evaluate(HFEngine(model.model, model.tokenizer), items, config)
+        return evaluate(HFEngine(model.model, model.tokenizer), items, config, progress)
     if isinstance(inserted, Model):
         oracle = Lockstep(model, inserted, point)
-        return evaluate(HFEngine(oracle, model.tokenizer), items, config)
+        return evaluate(HFEngine(oracle, model.tokenizer), items, config, progress)
 
     def put(acts: Tensor, hook: object = None) -> Tensor:
         return substitute(inserted, acts)
 
     with model.bridge.hooks(fwd_hooks=[(point.transformer_lens, put)]):
-        return evaluate(HFEngine(model.model, model.tokenizer), items, config)
+        return evaluate(HFEngine(model.model, model.tokenizer), items, config, progress)

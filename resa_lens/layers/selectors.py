@@ -108,6 +108,8 @@ class Tables:
     """Change of the loss with the SAE inserted; lowest wins."""
     causal: Mapping[int, Effect] | None = None
     """Effect of an intervention beyond its control; largest wins."""
+    insertion: Mapping[int, Effect] | None = None
+    """Change of accuracy with the SAE inserted and nothing tuned; largest wins."""
 
     @cached_property
     def fit(self) -> MixtureFit:
@@ -123,6 +125,7 @@ class Tables:
             "middle": True,
             "quality": bool(self.quality),
             "causal": bool(self.causal),
+            "insertion": bool(self.insertion),
         }
         has["blend"] = has["mixture"] or has["quality"] or has["causal"]
         return tuple(name for name in SELECTORS if has[name])
@@ -206,31 +209,61 @@ def _causal(tables: Tables) -> Choice:
         plain = {layer: float(np.ravel(v)[0]) for layer, v in (tables.causal or {}).items()}
         return _ranked(plain, "causal", "largest causal effect", 1.0, tables.n_layers)
     layers, values, errors, freedom = effects
-    t = np.divide(values, errors, out=np.zeros_like(values), where=errors > 0)
-    p = stats.holm(distributions.t.sf(t, freedom))
-    order = sorted(range(len(layers)), key=lambda i: (-values[i], layers[i]))
-    found = [i for i in order if p[i] <= ALPHA]
     if not errors.any():
         reason = (
             "no layer has a counted feature, so no layer's causal effect is above its control's."
         )
         return Choice((), reason, "Count by another rule, or use the middle layer.", FLAT)
-    test = f"one-sided, Holm's correction for {len(layers)} layers"
-    best = found[0] if found else int(p.argmin())
-    name = describe_layer(layers[best], tables.n_layers)
-    figures = f"{values[best]:.3g} (standard error {errors[best]:.2g}, p = {p[best]:.2g}, {test})"
-    if not found:
+    chosen, best, figures = _above_zero(layers, values, errors, freedom)
+    name = describe_layer(best, tables.n_layers)
+    if not chosen:
         reason = f"no layer's causal effect is above its control's: the clearest, {name}, has"
         step = "Measure on more documents or questions, or use the middle layer."
         return Choice((), f"{reason} {figures}.", step, FLAT)
-    more = f"; {len(found)} of {len(layers)} layers are above their control"
+    more = f"; {len(chosen)} of {len(layers)} layers are above their control"
     reason = f"{name} has the largest causal effect beyond its control, {figures}{more}."
     step = "Tune there beside the middle layer: an effect on the loss need not be one on accuracy."
-    return Choice(tuple(layers[i] for i in found[:TOP]), reason, step, SUPPORTED)
+    return Choice(tuple(chosen[:TOP]), reason, step, SUPPORTED)
+
+
+def _insertion(tables: Tables) -> Choice:
+    effects = _effects(tables.insertion, "insertion")
+    if effects is None:
+        raise BadInputError(
+            'selector "insertion" has no table: give insertion = {layer: (change of accuracy, '
+            "standard error)}, as `resa-lens insert` measures it"
+        )
+    layers, *figures_of = effects
+    chosen, best, figures = _above_zero(layers, *figures_of)
+    name = describe_layer(best, tables.n_layers)
+    if not chosen:
+        reason = f"no layer's SAE raises accuracy when it is inserted: the clearest, {name}, has"
+        step = "There is nothing to hand on: tune for another reason, or use the middle layer."
+        return Choice((), f"{reason} {figures}.", step, FLAT)
+    reason = f"{name} has the SAE that raises accuracy most when it is inserted, {figures}"
+    more = f"; {len(chosen)} of {len(layers)} layers raise it."
+    return Choice(
+        tuple(chosen[:TOP]), reason + more,
+        "Tune there; PCA of the same FVU beside it says whether features are needed.", SUPPORTED,
+    )  # fmt: skip
+
+
+def _above_zero(
+    layers: Sequence[int], values: np.ndarray, errors: np.ndarray, freedom: np.ndarray
+) -> tuple[list[int], int, str]:
+    """Return layers whose value is above zero, largest first, the clearest one, and its figures."""
+    t = np.divide(values, errors, out=np.zeros_like(values), where=errors > 0)
+    p = stats.holm(distributions.t.sf(t, freedom))
+    order = sorted(range(len(layers)), key=lambda i: (-values[i], layers[i]))
+    above = [i for i in order if p[i] <= ALPHA]
+    best = above[0] if above else int(p.argmin())
+    test = f"one-sided, Holm's correction for {len(layers)} layers"
+    figures = f"{values[best]:.3g} (standard error {errors[best]:.2g}, p = {p[best]:.2g}, {test})"
+    return [layers[i] for i in above], layers[best], figures
 
 
 def _effects(
-    table: Mapping[int, Effect] | None,
+    table: Mapping[int, Effect] | None, name: str = "causal"
 ) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray] | None:
     """Layers, values, standard errors and their freedom, each [L]; None without standard errors."""
     pairs = {layer: v for layer, v in (table or {}).items() if isinstance(v, Sequence)}
@@ -238,18 +271,18 @@ def _effects(
         return None
     if missing := sorted(set(table or {}) - set(pairs)):
         raise BadInputError(
-            f"causal, layer {missing[0]} (0-based) has no standard error: give all or none"
+            f"{name}, layer {missing[0]} (0-based) has no standard error: give all or none"
         )
     for layer, pair in pairs.items():
         if len(pair) not in (2, 3) or min(pair[2:], default=1.0) <= 0:
             raise BadInputError(
-                f"causal, layer {layer} (0-based): {pair} is no (effect, standard error), or these "
+                f"{name}, layer {layer} (0-based): {pair} is no (effect, standard error), or these "
                 "with degrees of freedom above 0"
             )
         value, error = pair[:2]
         if error < 0 or (error == 0 and value != 0):
             raise BadInputError(
-                f"causal, layer {layer} (0-based): standard error {error:g} of the effect "
+                f"{name}, layer {layer} (0-based): standard error {error:g} of the effect "
                 f"{value:g}: give one above 0"
             )
     rows = [(*pair, np.inf)[:3] for pair in pairs.values()]
@@ -300,6 +333,7 @@ SELECTORS: dict[str, Callable[[Tables], Choice]] = {
     "quality": _quality,
     "causal": _causal,
     "blend": _blend,
+    "insertion": _insertion,
 }
 
 
@@ -312,6 +346,7 @@ def recommend(
     seed: int = 0,
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, Effect] | None = None,
+    insertion: Mapping[int, Effect] | None = None,
     draws: int = 1000,
 ) -> Recommendation:
     """Recommends layers from a table of feature counts.
@@ -325,6 +360,7 @@ def recommend(
         quality: {layer: change of the loss}, for "quality" and "blend".
         causal: {layer: effect}, or {layer: (effect beyond its control, standard error)} with or
             without the error's degrees of freedom, for "causal" and "blend".
+        insertion: {layer: (change of accuracy with the SAE inserted, standard error)}.
         draws: of each null and of the bootstrap.
 
     Returns:
@@ -336,7 +372,7 @@ def recommend(
     if selector not in SELECTORS:
         raise BadInputError(f'selector "{selector}" is unknown: give {", ".join(SELECTORS)}')
     return _answer(
-        _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal)), selector
+        _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal, insertion)), selector
     )
 
 
@@ -348,10 +384,11 @@ def recommend_all(
     seed: int = 0,
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, Effect] | None = None,
+    insertion: Mapping[int, Effect] | None = None,
     draws: int = 1000,
 ) -> dict[str, Recommendation]:
     """Recommends by every selector whose table is there; arguments as `recommend`."""
-    tables = _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal))
+    tables = _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal, insertion))
     return {name: _answer(tables, name) for name in tables.existing}
 
 
@@ -362,6 +399,7 @@ def regrets_of_selectors(
     counts: Mapping[int, float] | None = None,
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, Effect] | None = None,
+    insertion: Mapping[int, Effect] | None = None,
     chosen: Mapping[str, int] | None = None,
     se: Mapping[int, float] | None = None,
     recipe: str = "robust",
@@ -376,6 +414,7 @@ def regrets_of_selectors(
         counts: {layer: features}; without it only the other tables' selectors and the middle.
         quality: as `recommend`.
         causal: as `recommend`.
+        insertion: as `recommend`.
         chosen: {name: layer} to set beside them.
         se: {layer: standard error} of single scores.
         recipe: of the mixture.
@@ -385,7 +424,9 @@ def regrets_of_selectors(
     Returns:
         The regrets, and what each selector recommended.
     """
-    tables = _checked(Tables(counts or {}, n_layers, recipe, seed, draws, quality, causal))
+    tables = _checked(
+        Tables(counts or {}, n_layers, recipe, seed, draws, quality, causal, insertion)
+    )
     made = {name: _answer(tables, name) for name in tables.existing}
     picks = {name: answer.recommended[0] for name, answer in made.items()}
     if not counts:
@@ -396,7 +437,10 @@ def regrets_of_selectors(
 def _checked(tables: Tables) -> Tables:
     if tables.n_layers < 1:
         raise BadInputError(f"n_layers {tables.n_layers}: a model has 1 layer or more")
-    named = {"table": tables.features, "quality": tables.quality, "causal": tables.causal}
+    named = {
+        "table": tables.features, "quality": tables.quality, "causal": tables.causal,
+        "insertion": tables.insertion,
+    }  # fmt: skip
     for name, values in named.items():
         for layer, value in (values or {}).items():
             if not 0 <= layer < tables.n_layers:

@@ -218,6 +218,7 @@ class Lab:
         rule: str = "all",
         selector: str = "mixture",
         recipe: str = "robust",
+        target: Model | None = None,
         **options: Any,
     ) -> Recommendation:
         """Recommend layers to tune from counts, with a verdict; never without a layer.
@@ -225,14 +226,16 @@ class Lab:
         Args:
             counts: the counted features.
             rule: whose counts decide: "all" (strict), "any" or "either".
-            selector: "mixture", "most-features", "middle", "quality", "causal" or "blend"; the last
-                three measure what they need.
+            selector: "mixture", "most-features", "middle", "quality", "causal", "blend" or
+                "insertion"; the last four measure what they need.
             recipe: of the mixture, "robust" or "paper".
+            target: of the selector "insertion", the model that the SAEs are inserted into.
             options: fields of `CorpusConfig`, for the measuring selectors.
         """
         from resa_lens.features.exclusive import check_rule
         from resa_lens.layers.selectors import SELECTORS
         from resa_lens.stages.attribution import measure_effects
+        from resa_lens.stages.insertion import measure_gains
         from resa_lens.stages.recommendation import RECIPES, recommend_run, sae_quality
         from resa_lens.texts.corpora import CorpusConfig
 
@@ -243,14 +246,16 @@ class Lab:
         (corpus,) = filled("recommend", options, CorpusConfig(seed=ctx.seed))
         model, saes = counts.model, counts.saes.run
         layers = [item.layer for item in counts.run.counts.layers]
-        quality = effects = None
+        quality = effects = gains = None
         if selector in ("quality", "blend"):
             quality = sae_quality(model, saes, corpus, layers)
         if selector in ("causal", "blend"):
             effects = measure_effects(ctx, model, rule, corpus)(saes, counts.run)
+        if selector == "insertion":
+            gains = measure_gains(ctx, target or model, model, corpus)(saes, layers)
         run = recommend_run(
             ctx, model, counts.run, rule=rule, selector=selector, recipe=recipe, site=saes.site,
-            quality=quality, causal=effects,
+            quality=quality, causal=effects, insertion=gains,
         )  # fmt: skip
         return Recommendation(run, counts)
 
@@ -336,6 +341,7 @@ class Lab:
         tasks: str = "tiny",
         limit: int | None = 500,
         steps: int | None = None,
+        start_check: bool = True,
         **options: Any,
     ) -> Tuned:
         """Tune LoRA adapters through a layer's frozen SAE, and score the model before and after.
@@ -348,10 +354,12 @@ class Lab:
             control: what stands in the SAE's place, with its FVU: "noise", "pca", "shuffled",
                 "random", "random-weights", or "none" and "identity", with which nothing trains; or
                 what is done instead: "cot-free", "cot", "own-samples".
-            preset: "paper", or "reference" for the authors' code; at the SAEs' site in any case.
+            preset: "paper", "reference" for the authors' code, or "distil" for a frozen teacher
+                with the SAE; at the SAEs' site in any case.
             tasks: the questions that are scored, as of `eval`.
             limit: questions to score before and after; None for all.
             steps: updates; by default two epochs for wide models, 100 below width 1,024.
+            start_check: insert the SAE first and tune nothing, and warn where it carries no gain.
             options: fields of `TuneConfig`, `Objective`, and of `CorpusConfig` for the data.
         """
         from resa_lens.evals.run import EvalConfig
@@ -390,6 +398,7 @@ class Lab:
             control=control,
             evaluation=EvalConfig(limit=limit),
             eval_source=tasks,
+            start_check=start_check,
         )
         ctx.models.setdefault(f"{model.name}|", model)
         run = tune_run(ctx, job, saes.run if saes else None, chosen)

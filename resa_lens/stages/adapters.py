@@ -26,6 +26,7 @@ from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.fit import check_fit
 from resa_lens.saes.world import ALONE, World
 from resa_lens.stages.controls import replacement_for, sft_examples
+from resa_lens.stages.insertion import InsertionRun, starting_point
 from resa_lens.stages.saes import SaeRun, fit_corpus, packed, probe_batches, split_records
 from resa_lens.stages.scores import check_context, load_eval_items
 from resa_lens.stages.tune_job import Through, TuneJob, choose_sae, control_config
@@ -51,6 +52,8 @@ class Adapter:
     """The SAEs it was tuned through."""
     recommendation: Artifact | None = None
     """What chose the layer, where that was left to a recommendation."""
+    start: InsertionRun | None = None
+    """What the SAE does when it is inserted and nothing is tuned, where that was looked at."""
 
     @property
     def folder(self) -> Path:
@@ -144,6 +147,7 @@ class _Run:
         point = Hookpoint(sae.layer, job.objective.site)
         where = describe_layer(point.layer, target.n_layers)
         ctx.reporter.note(f"{where}, selector {sae.selector}: {sae.note}")
+        start = self.world.first(lambda: self._start(sae)) if job.start_check else None
         parents = {"sae": sae.run.parent([point.layer])}
         if sae.recommendation:
             parents["recommendation"] = sae.recommendation.parent
@@ -206,8 +210,17 @@ class _Run:
 
         artifact = stage.obtain(work, doing=f"tuning through layer {point.layer}", world=self.world)
         return Adapter(
-            artifact, target, point.layer, sae.selector, sae.note, sae.run, sae.recommendation
-        )
+            artifact, target, point.layer, sae.selector, sae.note, sae.run, sae.recommendation,
+            start,
+        )  # fmt: skip
+
+    def _start(self, sae: Through) -> InsertionRun:
+        """Insert the SAE before anything is tuned, and warn where it carries no gain."""
+        job = self.job
+        return starting_point(
+            self.ctx, self.target, sae.run, questions_of(job), job.elicitation, job.evaluation,
+            [sae.layer], source=sae.source, asked=job.eval_source,
+        )  # fmt: skip
 
     def imitate(self, kind: str) -> Adapter:
         """Fine-tune on texts, at equal steps and tokens, in place of SAE-Tuning."""

@@ -17,7 +17,7 @@ from resa_lens.texts.prompts import PHASES
 if TYPE_CHECKING:
     from resa_lens.features.interventions import Intervention
 
-Selector = Literal["mixture", "most-features", "middle", "quality", "causal", "blend"]
+Selector = Literal["mixture", "most-features", "middle", "quality", "causal", "blend", "insertion"]
 Recipe = Literal["robust", "paper"]
 Phase = Literal["prompt", "think", "answer"]
 ChangeKind = Literal["ablate", "scale", "clamp", "steer"]
@@ -83,6 +83,22 @@ class MatchConfig(Config):
     """For the correlations."""
     count: CountConfig = field(default_factory=CountConfig)
     """Whose counted features are followed one by one."""
+
+
+@dataclass(frozen=True)
+class InsertionConfig(Config):
+    """What is inserted, and what is read and asked with it."""
+
+    arms: Literal["short", "full"] = setting(
+        "full",
+        "What stands beside the SAE: noise (short), or PCA, the target's own SAE, the source's "
+        "activations and both ablations too (full).",
+    )
+    tokens: int = setting(4096, "Tokens of the documents that are looked at.", "--text-tokens",
+                          min=1)  # fmt: skip
+    """Of each kind: CoT-free, and with worked steps."""
+    seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(limit=300))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ RECIPES = ("robust", "paper")
 Effects = Mapping[int, Effect]
 MeasureEffects = Callable[[SaeRun, CountRun], Effects]
 """Effects of the counted features by layer: (beyond control, its standard error, its freedom)."""
+MeasureGains = Callable[[SaeRun, Sequence[int]], Effects]
+"""Changes of accuracy with each layer's SAE inserted: (change, its standard error)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def recommend_run(
     site: str,
     quality: Quality | None = None,
     causal: Effects | None = None,
+    insertion: Effects | None = None,
 ) -> RecommendationRun:
     """Recommend layers from the counts of a rule, or read the finished recommendation.
 
@@ -73,14 +76,17 @@ def recommend_run(
         quality: of the SAEs, for the selectors quality and blend; measured only where the
             recommendation is made anew.
         causal: effects by layer, for the selectors causal and blend.
+        insertion: changes of accuracy by layer, for the selector insertion.
     """
     effects = {} if causal is None else {str(layer): causal[layer] for layer in sorted(causal)}
+    inserted = {str(layer): list(pair) for layer, pair in sorted((insertion or {}).items())}
     config: dict[str, Any] = {
         "rule": rule,
         "selector": selector,
         "recipe": recipe,
         "seed": ctx.seed,
         **({"causal": effects} if causal is not None else {}),
+        **({"insertion": inserted} if insertion is not None else {}),
     }
     stage = ctx.stage(
         RecommendationKind,
@@ -102,6 +108,7 @@ def recommend_run(
                 seed=ctx.seed,
                 quality=quality.measure() if quality else None,
                 causal=causal,
+                insertion=insertion,
             )
         draft.results = {
             "recommended": list(answer.recommended),
@@ -168,6 +175,7 @@ def discover(
     allow_mismatch: bool = False,
     anew: bool = False,
     causal: MeasureEffects | None = None,
+    insertion: MeasureGains | None = None,
 ) -> Discovery:
     """Recommend layers for a model; SAEs that are missing are trained.
 
@@ -185,9 +193,11 @@ def discover(
         allow_mismatch: use SAEs that do not fit, with a warning.
         anew: train SAEs even where they are found.
         causal: measures the effects by layer, for the selectors causal (which needs it) and blend.
+        insertion: measures what the SAEs do when inserted, for the selector insertion.
 
     Raises:
-        BadInputError: an unknown rule, selector or recipe, or no effects for the selector causal.
+        BadInputError: an unknown rule, selector or recipe, or no effects for a selector that needs
+            them.
     """
     count = count or CountConfig()
     given = layers is not None
@@ -198,9 +208,10 @@ def discover(
         raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
     if selector not in SELECTORS:
         raise BadInputError(f"selector {selector!r} is unknown; use {', '.join(SELECTORS)}")
-    if selector == "causal" and causal is None:
+    measured = {"causal": causal, "insertion": insertion}
+    if selector in measured and measured[selector] is None:
         raise BadInputError(
-            "selector 'causal' needs measured effects by layer; use mixture, most-features, "
+            f"selector {selector!r} needs measured effects by layer; use mixture, most-features, "
             "middle, quality or blend"
         )
     if recipe not in RECIPES:
@@ -236,6 +247,7 @@ def discover(
         if selector in ("quality", "blend")
         else None,
         causal=causal(run, counts) if causal and selector in ("causal", "blend") else None,
+        insertion=insertion(run, layers) if insertion and selector == "insertion" else None,
     )
     return Discovery(run, counts, recommendation)
 

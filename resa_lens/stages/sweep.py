@@ -37,6 +37,7 @@ from resa_lens.stages.adapters import (
 )
 from resa_lens.stages.attribution import measure_effects
 from resa_lens.stages.counts import count_run
+from resa_lens.stages.insertion import InsertionRun, gains, starting_point
 from resa_lens.stages.recommendation import sae_quality
 from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import SaeRun
@@ -78,6 +79,12 @@ class SweepConfig(Config):
     """Whose counts the selectors see."""
     effects: bool = True
     """Measure causal effects by layer, for the selectors causal and blend."""
+    start_check: bool = setting(
+        False,
+        "First insert each SAE and tune nothing: does it carry a gain?  For the selector insertion "
+        "too.",
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
             "jobs": [asdict(job) for job in jobs],
             "rule": config.rule,
             "effects": config.effects,
+            **({"start_check": True} if config.start_check else {}),
             "seed": ctx.seed,
         },
         data={
@@ -229,6 +237,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
 
     began = time.monotonic()
     board = _Board(stage.work, len(jobs))
+    start: InsertionRun | None = None
     base: EvalRun | None = None
     if not finished():
         left = sum(not board.record(job).exists() for job in jobs)
@@ -239,6 +248,14 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
         # The base model answers too.
         stage.expect(0, adapters + (left + 1) * answers, FEWER_ANSWERS)
         base = _in_turn(ctx, lambda: score_base(ctx, shared, items))
+        if config.start_check:
+            start = _in_turn(
+                ctx,
+                lambda: starting_point(
+                    ctx, target, saes, items, shared.elicitation, shared.evaluation, layers,
+                    source=source, asked=shared.eval_source,
+                ),
+            )  # fmt: skip
         if ctx.force:
             # Not the claims of those who are at it.
             shutil.rmtree(stage.work / "jobs", ignore_errors=True)
@@ -248,7 +265,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
 
     def work(draft: Draft) -> None:
         assert base is not None
-        _analyse(ctx, config, jobs, target, source, saes, base, board, draft)
+        _analyse(ctx, config, jobs, target, source, saes, base, board, start, draft)
         draft.seconds = time.monotonic() - began
 
     artifact = _in_turn(ctx, lambda: stage.obtain(work, usable=complete))
@@ -265,6 +282,7 @@ def _analyse(
     saes: SaeRun,
     base: EvalRun,
     board: _Board,
+    start: InsertionRun | None,
     draft: Draft,
 ) -> None:
     """Compute what the finished jobs say, and fill the draft with it."""
@@ -305,6 +323,7 @@ def _analyse(
         rule=config.rule,
         quality=sae_quality(source, saes, shared.trigger, layers).measure(),
         causal=effects,
+        insertion=gains(start) if start else None,
         fvu={layer: row["fvu"] for layer, row in saes.quality.items() if layer in layers},
         seed=ctx.seed,
     )
@@ -318,6 +337,9 @@ def _analyse(
         "n_layers": target.n_layers,
         "failed": board.failed,
     }
+    if start:
+        draft.parents.append(start.artifact.relative)
+        draft.results["start"] = start.layers
 
     def write(folder: Path) -> None:
         write_tables(sweep, base.result, runs, folder)
@@ -411,6 +433,7 @@ def _one(
         lora=replace(shared.lora, seed=job.seed),
         elicitation=replace(shared.elicitation, seed=job.seed),
         control=job.control,
+        start_check=False,
     )
     # The seed of a control is the job's; of the stages of one job only warnings are said.
     own = replace(ctx, seed=job.seed, reporter=_Warnings(ctx.reporter))

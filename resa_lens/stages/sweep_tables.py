@@ -48,6 +48,7 @@ def analyse(
     rule: str,
     quality: Mapping[int, float],
     causal: Mapping[int, Effect] | None,
+    insertion: Mapping[int, Effect] | None = None,
     fvu: Mapping[int, float],
     seed: int,
 ) -> SweepTables:
@@ -63,6 +64,7 @@ def analyse(
         rule: whose counts the selectors see.
         quality: change of the loss with the SAE inserted, by layer.
         causal: effects by layer, for the selectors causal and blend.
+        insertion: changes of accuracy with the SAE inserted, for the selector of that name.
         fvu: of the SAEs.
         seed: of all draws.
     """
@@ -90,6 +92,7 @@ def analyse(
         counts={layer: counts[rule][layer] for layer in layers},
         quality={layer: quality[layer] for layer in layers},
         causal=None if causal is None else {layer: causal[layer] for layer in layers},
+        insertion=None if insertion is None else {layer: insertion[layer] for layer in layers},
         seed=seed,
     )
     flat = {layer: float(values.mean()) for layer, values in means.items()}

@@ -78,6 +78,7 @@ class Tuned:
             "selector": self.adapter.selector,
             "note": self.adapter.note,
             "recommendation": recommendation and str(recommendation.path),
+            "start": self.adapter.start and self.adapter.start.start(),
             "saes": saes and str(saes.folder),
             "evals": [str(self.base.artifact.path), str(self.tuned.artifact.path)],
             "steps": len(self.losses),

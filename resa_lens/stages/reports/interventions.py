@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from resa_lens.figures.grids import cell, grid
+from resa_lens.models.hookpoints import describe_layer
 
 
 def ablation(name: str, values: dict[str, Any]) -> Iterator[Any]:
@@ -46,6 +47,31 @@ def ablation(name: str, values: dict[str, Any]) -> Iterator[Any]:
         else "the features have no activation mass at these tokens"
     )
     yield f"in {values['folder']}; figure: dose_response.html"
+
+
+def insertion(name: str, n_layers: int, values: dict[str, Any]) -> Iterator[Any]:
+    """Yield what inserted SAEs and their controls do to the answers, layer by layer."""
+    base = values["base"]
+    yield (
+        f"{name} as it is: {cell('{accuracy:*.1f}', base)} % right "
+        f"({cell('{ci:*.1f}', base)}, 95 %), n = {base['n']}; SAEs of {values['source']}"
+    )
+    for row in values["layers"]:
+        arms = {**row["inserted"], **{
+            f"{kind} ablation": cost["accuracy"] for kind, cost in row["ablation"].items()
+            if cost["accuracy"]
+        }}  # fmt: skip
+        title = f"{describe_layer(row['layer'], n_layers)}, {values['site']}: in its place"
+        yield grid(title, [{"arm": arm, **figures} for arm, figures in arms.items()], {
+            "": "{arm}", "accuracy %": "{accuracy:*.1f}", "95 %": "{ci:*.1f}",
+            "change": "{difference:*+.1f}", "95 % of it": "{difference_ci:*+.1f}",
+            "p": "{p_value:.3g}",
+        })  # fmt: skip
+        shares = ", ".join(
+            f"{phase} {value:.3g}" for phase, value in row["fvu"].items() if value is not None
+        )
+        yield f"{row['verdict']}: {row['reason']}; FVU: {shares}"
+    yield f"in {values['folder']}"
 
 
 def attribution(name: str, values: dict[str, Any]) -> Iterator[Any]:
