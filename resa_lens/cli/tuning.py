@@ -41,8 +41,8 @@ class Tune(Tuning):
     )
     objective: dict[str, Any] = part(
         Objective,
-        "site teacher reference reference_gradient direction sae_gradient reduction targets schedule "
-        "clip_norm",
+        "site teacher reference reference_gradient direction sae_gradient reduction targets "
+        "schedule clip_norm",
         "Objective", given="preset",
     )  # fmt: skip
     lora: TuneConfig = part(
