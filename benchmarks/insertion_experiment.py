@@ -349,7 +349,7 @@ def objective(cell: str) -> Objective:
 
 @torch.no_grad()
 def loss_on_documents(model: Model) -> float:
-    """Return the next-token loss on held-out worked documents, nats a token: the collapse's sign."""
+    """Return the next-token loss on held-out worked documents, nats a token."""
     rows, corpus = records(1.0, 0)
     _, held_out = split_records(rows)
     total = count = 0.0

@@ -229,10 +229,8 @@ def _causal(tables: Tables) -> Choice:
 def _insertion(tables: Tables) -> Choice:
     effects = _effects(tables.insertion, "insertion")
     if effects is None:
-        raise BadInputError(
-            'selector "insertion" has no table: give insertion = {layer: (change of accuracy, '
-            "standard error)}, as `resa-lens insert` measures it"
-        )
+        plain = {layer: float(np.ravel(v)[0]) for layer, v in (tables.insertion or {}).items()}
+        return _ranked(plain, "insertion", "largest gain by insertion", 1.0, tables.n_layers)
     layers, *figures_of = effects
     chosen, best, figures = _above_zero(layers, *figures_of)
     name = describe_layer(best, tables.n_layers)

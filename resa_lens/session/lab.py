@@ -16,6 +16,7 @@ from resa_lens.models.host import Model
 from resa_lens.progress import SILENT, ConsoleReporter, PrintedReporter
 from resa_lens.session.discovery import Counts, Recommendation, SAEs
 from resa_lens.session.features import Activity, Falsification
+from resa_lens.session.insertion import Insertion
 from resa_lens.session.options import COMMON, filled
 from resa_lens.session.scores import Comparison, Scores, Tuned
 
@@ -329,6 +330,49 @@ class Lab:
             generations=generations, max_new_tokens=max_new_tokens, memory_limit_mb=memory_limit_mb,
         )  # fmt: skip
         return Activity(run, saes)
+
+    def insert(
+        self,
+        model: Model,
+        saes: SAEs,
+        layers: Layers = None,
+        *,
+        tasks: str = "tiny",
+        limit: int | None = 300,
+        **options: Any,
+    ) -> Insertion:
+        """Insert SAEs while the model answers, tuning nothing: what could they teach?
+
+        >>> test = lab.insert(model, saes, layers=5, limit=8, arms="short")
+        >>> test.verdicts
+        {5: 'cost only'}
+
+        Args:
+            model: the model that answers.
+            saes: the SAEs that are inserted, of this model or of another one of its shape.
+            layers: as of `train_saes`; all that the SAEs have by default.
+            tasks: the questions, as of `eval`.
+            limit: questions at most; None for all.
+            options: fields of `InsertionConfig` and `CorpusConfig`; `arms="short"` leaves noise
+                alone beside the SAE.
+        """
+        from resa_lens.evals.run import EvalConfig
+        from resa_lens.stages.insertion import InsertionConfig, insertion_run
+        from resa_lens.stages.scores import load_eval_items
+        from resa_lens.texts.corpora import CorpusConfig
+
+        ctx = self._context(options)
+        evaluation = EvalConfig(limit=limit)
+        config, corpus = filled(
+            "insert", options, InsertionConfig(eval=evaluation, seed=ctx.seed),
+            CorpusConfig(seed=ctx.seed),
+        )  # fmt: skip
+        run = insertion_run(
+            ctx, model, saes.run, load_eval_items(tasks, evaluation), corpus, config,
+            layers=None if layers is None else _layers(layers, model), source=saes.model,
+            asked=tasks,
+        )  # fmt: skip
+        return Insertion(run, model)
 
     def tune(
         self,

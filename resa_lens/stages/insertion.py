@@ -7,6 +7,7 @@ activations' place.  A killed run keeps its finished arms, and the same command 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.insertion import GAIN, MeanAblation, evaluate_inserted, insertion_verdict
-from resa_lens.evals.run import EvalResult, answerable, ask
+from resa_lens.evals.run import answerable, ask, read_samples, write_samples
 from resa_lens.evals.tasks import EvalItem, select
-from resa_lens.files import read_json, write_errors, write_json
+from resa_lens.files import write_errors
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.hookpoints import Hookpoint, describe_layer
 from resa_lens.models.host import Model
@@ -163,6 +164,12 @@ def insertion_run(
             "n_layers": target.n_layers,
         }
 
+        def write(folder: Path) -> None:
+            for file in draft.work.glob("*.parquet"):
+                shutil.copy2(file, folder)
+
+        draft.write(write)
+
     artifact = stage.obtain(work, doing="inserting SAEs")
     results = artifact.manifest.results
     return InsertionRun(artifact, list(results["layers"]), dict(results["base"]))
@@ -255,9 +262,9 @@ class _Test:
 
     def arm(self, name: str, point: Hookpoint | None, inserted: Any) -> dict[str, Any]:
         """Score one arm, or read it."""
-        file = self.work / f"arm-{name.replace(' ', '-')}.json"
+        file = self.work / f"{name.replace(' ', '-')}.parquet"
         if file.is_file():
-            return read_json(file)
+            return _arm_of(read_samples(file))
         before = 0
         with self.ctx.bar(f"inserted: {name}", len(self.items)) as advance:
 
@@ -269,8 +276,8 @@ class _Test:
             config = replace(self.config.eval, limit=None, levels=None)
             result = evaluate_inserted(self.target, self.items, config, point, inserted, progress)
         with write_errors(self.work):
-            write_json(file, _arm_of(result))
-        return read_json(file)
+            write_samples(result, file)
+        return _arm_of(result.samples)
 
     def layer(self, point: Hookpoint) -> dict[str, Any]:
         """Measure one layer's SAE."""
@@ -353,15 +360,15 @@ class _Test:
         return torch.cat([part.acts[point].flatten(0, 1) for part in parts])
 
 
-def _arm_of(result: EvalResult) -> dict[str, Any]:
+def _arm_of(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return an arm's score and each question's, in the order of their ids."""
     by_question: dict[str, list[float]] = {}
-    for row in result.samples:
+    for row in samples:
         by_question.setdefault(row["id"], []).append(float(row["correct"]))
     means = [sum(values) / len(values) for _, values in sorted(by_question.items())]
     return {
-        "accuracy": result.accuracy,
-        "n": result.n,
+        "accuracy": sum(means) / len(means),
+        "n": len(means),
         "ci": list(mean_interval(means)),
         "correct": means,
     }

@@ -147,8 +147,8 @@ def sae_quality(model: Model, saes: SaeRun, corpus: CorpusConfig, layers: Sequen
         return {point.layer: change for point, change in changes.items()}
 
     data = corpora.hash_records(records)
-    joined = corpus.packing == "joined"
-    return Quality(data if joined else digest([data, corpus.packing]), measure)
+    later = [corpus.packing, *([corpus.thought_share] if corpus.thought_share else [])]
+    return Quality(data if later == ["joined"] else digest([data, *later]), measure)
 
 
 @dataclass(frozen=True)

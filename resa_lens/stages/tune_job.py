@@ -7,7 +7,7 @@ from typing import Any
 
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.stage import Context
-from resa_lens.config import Config, execution
+from resa_lens.config import Config
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
@@ -54,10 +54,8 @@ class TuneJob(Config):
     allow_mismatch: bool = False
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
     eval_source: str = "tiny"
-    start_check: bool = execution(
-        False,
-        "Insert the SAE before tuning, to see whether it carries a gain that could be taught.",
-    )
+    start_check: bool = False
+    """First insert the SAE and tune nothing: does it carry a gain to be taught?"""
 
 
 @dataclass(frozen=True)

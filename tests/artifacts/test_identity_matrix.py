@@ -76,6 +76,7 @@ def test_every_stage_is_here():
 STRUCTURE = {
     "ctx", "model", "saes", "run", "items", "counts", "corpus", "point", "config", "quality",
     "site", "job", "sae", "recommendation", "source", "lora", "first", "second",
+    "target",
 }  # fmt: skip
 """Arguments of the stages that are ingredients, or hold the options; each stands in the calls."""
 HARMLESS = {"world", "allow_mismatch", "label"}

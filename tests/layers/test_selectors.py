@@ -65,8 +65,9 @@ def test_quality_and_causal_rank_their_tables():
 def test_every_selector_answers():
     for name in SELECTORS:
         result = recommend(
-            LUMP, n_layers=28, selector=name, quality={9: 0.2}, causal={9: 0.3}, draws=50
-        )
+            LUMP, n_layers=28, selector=name, quality={9: 0.2}, causal={9: 0.3},
+            insertion={9: 0.1}, draws=50,
+        )  # fmt: skip
         assert result.recommended
         assert result.requested == name
         assert json.loads(json.dumps(result.to_dict()))["layers"][0] == {"layer": 1, "features": 0}

@@ -23,6 +23,7 @@ from resa_lens.artifacts.kinds.counts import Counts
 from resa_lens.artifacts.kinds.effects import Effects
 from resa_lens.artifacts.kinds.eval import Eval
 from resa_lens.artifacts.kinds.falsification import Falsification
+from resa_lens.artifacts.kinds.insertion import Insertion
 from resa_lens.artifacts.kinds.matches import Matches
 from resa_lens.artifacts.kinds.quality import Quality
 from resa_lens.artifacts.kinds.recommendation import Recommendation
@@ -52,6 +53,7 @@ from resa_lens.stages.attribution import attribute_run, effects_run
 from resa_lens.stages.counts import CountRun, count_run
 from resa_lens.stages.falsification import falsify_run
 from resa_lens.stages.feature_scores import ScoreConfig, score_run
+from resa_lens.stages.insertion import InsertionConfig, insertion_run
 from resa_lens.stages.matching import MatchConfig, Side, match_run
 from resa_lens.stages.recommendation import recommend_run, sae_quality
 from resa_lens.stages.sae_quality import quality_run
@@ -366,9 +368,20 @@ def _ablate(call: Call) -> Any:
     )
 
 
+def _insert(call: Call) -> Any:
+    items = load_eval_items(str(call.given.records), EvalConfig())
+    options = dict(call.options)
+    options.pop("corpus")
+    config = options.pop("config")
+    return insertion_run(
+        call.ctx, call.model, call.run, items, call.corpus, config, **options,
+        **call.given.execution,
+    )  # fmt: skip
+
+
 def _sweep(call: Call) -> Any:
     options = dict(call.options)
-    own = ("layers", "seeds", "controls", "control_layers", "rule", "effects")
+    own = ("layers", "seeds", "controls", "control_layers", "rule", "effects", "start_check")
     sweep = {name: options.pop(name) for name in own}
     options["eval_source"] = str(call.given.records)
     with patch("resa_lens.stages.sweep.saes_for", lambda *_, **__: call.run):
@@ -425,8 +438,10 @@ CASES = {
         ),
         Case(
             "recommendation", Recommendation, recommend_run, _recommend,
-            {"rule": "all", "selector": "mixture", "recipe": "robust", "causal": None},
-            {"rule": "any", "selector": "middle", "recipe": "paper", "causal": {3: 0.5}},
+            {"rule": "all", "selector": "mixture", "recipe": "robust", "causal": None,
+             "insertion": None},
+            {"rule": "any", "selector": "middle", "recipe": "paper", "causal": {3: 0.5},
+             "insertion": {3: (0.1, 0.02)}},
             parts=MODEL | {"counts", "seed"},
         ),
         Case(
@@ -478,7 +493,7 @@ CASES = {
             {"steps": 4, "control": "own-samples"}, {**UNREAD, "layer": "5"}, frozenset({"data"}),
             # What is no part of a loss on texts.
             frozenset({"preset", "site", "reference", "reference_gradient", "direction",
-                       "sae_gradient", "reduction"}),
+                       "sae_gradient", "reduction", "teacher"}),
         ),
         Case(
             "eval", Eval, eval_run, _evaluate, {"config": EVAL, "engine": "hf"},
@@ -488,10 +503,11 @@ CASES = {
         Case(
             "sweep", Sweep, sweep_run, _sweep,
             {"layers": LAYERS, "seeds": 2, "controls": ("noise",), "control_layers": (LAYER,),
-             "rule": "all", "effects": True, "objective": Objective(), "lora": TuneConfig(rank=2),
+             "rule": "all", "effects": True, "start_check": False,
+             "objective": Objective(), "lora": TuneConfig(rank=2),
              "trigger": CORPUS, "elicitation": CORPUS, "evaluation": EVAL, "steps": 3},
             {"layers": (3, 4), "seeds": 1, "controls": ("pca",), "control_layers": (5,),
-             "rule": "any", "effects": False, "steps": 4},
+             "rule": "any", "effects": False, "start_check": True, "steps": 4},
             {"selector": "another", "reason": "another", "sae": SaeConfig(k=7),
              "allow_mismatch": True, "saes": "/elsewhere", "layer": "5"},
             frozenset({"saes", "data", "seed"}),
@@ -532,6 +548,13 @@ CASES = {
                                       eval=EVAL)},
             {}, {"source": "another"}, MODEL | {"saes", "questions"},
             frozenset({"site", "limit"}),
+        ),
+        Case(
+            "insertion", Insertion, insertion_run, _insert,
+            {"config": InsertionConfig("short", 300, eval=EVAL), "corpus": CORPUS,
+             "layers": (LAYER,)},
+            {"layers": (5,)}, {"asked": "another"}, MODEL | {"saes", "data", "questions"},
+            frozenset({"limit"}),
         ),
         Case(
             "falsification", Falsification, falsify_run, _falsify,
@@ -587,6 +610,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("Objective", "preset"): "reference",
     ("Objective", "site"): "resid_post",
     ("Objective", "reference"): "base",
+    ("Objective", "teacher"): "base",
     ("Objective", "direction"): "reference||sae",
     ("Objective", "reduction"): "sum",
     ("Objective", "targets"): ("q_proj",),
@@ -603,6 +627,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("ScoreConfig", "correction"): "holm",
     ("MatchConfig", "threshold"): 0.5,
     ("FalsifyConfig", "fires"): 0.25,
+    ("InsertionConfig", "arms"): "full",
     ("AblationConfig", "features"): (1, 3),
     ("AblationConfig", "rule"): "all",
     ("AblationConfig", "kind"): "steer",

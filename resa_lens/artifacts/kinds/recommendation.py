@@ -37,6 +37,8 @@ class Settings(BaseModel):
     recipe: str
     causal: dict[int, Effect] = Field(default_factory=dict)
     """Of ablating each layer's counted features, where the selector reads that."""
+    insertion: dict[int, Effect] = Field(default_factory=dict)
+    """Of inserting each layer's SAE, where the selector reads that."""
 
 
 class LayerFeatures(BaseModel):

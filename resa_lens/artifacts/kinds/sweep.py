@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from resa_lens.artifacts.artifact import Artifact, Kind
+from resa_lens.artifacts.kinds.insertion import LayerInsertion
 
 SWEEP, ANSWERS, SCORES = "sweep.json", "answers.parquet", "scores.csv"
 Interval = tuple[float, float]
@@ -27,6 +28,9 @@ class Results(BaseModel):
     n_layers: int
     failed: dict[str, str] = Field(default_factory=dict)
     """Jobs that are left out, with the reason."""
+    start: list[LayerInsertion] | None = None
+    """What each layer's SAE does when it is inserted and nothing is tuned; None where that was not
+    looked at."""
 
 
 class Job(BaseModel):
