@@ -172,7 +172,7 @@ class SaeFit(OnData):
         None, "Folder of SAEs in sparsify's layout (layers.N.mlp/), or a hub id.", check=check_saes
     )
     sae: SaeConfig = part(SaeConfig, "site latents k tokens seed", "SAEs")
-    corpus: CorpusConfig = part(CorpusConfig, f"{DATA} packing", "Data")
+    corpus: CorpusConfig = part(CorpusConfig, f"{DATA} packing thought_share", "Data")
 
 
 @options("SAEs")
@@ -290,6 +290,10 @@ class Tuning(AdapterBase, Questions, SaeUse):
     source_model: str | None = setting(
         None, "Model whose SAE is inserted; the target by default.", check=check_path
     )
+    tuning_thoughts: float = setting(
+        0.0, "As --thought-share, which is of the SAE's documents, for those that are tuned on.",
+        min=0, max=1,
+    )  # fmt: skip
     start_check: bool = setting(
         True, "First insert the SAE and tune nothing: does it carry a gain to be taught?"
     )
@@ -303,7 +307,8 @@ class Tuning(AdapterBase, Questions, SaeUse):
         return TuneJob(
             model=model, objective=objective, lora=self.lora,
             sae=replace(self.sae, site=objective.site), trigger=self.corpus,
-            elicitation=self.corpus, allow_mismatch=self.allow_site_mismatch,
+            elicitation=replace(self.corpus, thought_share=self.tuning_thoughts),
+            allow_mismatch=self.allow_site_mismatch,
             evaluation=replace(self.asking, generation=self.generation), eval_source=self.tasks,
             **self.pick("source_model", "steps", "saes", "base", "start_check"),
         )  # fmt: skip

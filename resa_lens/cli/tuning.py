@@ -72,13 +72,14 @@ class Tune(Tuning):
 
     def job(self, model: str) -> TuneJob:
         """Return the tuning of a model; columns are those of the data that are tuned on."""
-        elicitation = replace(self.corpus, source=self.elicitation_data or self.corpus.source)
-        trigger = replace(elicitation, source=self.trigger_data or self.corpus.source)
+        base = super().job(model)
+        elicitation = replace(base.elicitation, source=self.elicitation_data or self.corpus.source)
+        trigger = replace(self.corpus, source=self.trigger_data or self.corpus.source)
         if trigger.source != elicitation.source:
             columns = (item.name for item in fields(trigger) if item.name.endswith("_column"))
             trigger = replace(trigger, **dict.fromkeys(columns))
         own = self.pick("layer", "control")
-        return replace(super().job(model), trigger=trigger, elicitation=elicitation, **own)
+        return replace(base, trigger=trigger, elicitation=elicitation, **own)
 
 
 @command("tune")

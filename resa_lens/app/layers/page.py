@@ -10,6 +10,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens.app import answers, data, empty, links
+from resa_lens.app.layers import insertion as layers_insertion
 from resa_lens.app.layers import saes as layers_saes
 from resa_lens.app.layers import sweep as layers_sweep
 from resa_lens.app.widgets import (
@@ -29,6 +30,7 @@ from resa_lens.artifacts.kinds import counts as counts_kind
 from resa_lens.artifacts.kinds.adapter import Adapter
 from resa_lens.artifacts.kinds.counts import RULES, Counts
 from resa_lens.artifacts.kinds.falsification import Falsification, Verdicts
+from resa_lens.artifacts.kinds.insertion import Insertion
 from resa_lens.artifacts.kinds.recommendation import Recommendation, StoredRecommendation
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
@@ -89,6 +91,7 @@ def show(listing: Listing) -> None:
     apart(
         *sections,
         partial(layers_saes.quality, listing, slug, models[slug], run, sweep),
+        partial(layers_insertion.show, listing, slug),
         partial(_paper, counts, rule),
         partial(_scores, listing, models[slug]),
     )
@@ -97,7 +100,7 @@ def show(listing: Listing) -> None:
 def _models_of(listing: Listing) -> dict[str, str]:
     """Return {slug: weights} of the models with something by layer, those with counts first."""
     models: dict[str, str] = {}
-    for kind in (Counts, Saes, Sweep):
+    for kind in (Counts, Saes, Sweep, Insertion):
         for artifact in listing.of(kind):
             slug = artifact.settings.target if kind is Sweep else artifact.slug
             models.setdefault(slug, artifact.weights)
