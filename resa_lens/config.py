@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
+from numbers import Real
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -97,6 +98,8 @@ def check_value(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> 
             check_value(name if name[:2] == "--" else name.removesuffix("s"), item, kind, limits)
     elif isinstance(value, str):
         known = choices(kind, limits)
+        if is_number(kind):
+            raise BadInputError(f"{name} {value!a:.60} is no number; give {range_of(limits)}")
         if known and value not in known:
             raise BadInputError(f"{name} {value!r} is unknown; use {one_of(known)}")
         if not known and (len(value) > LONGEST or "\0" in value or not _is_text(value)):
@@ -105,7 +108,7 @@ def check_value(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> 
                 f"{name} {shown!a} is no text: it holds bytes that are no UTF-8, or more than "
                 f"{LONGEST} characters; give another"
             )
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, Real) and not isinstance(value, bool):
         low, over, high = limits.get("min"), limits.get("over"), limits.get("max", MOST)
         if (
             not math.isfinite(value)
@@ -113,8 +116,14 @@ def check_value(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> 
             or (low is not None and value < low)
             or (over is not None and value <= over)
         ):
-            shown = value if abs(value) < 10**15 else f"{float(value):g}"
+            shown = value if abs(float(value)) < 10**15 else f"{float(value):g}"
             raise BadInputError(f"{name} {shown} is out of range; give {range_of(limits)}")
+
+
+def is_number(kind: Any) -> bool:
+    """Return whether a type takes numbers alone, and None perhaps."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return all(part in (int, float, type(None)) for part in parts)
 
 
 def _is_text(value: str) -> bool:

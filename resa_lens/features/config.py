@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,26 @@ def check_tags(text: str, *tags: str) -> None:
             )
 
 
+def check_active(threshold: float) -> None:
+    """Raise BadInputError where a feature cannot be active above a threshold."""
+    if not 0 <= threshold < math.inf:
+        raise BadInputError(f"threshold {threshold} is out of range; give 0 or more")
+
+
+def check_two_tags(opens: str, closes: str) -> None:
+    """Raise BadInputError where two tags are one: each token of one would count for both."""
+    if opens == closes:
+        raise BadInputError(
+            f"the open tag and the close tag are both {opens!r:.60}: a feature of one cannot be "
+            "told from one of the other; give two tags"
+        )
+    if opens and closes and (opens in closes or closes in opens):
+        raise BadInputError(
+            f"of the tags {opens!r:.60} and {closes!r:.60} one stands inside of the other: its "
+            "tokens would count for both; give two tags, for example <think> and </think>"
+        )
+
+
 @dataclass(frozen=True)
 class CountConfig(Config):
     """What the paper leaves open, with the stated defaults."""
@@ -58,6 +79,11 @@ class CountConfig(Config):
     ignore_first: bool = setting(
         False, 'Leave the first position (an attention sink) out of "other tokens".'
     )
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where a value is out of range, or the tags are one."""
+        super().__post_init__()
+        check_two_tags(self.open_tag, self.close_tag)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.features.checks import check_features
-from resa_lens.features.config import RULES, CountConfig, check_tags
+from resa_lens.features.config import RULES, CountConfig, check_active, check_tags
 from resa_lens.features.config import check_rule as check_rule
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.bounds import check_length
@@ -166,7 +166,11 @@ def exclusive_features(
 
     Returns:
         {rule: sorted feature indices}.
+
+    Raises:
+        BadInputError: a threshold that is negative or no finite number.
     """
+    check_active(threshold)
     # Sparse in, one boolean row an occurrence out: [occurrence, d_sae], never [token, d_sae].
     above = acts.values > threshold
     rows, latents = acts.rows[above], acts.latents[above]

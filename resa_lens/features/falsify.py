@@ -43,6 +43,7 @@ from resa_lens import stats
 from resa_lens.errors import BadInputError
 from resa_lens.features.checks import check_features
 from resa_lens.features.config import FalsifyConfig as FalsifyConfig
+from resa_lens.features.config import check_active
 from resa_lens.features.exclusive import RULES, LayerCount
 from resa_lens.features.matching import best_matches
 from resa_lens.features.stimuli import Trial
@@ -220,8 +221,10 @@ def judge(
         other_seed: what `counterparts` found; the test is left out where it is not given.
 
     Raises:
-        BadInputError: a feature that is not active at a tag of the prompt was not counted on it.
+        BadInputError: a feature that is not active at a tag of the prompt was not counted on it, or
+            a threshold that is negative or no finite number.
     """
+    check_active(threshold)
     config = config or FalsifyConfig()
     kinds = np.array([trial.kind for trial in responses.trials])
     rows = []

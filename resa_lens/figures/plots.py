@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from resa_lens import stats
-from resa_lens.layers import FLAT, SUPPORTED, WEAK, MixtureFit
+from resa_lens.layers import FLAT, SUPPORTED, TREND, WEAK, MixtureFit
 from resa_lens.stats import Interval
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on light and on dark ground.
@@ -26,7 +26,9 @@ RULE_NAMES = {
     "any": "any occurrence of both tags",
     "either": "either tag",
 }
-MARKS = {SUPPORTED: "recommended", WEAK: "weak evidence", FLAT: "fallback"}
+MARKS = {
+    SUPPORTED: "recommended", TREND: "a trend", WEAK: "weak evidence", FLAT: "fallback",
+}  # fmt: skip
 """What stands at the first recommended layer, by verdict; "not tested" for all others."""
 BAND_DRAWS = 2000
 

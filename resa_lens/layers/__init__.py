@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from resa_lens.stats import Floats, Interval
 
 MAX_LAYERS, MAX_VALUE = 10_000, 1e12
 """What a table may hold: beyond it a number was mistyped."""
-SUPPORTED, WEAK, FLAT = "supported", "weak", "not distinguishable from flat"
+MAX_CANDIDATES = 512
+"""Candidate layers at most: fits and nulls take seconds up to here."""
+SUPPORTED, TREND, WEAK, FLAT = "supported", "trend", "weak", "not distinguishable from flat"
+"""The verdicts: lumps; rates that rise, fall or wander; uneven by one test; no more than chance."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class MixtureFit:
     baseline: float | None = None
     """What the paper's recipe took off each score, where given."""
     seed: int = 0
+    trends: dict[str, float] = field(default_factory=dict)
+    """`robust`, of counts: each trend that the mixture was compared with, and its score on the
+    scale of `bic` (`trends.trend_scores`)."""
 
     def density(self, x: Floats) -> Floats:
         """Fitted density per layer at positions x [points]; k = 0 is flat over the candidates."""
@@ -157,19 +163,7 @@ def checked_profile(
     seed: int,
 ) -> Profile:
     """Checks the arguments of `mixture.fit_mixture`; raises BadInputError."""
-    if not values:
-        raise BadInputError("the table of layers is empty: give at least one {layer: value}")
-    for layer, value in values.items():
-        if int(layer) != layer or layer < 0:
-            raise BadInputError(f"layer {layer}: layers are whole numbers from 0 (0-based)")
-        if layer >= MAX_LAYERS:
-            raise BadInputError(
-                f"layer {layer}: no model has so many; give layers below {MAX_LAYERS}"
-            )
-        if not math.isfinite(value):
-            raise BadInputError(f"layer {layer} (0-based) has the value {value}: give a number")
-        if abs(value) > MAX_VALUE:
-            raise BadInputError(f"layer {layer} (0-based) has the value {value}: give at most 1e12")
+    table = checked_table(values)
     for name, number in (("baseline", baseline), ("noise", noise)):
         if number is not None and not math.isfinite(number):
             raise BadInputError(f"{name} {number}: give a finite number")
@@ -177,17 +171,63 @@ def checked_profile(
         raise BadInputError(f"noise {noise}: the standard deviation of one score is above 0")
     if draws < 20 or seed < 0:
         raise BadInputError(f"draws {draws}, seed {seed}: give 20 draws or more and a seed from 0")
-    layers = tuple(sorted(int(layer) for layer in values))
-    table = np.array([float(values[layer]) for layer in layers])
-    whole = bool((table == np.round(table)).all())
+    odd = next((layer for layer, v in table.items() if v < 0 or v != round(v)), None)
     if kind == "auto":
-        kind = "counts" if baseline is None and whole and bool((table >= 0).all()) else "scores"
+        kind = "counts" if baseline is None and odd is None else "scores"
     if kind not in ("counts", "scores"):
         raise BadInputError(f'kind "{kind}" is unknown: give "counts", "scores" or "auto"')
-    if kind == "counts" and not whole:
-        odd = table[table != np.round(table)][0]
-        raise BadInputError(f"{odd} is no count: counts are whole numbers (or say kind scores)")
-    return Profile(layers, table, kind, baseline, noise, draws, seed)
+    if kind == "counts" and odd is not None:
+        raise BadInputError(
+            f"layer {odd} (0-based) has the value {table[odd]:g}, which is no count: counts are "
+            "whole numbers from 0 (or say kind scores)"
+        )
+    return Profile(tuple(table), np.array(list(table.values())), kind, baseline, noise, draws, seed)
+
+
+def checked_table(values: Mapping[Any, Any]) -> dict[int, float]:
+    """Checks a table of one number per layer and sorts it by layer.
+
+    Numbers of numpy, pandas and torch are numbers; a text is none, whatever it says.
+
+    Raises:
+        BadInputError: no layer or too many, a layer that is no whole number from 0, or a value that
+            is no finite number.
+    """
+    if not values:
+        raise BadInputError("the table of layers is empty: give at least one {layer: value}")
+    if len(values) > MAX_CANDIDATES:
+        raise BadInputError(
+            f"{len(values)} candidate layers: give {MAX_CANDIDATES} or fewer, for example every "
+            "second one"
+        )
+    table: dict[int, float] = {}
+    for name, entry in values.items():
+        layer, value = _plain_number(name), _plain_number(entry)
+        if layer is None or layer != round(layer) or layer < 0:
+            raise BadInputError(f"layer {name!r:.60}: layers are whole numbers from 0 (0-based)")
+        if layer >= MAX_LAYERS:
+            raise BadInputError(
+                f"layer {name}: no model has so many; give layers below {MAX_LAYERS}"
+            )
+        if value is None:
+            raise BadInputError(
+                f"layer {name} (0-based) has the value {entry!r:.60}: give a finite number"
+            )
+        if abs(value) > MAX_VALUE:
+            raise BadInputError(f"layer {name} (0-based) has the value {value}: give at most 1e12")
+        table[int(layer)] = value
+    return dict(sorted(table.items()))
+
+
+def _plain_number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_table(

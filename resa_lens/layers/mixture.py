@@ -15,6 +15,7 @@ from resa_lens.errors import BadInputError
 from resa_lens.layers import (
     FLAT,
     SUPPORTED,
+    TREND,
     WEAK,
     Component,
     ComponentInterval,
@@ -36,6 +37,7 @@ from resa_lens.layers.fits import (
 )
 from resa_lens.layers.nulls import MIN_LAYERS, too_few
 from resa_lens.layers.paper import fit_paper, objections, paper_weights
+from resa_lens.layers.trends import MARGIN, trend_scores
 
 __all__ = [
     "Component",
@@ -53,6 +55,7 @@ MIN_FEATURES = 10
 
 _NEXT = {
     SUPPORTED: "Tune at the recommended layers beside the middle layer, with several seeds.",
+    TREND: "Tune where the rates are highest beside the middle layer, or measure layers directly.",
     WEAK: "Count again with another prompt, rule or SAE seed, and trust only what returns.",
     FLAT: "Use the middle layer, or measure layers directly (causal effect, SAE quality, a sweep).",
 }
@@ -92,7 +95,8 @@ def fit_mixture(
         The fit.  A profile that supports none has the verdict and its reason, never an error.
 
     Raises:
-        BadInputError: no layers, a value that is not finite, an unknown recipe or kind.
+        BadInputError: no layers or more than 512, a value that is no finite number, a count that
+            is negative, an unknown recipe or kind.
     """
     profile = checked_profile(values, kind, baseline, noise, draws, seed)
     if components < 1 or restarts < 0:
@@ -134,6 +138,7 @@ def fit_mixture(
         recommended=tuple(dict.fromkeys(ranked)),
         baseline=baseline,
         seed=seed,
+        trends=found.trends or {},
     )
 
 
@@ -147,15 +152,16 @@ def count_verdict(values: Mapping[int, float], *, draws: int = 1000, seed: int =
     profile = checked_profile(values, "counts", None, None, draws, seed)
     counts, x = profile.values, profile.positions
     n = int(counts.sum())
-    if bool((counts < 0).any()) or n < MIN_FEATURES or len(x) < MIN_LAYERS:
+    if n < MIN_FEATURES or len(x) < MIN_LAYERS:
         return FLAT
     tests = nulls.count_nulls(profile)
     if (chance := next(tests).p) > ALPHA:
-        return _count_rule(chance, 1.0, False)
+        return _count_rule(chance, 1.0, {}, {})
     if (order := next(tests).p) > ALPHA:
-        return _count_rule(chance, order, False)
+        return _count_rule(chance, order, {}, {})
     fits = enumerate(robust_mixtures(counts, x, MAX_K, seed), start=1)
-    return _count_rule(chance, order, any(_gain(n, len(x), fit.level, k) > 0 for k, fit in fits))
+    bic = {0: _bic(n, -math.log(len(x)), 0), **{k: _bic(n, fit.level, k) for k, fit in fits}}
+    return _count_rule(chance, order, bic, trend_scores(counts, x))
 
 
 # The robust recipe -------------------------------------------------------------------------------
@@ -165,19 +171,15 @@ def _fit_counts(profile: Profile, _: int) -> Fitted:
     """K by BIC with n = features, likelihood over unit intervals; see the module `nulls`."""
     counts, x = profile.values, profile.positions
     n = int(counts.sum())
-    if bool((counts < 0).any()):
-        return Fitted(n=n, trouble=f"{counts.min():g} is a negative count")
     if n == 0:
         return Fitted(trouble="no layer has a feature")
     uniform = -math.log(len(x))
-    bic, fits = (
-        {0: -2 * n * uniform},
-        {0: RobustMixture(np.empty(0), np.empty(0), np.empty(0), uniform)},
-    )
+    fits = {0: RobustMixture(np.empty(0), np.empty(0), np.empty(0), uniform)}
+    trends: dict[str, float] = {}
     if len(x) >= MIN_LAYERS and n >= MIN_FEATURES:
-        for k, fit in enumerate(robust_mixtures(counts, x, MAX_K, profile.seed), start=1):
-            fits[k] = fit
-            bic[k] = -2 * n * fit.level + (3 * k - 1) * math.log(n)
+        fits |= dict(enumerate(robust_mixtures(counts, x, MAX_K, profile.seed), start=1))
+        trends = trend_scores(counts, x)
+    bic = {k: _bic(n, fit.level, k) for k, fit in fits.items()}
     best = min(bic, key=lambda k: bic[k])
     chosen = fits[best]
     return Fitted(
@@ -191,6 +193,7 @@ def _fit_counts(profile: Profile, _: int) -> Fitted:
         if best
         else (),
         bic=bic,
+        trends=trends,
         nulls={"uniform_distribution": {"log_likelihood": uniform, "entropy": -uniform}},
     )
 
@@ -241,20 +244,26 @@ def _judge(
             f"uniform null p = {chance:.3g}, {shuffled}, variance over mean {spread['value']:.2f}"
             f" with p = {spread['p']:.2g}{notes}"
         )
-        level, k = found.log_likelihood, len(found.components)
-        better = level is not None and k > 0 and _gain(found.n, layers, level, k) > 0
-        verdict = _count_rule(chance, order, better)
+        bic = _own_bic(found, layers) if recipe == "paper" else found.bic or {}
+        trends = found.trends or {}
+        verdict = _count_rule(chance, order, bic, trends)
         if verdict == FLAT:
             return FLAT, f"{size} are no more clustered than chance: {numbers}.", _NEXT[FLAT]
         if verdict == SUPPORTED:
-            return (
-                SUPPORTED,
-                f"{size} form lumps that chance does not: {numbers}.",
-                _NEXT[SUPPORTED],
-            )
+            lumps = "form lumps that chance does not"
+            if trends:
+                lumps += f", and no trend describes them better by a BIC of {MARGIN:g}"
+                numbers += _rivals(bic, trends)
+            return SUPPORTED, f"{size} {lumps}: {numbers}.", _NEXT[SUPPORTED]
+        if verdict == TREND:
+            best = min(trends, key=lambda name: trends[name])
+            rates = f"{size} lie unevenly, but no lumps are needed, {best} will do"
+            return TREND, f"{rates}: {numbers}{_rivals(bic, trends)}.", _NEXT[TREND]
         why = (
             "single layers stand out, not lumps"
             if order > ALPHA
+            else "neither a mixture nor a trend beats the uniform distribution"
+            if trends
             else "the mixture does not beat the uniform distribution"
         )
         return WEAK, f"{size} are uneven, but {why}: {numbers}.", _NEXT[WEAK]
@@ -273,20 +282,47 @@ def _judge(
     return FLAT, f"{size} vary no more than noise: {numbers}.", _NEXT[FLAT]
 
 
-def _count_rule(chance: float, order: float, better: bool) -> str:
-    """Verdict on counts from the p-values of the uniform null and of the permutation null.
+def _count_rule(
+    chance: float, order: float, bic: Mapping[int, float], trends: Mapping[str, float]
+) -> str:
+    """Verdict on counts from the p-values of the uniform and of the permutation null, and scores.
 
-    Supported where both reject at `ALPHA` and the fitted mixture beats the uniform distribution by
-    BIC; flat where the uniform null does not reject; weak in between.
+    Flat where the uniform null does not reject at `ALPHA`.  Where both reject, the best of the
+    uniform distribution, the mixtures and the trends decides, a trend by `MARGIN` or more: the
+    uniform is weak, a mixture supported.  Weak too where the permutation null does not reject.
     """
     if chance > ALPHA:
         return FLAT
-    return SUPPORTED if order <= ALPHA and better else WEAK
+    if order > ALPHA:
+        return WEAK
+    mixture = min((score for k, score in bic.items() if k), default=math.inf)
+    trend = min(trends.values(), default=math.inf)
+    if mixture < bic[0] and mixture < trend + MARGIN:
+        return SUPPORTED
+    return TREND if trend < bic[0] else WEAK
 
 
-def _gain(n: int, layers: int, level: float, k: int) -> float:
-    """How far k Gaussians with this log-likelihood a sample beat the uniform by BIC."""
-    return 2 * n * (level + math.log(layers)) - (3 * k - 1) * math.log(n)
+def _rivals(bic: Mapping[int, float], trends: Mapping[str, float]) -> str:
+    """How the best mixture stands beside the best trend, of all that were tried."""
+    mixture, best = min(score for k, score in bic.items() if k), min(trends.values())
+    names = sorted(trends, key=lambda name: trends[name])
+    gap = mixture - best
+    return (
+        f"; of {', '.join(names[1:])} and {names[0]} the last is best, with a BIC "
+        f"{abs(gap):.1f} {'below' if gap > 0 else 'above'} the mixture's"
+    )
+
+
+def _bic(n: int, level: float, k: int) -> float:
+    """BIC of k Gaussians with this log-likelihood a sample; n is the number of features."""
+    return -2 * n * level + max(0, 3 * k - 1) * math.log(n)
+
+
+def _own_bic(fitted: Fitted, layers: int) -> dict[int, float]:
+    """BIC of the paper's own fit and of the uniform distribution; its other K are the library's."""
+    own, k = fitted.log_likelihood, len(fitted.components)
+    bic = {0: _bic(fitted.n, -math.log(layers), 0)}
+    return bic | {k: _bic(fitted.n, own, k)} if own is not None and k else bic
 
 
 def _fit_notes(profile: Profile, recipe: str, found: Fitted) -> str:

@@ -153,7 +153,7 @@ class Mixture(Result):
 
     @property
     def verdict(self) -> str:
-        """Whether the profile supports a fit: "supported", "weak", or that it does not."""
+        """Whether the profile has lumps: "supported", "trend", "weak", or that it is flat."""
         return self.run.verdict
 
     @property
@@ -202,7 +202,7 @@ class Recommendation(Result):
 
     @property
     def verdict(self) -> str:
-        """Whether the counts support the layer: "supported", "weak", or that they do not."""
+        """Whether counts support the layer: "supported", "trend", "weak", or that they do not."""
         return self.run.recommendation.verdict
 
     @property

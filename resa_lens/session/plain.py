@@ -33,7 +33,8 @@ def fit_mixture(
             and seed of `resa_lens.layers.mixture.fit_mixture`.
 
     Raises:
-        BadInputError: no layers, a value that is not finite, or an unknown column or recipe.
+        BadInputError: no layers or more than 512, a value that is no finite number, or an unknown
+            column or recipe.
     """
     from resa_lens.layers import read_table
     from resa_lens.layers.mixture import fit_mixture as fit
@@ -41,20 +42,12 @@ def fit_mixture(
     if isinstance(table, str | Path):
         if column is None:
             raise BadInputError(f"{table}: name the column of values, fit_mixture(table, column)")
-        values = read_table(table, column)
+        values: dict[Any, Any] = {**read_table(table, column)}
     else:
-        values = {_layer(layer): float(value) for layer, value in table.items()}
+        values = dict(table.items())
+        if len(values) < len(table):
+            raise BadInputError("a layer stands in the table twice: give one value per layer")
     return Mixture(fit(values, **options))
-
-
-def _layer(layer: Any) -> int:
-    try:
-        whole = int(layer)
-    except (TypeError, ValueError):
-        whole = None
-    if whole is None or whole != layer:
-        raise BadInputError(f"layer {layer!r} of the table is no whole number; layers are 0-based")
-    return whole
 
 
 def audit(

@@ -272,7 +272,23 @@ def _setting(setting: Setting) -> list[str]:
     ]
     said.append(f"{setting.name}: standard deviation between seeds ({kind}), points: {spread}")
     if 1 in found.seeds:
-        said.append(f"{setting.name}: a setting with one run is taken as that run, its seed fixed")
+        alone = " and ".join(
+            dict.fromkeys(
+                name
+                for name, runs in zip((setting.base, setting.name), found.seeds, strict=True)
+                if runs == 1
+            )
+        )
+        said.append(
+            f"{setting.name}: {alone} with one run is taken as that run, its seed fixed: p and "
+            "interval know nothing of its other seeds"
+        )
+    if found.single_run_alarms is not None:
+        said.append(
+            f"{setting.name}: if that run was trained as the {max(found.seeds)} others were, up to "
+            f"{100 * found.single_run_alarms:.0f} % of such comparisons find a difference at 5 % "
+            "where there is none; give it as many runs"
+        )
     target = f"{100 * found.target:g} points"
     needed = (
         f"{target} need {found.questions} questions"

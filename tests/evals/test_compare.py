@@ -374,7 +374,11 @@ def test_command_on_groups_of_seeds(work: Path) -> None:
     assert "3 runs of plain, 3 of tuned" in shown
     three = read(invoke(work, *args, "--group", "alone=base", "--json"))
     assert [row["name"] for row in three["groups"]] == ["tuned", "alone"]
-    assert "its seed fixed" in invoke(work, *args, "--group", "alone=base").stdout
+    assert three["groups"][0]["single_run_alarms"] is None
+    assert three["groups"][1]["single_run_alarms"] == pytest.approx(0.164, abs=0.001)
+    alone = invoke(work, *args, "--group", "alone=base").stdout
+    assert "alone with one run is taken as that run, its seed fixed" in alone
+    assert "up to 16 % of such comparisons find a difference" in alone
     paired = read(invoke(work, *args, "--paired-seeds", "--json"))
     assert paired["paired_seeds"]
     assert len(paired["seed_sd"]) == 1

@@ -36,6 +36,20 @@ PROMPT = TaggedPrompt(
 )
 
 
+def test_thresholds_and_tags_that_count_nothing_are_refused() -> None:
+    for threshold in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(BadInputError, match=r"threshold .* is out of range; give 0 or more"):
+            CountConfig(threshold=threshold)
+        with pytest.raises(BadInputError, match=r"threshold .* is out of range; give 0 or more"):
+            exclusive_features(acts({0: [1]}), PROMPT, threshold=threshold)
+    with pytest.raises(BadInputError, match="threshold 'nan' is no number"):
+        CountConfig(threshold="nan")  # type: ignore[arg-type]
+    with pytest.raises(BadInputError, match=r"are both '<t>'.*give two tags"):
+        CountConfig(open_tag="<t>", close_tag="<t>")
+    with pytest.raises(BadInputError, match="one stands inside of the other"):
+        CountConfig(open_tag="think>", close_tag="</think>")
+
+
 def acts(features: Mapping[int, Iterable[int]], value: float = 1.0, n: int = 8) -> SparseActs:
     pairs = [(row, latent) for latent, rows in features.items() for row in rows]
     return SparseActs(

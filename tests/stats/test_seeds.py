@@ -321,3 +321,17 @@ def test_a_sweep_that_changes_hardly_an_answer_does_not_see_everything():
     more = np.flatnonzero(base == 0)[: int(np.ceil(power.any_layer * 2000))]
     scores[2][:, more] = 1.0
     assert stats.sweep_differences(scores, base).adjusted_p[2] < 0.05
+
+
+def test_one_run_against_three_says_how_often_it_is_wrong() -> None:
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(400):
+        runs = 0.5 + 0.1 * rng.normal(size=(4, 1)) + 0.01 * rng.normal(size=(4, 40))
+        found = stats.group_difference(runs[:1], runs[1:])
+        alarms += found.p_value <= 0.05
+    assert found.single_run_alarms == pytest.approx(0.164, abs=0.001)
+    low, high = stats.clopper_pearson(alarms, 400)
+    assert low < found.single_run_alarms < high
+    assert stats.group_difference(runs[:2], runs[2:]).single_run_alarms is None
+    assert stats.group_difference(runs[:1], runs[1:2]).single_run_alarms is None

@@ -38,7 +38,7 @@ from resa_lens.artifacts.listing import Listing, is_parent
 from resa_lens.figures import layers as layer_plots
 from resa_lens.figures import plots
 from resa_lens.figures.scores import sweep_figure
-from resa_lens.layers import FLAT, SUPPORTED, WEAK, MixtureFit, read_table
+from resa_lens.layers import FLAT, SUPPORTED, TREND, WEAK, MixtureFit, read_table
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.resources import data_path
 from resa_lens.stages.comparison import points, span
@@ -49,6 +49,7 @@ PAPER_MODELS = "paper/tables3_4_5_models.csv"
 PAPER_LAYERS = 28
 BADGES: dict[str, tuple[str, str, Any]] = {
     SUPPORTED: ("supported", ":material/check_circle:", "green"),
+    TREND: ("a trend, no lumps", ":material/trending_up:", "orange"),
     WEAK: ("weak", ":material/help:", "orange"),
     FLAT: ("not supported", ":material/warning:", "red"),
 }

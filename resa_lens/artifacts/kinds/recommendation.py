@@ -79,6 +79,7 @@ class Recommendation(Kind):
     title, titles = "recommendation", "recommendations"
     column = "Judged"
     command = ("recommend-layers",)
+    recipe = 2  # a trend over the layers has a verdict of its own, and K = 2 more starts
     Results = Results
     Settings = Settings
     files = {"recommendation.json": StoredRecommendation}  # noqa: RUF012 - declared once

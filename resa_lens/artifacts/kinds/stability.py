@@ -88,6 +88,7 @@ class Stability(Kind):
     title, titles = "stability", "stability reports"
     column = "Judged"
     command = ("stability",)
+    recipe = 2  # a trend over the layers has a verdict of its own
     Results = Results
     files = {"stability.json": StabilityReport}  # noqa: RUF012 - declared once, never changed
 

@@ -233,7 +233,7 @@ class Sweep(Kind):
     title, titles = "sweep", "sweeps"
     column = "Swept"
     command = ("sweep", "--layers", "all", "--seeds", "3")
-    recipe = 3  # questions that do not fit the context are not asked
+    recipe = 4  # the mixture tells lumps from trends; 3: too long questions are not asked
     Results = Results
     Settings = Settings
     files = {SWEEP: SweepTables, ANSWERS: None, SCORES: None}  # noqa: RUF012 - declared once
