@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,16 @@ def test_version() -> None:
 
 
 def test_help_takes_less_than_a_second(cli: Callable[..., Any]) -> None:
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = spent()
         assert cli("--help").returncode == 0
-        times.append(time.perf_counter() - began)
-    assert min(times) < 1.0, times
+        times.append(spent() - began)
+    assert min(times) < 1.0, times  # CPU seconds
 
 
 def test_help_imports_nothing_heavy(cli: Callable[..., Any]) -> None:

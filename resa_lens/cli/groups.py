@@ -295,7 +295,7 @@ class Tuning(AdapterBase, Questions, SaeUse):
         min=0, max=1,
     )  # fmt: skip
     start_check: bool = setting(
-        True, "First insert the SAE and tune nothing: does it carry a gain to be taught?"
+        True, "First insert the SAE and tune nothing, and warn where it carries no gain."
     )
 
     def job(self, model: str) -> TuneJob:

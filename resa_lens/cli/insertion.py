@@ -21,7 +21,7 @@ class Insert(AdapterBase, Questions, WithSaesAt):
         None, "Model whose SAEs are inserted; the target by default.", check=check_path
     )
     insertion: InsertionConfig = part(InsertionConfig, "arms tokens seed", "Insertion")
-    asking: EvalConfig = part(EvalConfig, "limit levels extraction", "Questions", limit=300)
+    asking: EvalConfig = part(EvalConfig, "limit levels extraction", "Questions", limit=500)
 
 
 @command("insert")

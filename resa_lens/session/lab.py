@@ -338,7 +338,7 @@ class Lab:
         layers: Layers = None,
         *,
         tasks: str = "tiny",
-        limit: int | None = 300,
+        limit: int | None = 500,
         **options: Any,
     ) -> Insertion:
         """Insert SAEs while the model answers, tuning nothing: what could they teach?

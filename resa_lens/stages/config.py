@@ -98,7 +98,7 @@ class InsertionConfig(Config):
                           min=1)  # fmt: skip
     """Of each kind: CoT-free, and with worked steps."""
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
-    eval: EvalConfig = field(default_factory=lambda: EvalConfig(limit=300))
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
 
 
 @dataclass(frozen=True)

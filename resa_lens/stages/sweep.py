@@ -81,8 +81,7 @@ class SweepConfig(Config):
     """Measure causal effects by layer, for the selectors causal and blend."""
     start_check: bool = setting(
         False,
-        "First insert each SAE and tune nothing: does it carry a gain?  For the selector insertion "
-        "too.",
+        "First insert each SAE and tune nothing; the selector insertion reads it.",
         later=True,
     )
 

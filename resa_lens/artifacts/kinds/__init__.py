@@ -7,8 +7,8 @@ from pkgutil import iter_modules
 
 _ORDER = (
     "saes", "quality", "counts", "stability", "recommendation", "activity", "scores",
-    "falsification", "effects", "attribution", "ablation", "matches", "adapter", "eval", "sweep",
-    "model",
+    "falsification", "effects", "attribution", "ablation", "matches", "insertion",
+    "adapter", "eval", "sweep", "model",
 )  # fmt: skip
 """Of the work, in tables; a kind that is not named here stands behind these."""
 _NAMES = [module.name for module in iter_modules(__path__)]
