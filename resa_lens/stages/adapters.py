@@ -367,6 +367,8 @@ class _Run:
             "model": target.name,
             "n_layers": target.n_layers,
             "resumed_at": course.resumed_at,
+            "collapsed_at": course.collapsed_at,
+            "kept_step": course.kept_step,
         }
         draft.seconds = course.seconds
 

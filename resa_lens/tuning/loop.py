@@ -23,6 +23,7 @@ from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.files import run_lock
 from resa_lens.saes.checkpoint import restore_threads
 from resa_lens.saes.world import ALONE, World
+from resa_lens.tuning.collapse import CollapseWatch
 from resa_lens.tuning.config import Schedule
 from resa_lens.tuning.config import TuneConfig as TuneConfig
 from resa_lens.tuning.log import LOG, Log, memory_mb
@@ -46,6 +47,10 @@ class TuneResult:
     seconds: float
     resumed_at: int = 0
     """Updates that an earlier call had made; 0 if this one began anew."""
+    collapsed_at: int = 0
+    """The update after which the model had collapsed; 0 where it did not."""
+    kept_step: int = 0
+    """After a collapse, the update whose adapters are kept."""
 
 
 def join_processes(device: str) -> World:
@@ -77,6 +82,7 @@ def fit(
     world: World = ALONE,
     advance: Callable[[int], None] = lambda done: None,
     trackers: Sequence[Callable[[dict[str, Any]], None]] = (),
+    watch: CollapseWatch | None = None,
 ) -> TuneResult:
     """Train what requires gradients in a module.
 
@@ -99,6 +105,7 @@ def fit(
         world: the processes that train together; only rank 0 writes.
         advance: called with the updates done.
         trackers: called with each line of the log.
+        watch: ends the run where the model has collapsed, with the last good adapters.
 
     Raises:
         BadInputError: no batch, an accumulation that does not divide, or a state of another run.
@@ -128,7 +135,9 @@ def fit(
             "dtype": str(next(peft.parameters()).dtype),
             **(identity or {}),
         }
-        store = TuningState(folder, whole, device, world)
+        store = TuningState(folder, whole, device, world, watch=watch)
+    if watch is not None:
+        watch.remember(0, weights)
     writes = folder is not None and world.rank == 0
     with run_lock(folder, doing) if folder is not None and writes else nullcontext(), own_draws():
         if folder is not None:
@@ -145,7 +154,7 @@ def fit(
             peft.train()
             update = _Update(list(weights.values()), optimizer, loss_of, config, world)
             rest = islice(iter(batches), resumed * config.accumulation, None)
-            for step in range(resumed, steps):
+            for step in range(resumed, 0 if course.collapsed else steps):
                 began = time.monotonic()
                 group = list(islice(rest, config.accumulation))
                 if len(group) < config.accumulation:
@@ -173,6 +182,11 @@ def fit(
                         "peak_memory_mb": memory_mb(device),
                     }
                 )
+                if watch is not None and watch.due(step + 1, steps):
+                    if watch.collapsed(step + 1, weights):
+                        course.collapsed = step + 1
+                        break
+                    course.good = watch.step
                 every = config.checkpoint_every
                 if save and folder is not None and writes and every and (step + 1) % every == 0:
                     write_whole(folder / f"step-{step + 1}", save)
@@ -202,6 +216,8 @@ def fit(
         trainable,
         course.seconds,
         resumed,
+        course.collapsed,
+        course.good,
     )
 
 

@@ -36,6 +36,7 @@ from resa_lens.files import read_json, write_errors
 from resa_lens.machine.limits import is_out_of_memory
 from resa_lens.saes.checkpoint import COST, SHARE, STATE, machine, newest, sync
 from resa_lens.saes.world import ALONE, World
+from resa_lens.tuning.collapse import CollapseWatch
 
 TENSORS = "state.safetensors"
 
@@ -48,6 +49,10 @@ class Course:
     grad_norms: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    good: int = 0
+    """The last update after which the model was seen to be well."""
+    collapsed: int = 0
+    """The update after which it was seen to have collapsed; 0 where it has not."""
 
 
 @contextmanager
@@ -82,6 +87,7 @@ class TuningState:
     last_step: int = 0
     last_time: float = field(default_factory=time.monotonic)
     write_seconds: float = 0.0
+    watch: CollapseWatch | None = None
 
     def load(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Course:
         """Put the newest state into weights and optimizer; return the course up to it.
@@ -105,6 +111,8 @@ class TuningState:
                     _, index, name = key.split(".", 2)
                     moments["state"].setdefault(int(index), {})[name] = value
             optimizer.load_state_dict(moments)
+            if self.watch is not None:
+                self.watch.load(int(state["course"].get("good", 0)), tensors)
             self.last_step = int(state["step"])
             return Course(**state["course"])
         except (OSError, SafetensorError, KeyError, RuntimeError, DamagedError) as error:
@@ -171,6 +179,8 @@ class TuningState:
         tensors = {f"weights.{name}": value.detach() for name, value in weights.items()}
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        if self.watch is not None:
+            tensors |= self.watch.tensors()
         state = {
             "step": step,
             "course": asdict(course),

@@ -24,6 +24,7 @@ from resa_lens.models.host import Model
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.world import ALONE, World
+from resa_lens.tuning.collapse import CollapseWatch, document_loss
 from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
 from resa_lens.tuning.objective import PRESETS, Objective
 from resa_lens.tuning.passes import Passes
@@ -184,6 +185,15 @@ def tune(
             f"the SAE's site is {point.site}, preset {objective.preset} uses {objective.site}"
         )
     peft, bridge = add_adapters(model, objective, config)
+    first, batches = _peek(batches)
+    # Only where both sides may move is there nothing to hold them.
+    anchored = "base" in (objective.reference, objective.teacher)
+    watch = None
+    if first is not None and not anchored:
+        probe = first.to(model.device)
+        with peft.disable_adapter():
+            base = document_loss(bridge, peft, probe)
+        watch = CollapseWatch(lambda: document_loss(bridge, peft, probe), base)
     passes = Passes(
         bridge, peft, point, coder, objective,
         gradient_checkpointing=config.gradient_checkpointing, note=note,
@@ -209,8 +219,23 @@ def tune(
         world=world,
         advance=advance,
         trackers=trackers,
+        watch=watch,
     )
+    if watch is not None and result.collapsed_at:
+        note(
+            f"warning: collapsed at step {result.collapsed_at}: without the SAE the loss on "
+            f"documents is {watch.seen:.2f} nats a token, the base's {watch.base:.2f}; the adapter "
+            f"of step {result.kept_step} is kept. Lower the learning rate "
+            f"(now {config.learning_rate:.3g})"
+        )
     return peft, result
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """Return the first batch, None where there is none, and all of them again."""
+    rest = iter(batches)
+    first = next(rest, None)
+    return first, chain([] if first is None else [first], rest)
 
 
 def save_adapter(peft: Any, folder: Path, base: Path) -> None:

@@ -22,6 +22,10 @@ class Results(BaseModel):
     losses: list[float] = Field(default_factory=list)
     """Of each step."""
     warnings: list[str] = Field(default_factory=list)
+    collapsed_at: int = 0
+    """The step after which the model had collapsed; 0 where it did not."""
+    kept_step: int = 0
+    """After a collapse, the step whose adapters these are."""
 
 
 class Settings(BaseModel):
@@ -41,6 +45,7 @@ class Adapter(Kind):
     title, titles = "adapter", "adapters"
     column = "Tuned"
     command = ("tune", "--layer", "auto")
+    recipe = 2  # a run that collapses ends, with the last good adapters
     lighter = (
         "--gradient-checkpointing of tune goes on with what is kept; a smaller --batch begins anew."
     )
