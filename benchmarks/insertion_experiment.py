@@ -538,7 +538,7 @@ def collect(work: Path, draws: Sequence[int], place: Path) -> None:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("run", "analyse", "collect"))
     parser.add_argument("--into", type=Path, default=Path("data/experiment/insertion"))
     parser.add_argument("--work", type=Path, required=True)

@@ -66,7 +66,9 @@ class Insertion(Result):
         from resa_lens.figures.scores import forest_figure
 
         rows = [
-            (f"layer {layer}, {arm}", row.difference, (row.ci_low, row.ci_high))
-            for (layer, arm), row in zip(self.table().index, self.table().itertuples(), strict=True)
+            (f"layer {layer}, {arm}", difference, (low, high))
+            for (layer, arm), difference, low, high in self.table()[
+                ["difference", "ci_low", "ci_high"]
+            ].itertuples(name=None)
         ]
         return forest_figure(rows, 0.0, "Inserted, nothing tuned", "95 % intervals")

@@ -79,7 +79,7 @@ def recommend_run(
         insertion: changes of accuracy by layer, for the selector insertion.
     """
     effects = {} if causal is None else {str(layer): causal[layer] for layer in sorted(causal)}
-    inserted = {str(layer): list(pair) for layer, pair in sorted((insertion or {}).items())}
+    inserted = {str(layer): value for layer, value in sorted((insertion or {}).items())}
     config: dict[str, Any] = {
         "rule": rule,
         "selector": selector,
