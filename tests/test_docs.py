@@ -346,16 +346,17 @@ def test_the_glossary_has_each_term_once_in_order_of_its_sections() -> None:
 
 
 def test_the_glossary_names_what_the_code_has() -> None:
+    import resa_lens.artifacts.kinds.counts  # noqa: F401 - the kinds are listed as they are loaded
     from resa_lens.artifacts.artifact import KINDS
     from resa_lens.features.exclusive import RULES
     from resa_lens.features.falsify import VERDICTS
-    from resa_lens.layers import FLAT, SUPPORTED, WEAK
+    from resa_lens.layers import FLAT, SUPPORTED, TREND, WEAK
     from resa_lens.layers.selectors import SELECTORS
     from resa_lens.models.hookpoints import SITES
     from resa_lens.texts.prompts import PHASES
 
     text = text_of("docs/glossary.md")
-    for name in (*SITES, *RULES, *SELECTORS, *VERDICTS, *PHASES, FLAT, SUPPORTED, WEAK):
+    for name in (*SITES, *RULES, *SELECTORS, *VERDICTS, *PHASES, FLAT, SUPPORTED, TREND, WEAK):
         assert f"`{name}`" in text, name
     assert "counts" in KINDS
 
