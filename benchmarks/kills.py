@@ -62,6 +62,17 @@ COMMANDS = {
     "activity": ["activity", *SAES, *TEXT, "--examples", "2"],
     "score-features": ["score-features", *SAES, *TEXT, "--draws", "50"],
     "match-features": ["match-features", "seed:0", "seed:1", "--layers", "4-5", *MODEL, *TEXT],
+    "insert": [
+        "insert",
+        "--layers",
+        "4",
+        *SHAPE,
+        *SCORED,
+        "--arms",
+        "short",
+        "--text-tokens",
+        "256",
+    ],
     "ablate": [
         "ablate",
         "--layer",

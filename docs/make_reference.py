@@ -168,7 +168,10 @@ def _cell(text: str) -> str:
 # Library
 
 
-FRONT = ("lab", "plain", "results", "discovery", "features", "insertion", "scores", "options")
+FRONT = (
+    "lab", "scoring", "workbench", "plain", "results", "discovery", "features", "insertion",
+    "scores", "options",
+)  # fmt: skip
 """Modules of the front door, in the order in which a reader needs them."""
 ELSEWHERE = (
     "evals.grading.is_correct", "evals.grading.is_chosen", "evals.tasks.load_questions",

@@ -218,7 +218,7 @@ def test_quick_start_makes_what_is_missing_and_then_reads_it(tmp_path, execute):
     found = values(executed)
     check_quick_start(found, place)
     assert f"workspace: {place}" in said(executed)
-    folders = ["adapters", "counts", "evals", "recommendations", "saes"]
+    folders = ["adapters", "counts", "evals", "insertions", "recommendations", "saes"]
     assert sorted(p.name for p in place.iterdir()) == folders
     assert drawn(executed) == 6
     assert quiet(executed)

@@ -53,6 +53,6 @@ def insert(args: Insert) -> Outcome:
     saes = args.find(ctx, source)
     run = insertion_run(
         ctx, target, saes, items, args.corpus, replace(args.insertion, eval=evaluation),
-        layers=args.scope(source) or saes.layers, source=source, asked=args.tasks,
+        layers=args.scope(source) or saes.layers, source=source, tasks=args.tasks,
     )  # fmt: skip
     return run.to_dict(), reports.insertion(target.slug, target.n_layers, run.to_dict())

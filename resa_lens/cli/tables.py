@@ -113,7 +113,7 @@ def regret(args: Regret) -> Outcome:
     Example: resa-lens regret data/paper/table6_hookpoints.csv --column average
     --counts-column feature_count --checkpoints data/paper/tables36_61_layer_checkpoints.csv
     """
-    from resa_lens.layers.selectors import regrets_of_table
+    from resa_lens.layers.tables import regrets_of_table
 
     names = ("counts_column", "quality_column", "effect_column", "effect_se_column")
     regrets, answers, size = regrets_of_table(

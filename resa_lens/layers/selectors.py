@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,10 @@ from resa_lens.layers import (
     SUPPORTED,
     MixtureFit,
     nearest_layer,
-    read_replicates,
-    read_table,
 )
 from resa_lens.layers.mixture import ALPHA, fit_mixture
 from resa_lens.layers.regret import Regret, Regrets, Scores, regret, regrets
-from resa_lens.models.hookpoints import describe_layer, parse_layer
+from resa_lens.models.hookpoints import describe_layer
 
 __all__ = [
     "NOT_TESTED",
@@ -470,59 +467,3 @@ def _answer(tables: Tables, selector: str) -> Recommendation:
         n_layers=n_layers,
         fit=choice.fit,
     )
-
-
-def regrets_of_table(
-    table: Path,
-    column: str,
-    *,
-    layers: Sequence[str] = (),
-    checkpoints: Path | None = None,
-    n_layers: int | None = None,
-    noise: float | None = None,
-    counts_column: str | None = None,
-    quality_column: str | None = None,
-    effect_column: str | None = None,
-    effect_se_column: str | None = None,
-    **settings: Any,
-) -> tuple[Regrets, dict[str, Recommendation], int]:
-    """Return every selector's regret in a table, what each answered, and the model's layers.
-
-    Args:
-        table: CSV with a row a layer.
-        column: of the scores.
-        layers: further choices to compare with, as `parse_layer` reads them.
-        checkpoints: CSV with several rows a layer, whose means are the scores instead.
-        n_layers: of the model; by default the last in the table + 2.
-        noise: standard deviation of one score.
-        counts_column: what the selectors see, like the other columns.
-        quality_column: see `regrets_of_selectors`.
-        effect_column: see `regrets_of_selectors`.
-        effect_se_column: standard errors of the effects.
-        settings: recipe, seed and draws of `regrets_of_selectors`.
-
-    Raises:
-        BadInputError: fewer layers than the table has, or a column that it has not.
-    """
-
-    def values(name: str | None) -> dict[int, float] | None:
-        return dict(read_table(table, name)) if name else None
-
-    scores: Scores = (
-        read_replicates(checkpoints, column) if checkpoints else read_table(table, column)
-    )
-    size = n_layers or max(scores) + 2
-    if max(scores) >= size:
-        raise BadInputError(
-            f"--n-layers {size}: the table has layer {max(scores)} (0-based); give at least "
-            f"{max(scores) + 1}"
-        )
-    effects: Any = values(effect_column)
-    if effects and (errors := values(effect_se_column)):
-        effects = {layer: (effect, errors[layer]) for layer, effect in effects.items()}
-    costs, answers = regrets_of_selectors(
-        scores, n_layers=size, counts=values(counts_column), quality=values(quality_column),
-        causal=effects, chosen={f"layer {text}": parse_layer(text, size) for text in layers},
-        se=None if noise is None else dict.fromkeys(scores, noise), **settings,
-    )  # fmt: skip
-    return costs, answers, size

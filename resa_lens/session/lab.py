@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
-from resa_lens.errors import BadInputError
-from resa_lens.models.hookpoints import parse_layers
 from resa_lens.models.host import Model
 from resa_lens.progress import SILENT, ConsoleReporter, PrintedReporter
 from resa_lens.session.discovery import Counts, Recommendation, SAEs
 from resa_lens.session.features import Activity, Falsification
-from resa_lens.session.insertion import Insertion
-from resa_lens.session.options import COMMON, filled
-from resa_lens.session.scores import Comparison, Scores, Tuned
-
-if TYPE_CHECKING:
-    from resa_lens.evals.run import EvalConfig
-    from resa_lens.tuning.config import Control
-
-Layers = str | int | Sequence[int] | None
-"""Layers as "1-10", "3,5,13th", 5 or [3, 5], 0-based, or None for the default."""
+from resa_lens.session.options import filled
+from resa_lens.session.scores import Tuned
+from resa_lens.session.scoring import Scoring
+from resa_lens.session.workbench import Layers, layers_of, one_of, place_of
 
 
 def open_lab(
@@ -58,7 +49,7 @@ def open_lab(
     return Lab(Context(place, reporter, seed, device, dtype, False, threads, deterministic))
 
 
-class Lab:
+class Lab(Scoring):
     """A workspace with the stages as methods; what is there already is read, not made again.
 
     >>> counts = lab.count_features(model, saes)
@@ -70,21 +61,6 @@ class Lab:
     a `TypeError` that names the nearest.  Every method that makes something takes `seed` and
     `force` besides: `force=True` makes it anew.  What a stage refuses is a `BadInputError`.
     """
-
-    def __init__(self, context: Context) -> None:
-        """Work in a context: its workspace, device and seed."""
-        self.context = context
-
-        self.workspace = context.workspace
-
-    def __repr__(self) -> str:
-        """Say where the results lie."""
-        return f"Lab in {self.workspace.root}"
-
-    def _context(self, options: dict[str, Any]) -> Context:
-        """Take seed and force from the options of a call."""
-        own = {name: options.pop(name) for name in COMMON if name in options}
-        return replace(self.context, **own)
 
     def model(
         self,
@@ -146,7 +122,7 @@ class Lab:
             "train_saes", options, SaeConfig(seed=ctx.seed), CorpusConfig(seed=ctx.seed)
         )
         run = train_run(
-            ctx, model, _layers(layers, model), sae, corpus, source=_place(saes),
+            ctx, model, layers_of(layers, model), sae, corpus, source=place_of(saes),
             memory_limit_mb=memory_limit_mb,
         )  # fmt: skip
         return SAEs(run, model)
@@ -175,9 +151,9 @@ class Lab:
 
         ctx = self._context(options)
         sae, corpus = filled("saes", options, SaeConfig(seed=ctx.seed), CorpusConfig(seed=ctx.seed))
-        places = _layers(layers, model)
+        places = layers_of(layers, model)
         run = saes_for(
-            ctx, model, places, sae, corpus, _place(place), allow_mismatch=allow_mismatch,
+            ctx, model, places, sae, corpus, place_of(place), allow_mismatch=allow_mismatch,
             only=None if layers is None else places, anew=ctx.force,
         )  # fmt: skip
         return SAEs(run, model)
@@ -208,7 +184,7 @@ class Lab:
 
         ctx = self._context(options)
         (config,) = filled("count_features", options, CountConfig())
-        places = None if layers is None else _layers(layers, model)
+        places = None if layers is None else layers_of(layers, model)
         run = count_run(ctx, model, saes.run, config, places, control=control)
         return Counts(run, model, saes)
 
@@ -241,8 +217,8 @@ class Lab:
         from resa_lens.texts.corpora import CorpusConfig
 
         check_rule(rule)
-        _one_of("selector", selector, tuple(SELECTORS))
-        _one_of("recipe", recipe, RECIPES)
+        one_of("selector", selector, tuple(SELECTORS))
+        one_of("recipe", recipe, RECIPES)
         ctx = self._context(options)
         (corpus,) = filled("recommend", options, CorpusConfig(seed=ctx.seed))
         model, saes = counts.model, counts.saes.run
@@ -326,226 +302,7 @@ class Lab:
         config, corpus = filled("activity", options, ActivityConfig(), CorpusConfig(seed=ctx.seed))
         run = activity_run(
             ctx, model, saes.run, corpus, config,
-            layers=None if layers is None else _layers(layers, model), tokens=text_tokens,
+            layers=None if layers is None else layers_of(layers, model), tokens=text_tokens,
             generations=generations, max_new_tokens=max_new_tokens, memory_limit_mb=memory_limit_mb,
         )  # fmt: skip
         return Activity(run, saes)
-
-    def insert(
-        self,
-        model: Model,
-        saes: SAEs,
-        layers: Layers = None,
-        *,
-        tasks: str = "tiny",
-        limit: int | None = 500,
-        **options: Any,
-    ) -> Insertion:
-        """Insert SAEs while the model answers, tuning nothing: what could they teach?
-
-        >>> test = lab.insert(model, saes, layers=5, limit=8, arms="short")
-        >>> test.verdicts
-        {5: 'cost only'}
-
-        Args:
-            model: the model that answers.
-            saes: the SAEs that are inserted, of this model or of another one of its shape.
-            layers: as of `train_saes`; all that the SAEs have by default.
-            tasks: the questions, as of `eval`.
-            limit: questions at most; None for all.
-            options: fields of `InsertionConfig` and `CorpusConfig`; `arms="short"` leaves noise
-                alone beside the SAE.
-        """
-        from resa_lens.evals.run import EvalConfig
-        from resa_lens.stages.insertion import InsertionConfig, insertion_run
-        from resa_lens.stages.scores import load_eval_items
-        from resa_lens.texts.corpora import CorpusConfig
-
-        ctx = self._context(options)
-        evaluation = EvalConfig(limit=limit)
-        config, corpus = filled(
-            "insert", options, InsertionConfig(eval=evaluation, seed=ctx.seed),
-            CorpusConfig(seed=ctx.seed),
-        )  # fmt: skip
-        run = insertion_run(
-            ctx, model, saes.run, load_eval_items(tasks, evaluation), corpus, config,
-            layers=None if layers is None else _layers(layers, model), source=saes.model,
-            asked=tasks,
-        )  # fmt: skip
-        return Insertion(run, model)
-
-    def tune(
-        self,
-        model: Model,
-        saes: SAEs | None = None,
-        *,
-        layer: Recommendation | int | str | None = None,
-        control: Control | None = None,
-        preset: str = "paper",
-        tasks: str = "tiny",
-        limit: int | None = 500,
-        steps: int | None = None,
-        start_check: bool = True,
-        **options: Any,
-    ) -> Tuned:
-        """Tune LoRA adapters through a layer's frozen SAE, and score the model before and after.
-
-        Args:
-            model: the target.
-            saes: the SAEs to tune through; those that the recommendation was counted on.
-            layer: a recommendation, a layer ("13th" is 1-based, 12 is 0-based), or nothing for a
-                control that needs no SAE.
-            control: what stands in the SAE's place, with its FVU: "noise", "pca", "shuffled",
-                "random", "random-weights", or "none" and "identity", with which nothing trains; or
-                what is done instead: "cot-free", "cot", "own-samples".
-            preset: "paper", "reference" for the authors' code, or "distil" for a frozen teacher
-                with the SAE; at the SAEs' site in any case.
-            tasks: the questions that are scored, as of `eval`.
-            limit: questions to score before and after; None for all.
-            steps: updates; by default two epochs for wide models, 100 below width 1,024.
-            start_check: insert the SAE first and tune nothing, and warn where it carries no gain.
-            options: fields of `TuneConfig`, `Objective`, and of `CorpusConfig` for the data.
-        """
-        from resa_lens.evals.run import EvalConfig
-        from resa_lens.stages.tune_job import TuneJob
-        from resa_lens.stages.tuning import tune_run
-        from resa_lens.texts.corpora import CorpusConfig
-        from resa_lens.tuning.loop import TuneConfig
-        from resa_lens.tuning.objective import preset as named
-        from resa_lens.tuning.sft import KINDS
-
-        ctx = self._context(options)
-        lora, objective, corpus = filled(
-            "tune", options, TuneConfig(seed=ctx.seed), named(preset), CorpusConfig(seed=ctx.seed)
-        )
-        if isinstance(layer, Recommendation) and saes is None:
-            saes = layer.counts.saes
-        if saes is not None:
-            if options.get("site", saes.site) != saes.site:
-                raise BadInputError(
-                    f"site {options['site']!r} is not that of the SAEs in {saes.path}, {saes.site}"
-                )
-            objective = replace(objective, site=saes.site)
-        if layer is None and control not in KINDS:
-            raise BadInputError(
-                "tune() needs a layer: what recommend() returned, or a layer such as layer=5"
-            )
-        chosen = layer.artifact if isinstance(layer, Recommendation) else None
-        job = TuneJob(
-            model=model.name,
-            layer="auto" if chosen or layer is None else str(layer),
-            objective=named(preset, **vars(objective)),
-            lora=lora,
-            trigger=corpus,
-            elicitation=corpus,
-            steps=steps,
-            control=control,
-            evaluation=EvalConfig(limit=limit),
-            eval_source=tasks,
-            start_check=start_check,
-        )
-        ctx.models.setdefault(f"{model.name}|", model)
-        run = tune_run(ctx, job, saes.run if saes else None, chosen)
-        return Tuned(run, control)
-
-    def eval(
-        self,
-        model: Model | Tuned,
-        tasks: str = "tiny",
-        *,
-        setting: str = "greedy",
-        engine: str = "hf",
-        question_column: str | None = None,
-        answer_column: str | None = None,
-        **options: Any,
-    ) -> Scores:
-        """Score a model on verified questions; a killed run goes on with those that are left.
-
-        >>> scores = lab.eval(model, limit=8)
-        >>> scores.n, len(scores.answers())
-        (8, 8)
-
-        Args:
-            model: a model, or what `tune` returned.
-            tasks: "tiny", benchmarks such as "math500", or a file of questions, comma-separated.
-            setting: what the options default to: "greedy", or "paper" (sampled, 32,768 new tokens).
-            engine: "hf", "vllm" or "lighteval".
-            question_column: of a file of questions, where its name is not a usual one.
-            answer_column: the same for the answer.
-            options: fields of `EvalConfig` and `GenerationConfig`.
-        """
-        from resa_lens.stages.scores import check_engine, eval_run, load_eval_items
-
-        check_engine(engine)
-        ctx = self._context(options)
-        config = _eval_config(setting, ctx.seed, options)
-        items = load_eval_items(
-            tasks, config, question_column=question_column, answer_column=answer_column
-        )
-        whole = self.model(model) if isinstance(model, Tuned) else model
-        run = eval_run(
-            ctx, whole, items, config, source=tasks,
-            engine=engine,  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
-        return Scores(run, model.name)
-
-    def compare(
-        self, base: Scores | Tuned, *others: Scores | Tuned, margin: float = 0.02, seed: int = 0
-    ) -> Comparison:
-        """Compare runs question by question: others minus base, with interval and p-value.
-
-        Args:
-            base: what `eval` or `tune` returned; of `tune` the scores with the adapter.
-            others: one run, or several; p-values of several are corrected.
-            margin: differences within it, a share of the questions, count as equally good.
-            seed: of bootstrap and permutations.
-
-        Raises:
-            BadInputError: no other run, the same one twice, or runs on other questions.
-        """
-        from resa_lens.evals.compare import check_paired, compare_many, compare_runs
-        from resa_lens.stages.comparison import open_runs
-
-        scores = [item.scores if isinstance(item, Tuned) else item for item in (base, *others)]
-        if len(scores) < 2:
-            raise BadInputError("compare() needs two runs or more; the first is the base")
-        if not 0 < margin < 1:
-            raise BadInputError(f"margin {margin}: give a share above 0 and below 1")
-        runs = open_runs(self.workspace, [str(item.path) for item in scores], self.context.reporter)
-        if len({item.name for item in scores}) == len(scores):
-            runs = [replace(run, name=s.name) for run, s in zip(runs, scores, strict=True)]
-        check_paired(runs)
-        if len(runs) == 2:
-            return Comparison(compare_runs(*runs, margin=margin, seed=seed), margin)
-        return Comparison(compare_many(runs[0], runs[1:], margin=margin, seed=seed), margin)
-
-
-def _layers(layers: Layers, model: Model) -> list[int]:
-    return parse_layers([layers] if isinstance(layers, int) else layers, model.n_layers)
-
-
-def _place(saes: str | Path | SAEs | None) -> str | None:
-    return None if saes is None else str(saes.path if isinstance(saes, SAEs) else saes)
-
-
-def _one_of(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise BadInputError(f"{what} {value!r} is unknown; use {', '.join(known)}")
-
-
-def _eval_config(setting: str, seed: int, options: Mapping[str, Any]) -> EvalConfig:
-    from resa_lens.evals.engines import GenerationConfig
-    from resa_lens.evals.run import SETTINGS, EvalConfig
-    from resa_lens.texts.prompts import resolve_system_prompt
-
-    _one_of("setting", setting, tuple(SETTINGS))
-    default = SETTINGS[setting]
-    generation = GenerationConfig(
-        default.max_new_tokens, default.temperature, default.top_p, seed=seed
-    )
-    plain = EvalConfig(
-        generation=generation, samples=default.samples, chat_template=default.chat_template
-    )
-    config = filled("eval", options, generation, plain)[1]
-    prompt = config.system_prompt
-    return replace(config, system_prompt=resolve_system_prompt(prompt) if prompt else None)

@@ -219,7 +219,7 @@ class _Run:
         job = self.job
         return starting_point(
             self.ctx, self.target, sae.run, questions_of(job), job.elicitation, job.evaluation,
-            [sae.layer], source=sae.source, asked=job.eval_source,
+            [sae.layer], source=sae.source, tasks=job.eval_source,
         )  # fmt: skip
 
     def imitate(self, kind: str) -> Adapter:

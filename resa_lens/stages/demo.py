@@ -108,6 +108,7 @@ def demo(
             elicitation=corpus,
             steps=amount.steps,
             evaluation=EvalConfig(limit=amount.questions),
+            start_check=True,
         ),
         saes=found.saes,
         recommendation=found.recommendation.artifact,

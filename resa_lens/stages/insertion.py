@@ -96,7 +96,7 @@ def insertion_run(
     *,
     layers: Sequence[int] | None = None,
     source: Model | None = None,
-    asked: str = "tiny",
+    tasks: str = "tiny",
 ) -> InsertionRun:
     """Insert SAEs and their controls into a model that answers, or read the finished test.
 
@@ -109,7 +109,7 @@ def insertion_run(
         config: what is inserted, read and asked.
         layers: 0-based; all that have an SAE by default.
         source: the model whose SAEs they are; the target by default.
-        asked: the questions' name, for the manifest.
+        tasks: the questions' name, for the manifest.
 
     Raises:
         BadInputError: no SAE at a layer, models of different shapes, or no question that fits.
@@ -146,7 +146,7 @@ def insertion_run(
             "questions": questions_hash(items, sampled=scored.generation.temperature > 0),
         },
         parents={"saes": saes.parent([p.layer for p in places])},
-        settings={"insertion": asdict(config), "corpus": asdict(corpus), "questions": asked,
+        settings={"insertion": asdict(config), "corpus": asdict(corpus), "questions": tasks,
                   "source": (other or target).name},
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def starting_point(
     layers: Sequence[int],
     *,
     source: Model,
-    asked: str,
+    tasks: str,
 ) -> InsertionRun:
     """Run the short form before a tuning, and warn of layers whose SAE carries no gain.
 
@@ -198,13 +198,13 @@ def starting_point(
         evaluation: how the questions are asked.
         layers: 0-based.
         source: the SAEs' model.
-        asked: the questions' name.
+        tasks: the questions' name.
     """
     asking = replace(evaluation, limit=min(SHORT, evaluation.limit or SHORT))
     config = InsertionConfig(arms="short", eval=asking, seed=ctx.seed)
     run = insertion_run(
         replace(ctx, force=False), target, saes, items, corpus, config, layers=layers,
-        source=source, asked=asked,
+        source=source, tasks=tasks,
     )  # fmt: skip
     for row in run.layers:
         where = describe_layer(row["layer"], target.n_layers)
@@ -234,7 +234,7 @@ def measure_gains(
         items = load_eval_items("tiny", evaluation or EvalConfig())
         run = starting_point(
             ctx, target, saes, items, corpus, evaluation or EvalConfig(), layers, source=source,
-            asked="tiny",
+            tasks="tiny",
         )  # fmt: skip
         return gains(run)
 

@@ -252,7 +252,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
                 ctx,
                 lambda: starting_point(
                     ctx, target, saes, items, shared.elicitation, shared.evaluation, layers,
-                    source=source, asked=shared.eval_source,
+                    source=source, tasks=shared.eval_source,
                 ),
             )  # fmt: skip
         if ctx.force:

@@ -7,6 +7,7 @@ large steps they come to agree on nonsense: the divergence falls and the answers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +27,10 @@ GOOD = "good."
 
 
 @torch.no_grad()
-def document_loss(bridge: Any, peft: Any, ids: Int[Tensor, "batch position"]) -> float:
+def document_loss(bridge: Any, ids: Int[Tensor, "batch position"]) -> float:
     """Return the next-token loss of documents without the SAE, nats a token, dropout off."""
-    training = peft.training
-    peft.eval()
+    modes = {module: module.training for module in bridge.modules()}
+    bridge.eval()
     try:
         losses = []
         for row in ids[:PROBE_ROWS, :PROBE_TOKENS].split(1):
@@ -37,7 +38,8 @@ def document_loss(bridge: Any, peft: Any, ids: Int[Tensor, "batch position"]) ->
             losses.append(F.cross_entropy(logits, row[0, 1:]).item())
         return sum(losses) / len(losses)
     finally:
-        peft.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 @dataclass
@@ -66,6 +68,8 @@ class CollapseWatch:
     def collapsed(self, step: int, weights: Mapping[str, Tensor]) -> bool:
         """Look at the loss; where it is too high put the last good adapters back."""
         loss = self.loss()
+        if not math.isfinite(loss):
+            return False  # the loop names it, as any loss that is no number
         if loss <= max(TIMES * self.base, self.base + NATS):
             self.remember(step, weights)
             return False

@@ -59,12 +59,6 @@ class Objective(Config):
     reference: Literal["adapted", "base"] = setting(
         "adapted", "The distribution without the SAE: of the adapted model, or with adapters off."
     )
-    teacher: Literal["adapted", "base"] = setting(
-        "adapted",
-        "The distribution with the SAE: of the adapted model, or with adapters off.",
-        later=True,
-    )
-    """`base` is a frozen teacher, which the adapters approach (preset distil)."""
     reference_gradient: bool = setting(
         True, "Let gradients flow through the reference (argmin over both sides).",
         "--reference-gradient/--detach-reference",
@@ -85,6 +79,12 @@ class Objective(Config):
     )
     # A negative norm would turn every gradient around.
     clip_norm: float | None = setting(None, "Clip the gradient norm to this.", over=0)
+    teacher: Literal["adapted", "base"] = setting(
+        "adapted",
+        "The distribution with the SAE: of the adapted model, or with adapters off.",
+        later=True,
+    )
+    """`base` is a frozen teacher, which the adapters approach (preset distil)."""
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -189,11 +189,11 @@ def tune(
     # Only where both sides may move is there nothing to hold them.
     anchored = "base" in (objective.reference, objective.teacher)
     watch = None
-    if first is not None and not anchored:
+    if first is not None and first.ndim == 2 and not anchored:
         probe = first.to(model.device)
         with peft.disable_adapter():
-            base = document_loss(bridge, peft, probe)
-        watch = CollapseWatch(lambda: document_loss(bridge, peft, probe), base)
+            base = document_loss(bridge, probe)
+        watch = CollapseWatch(lambda: document_loss(bridge, probe), base)
     passes = Passes(
         bridge, peft, point, coder, objective,
         gradient_checkpointing=config.gradient_checkpointing, note=note,

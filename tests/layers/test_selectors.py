@@ -181,8 +181,9 @@ def test_all_selectors_share_one_fit():
 def test_few_layers_get_a_verdict(selector):
     table = {1: 4, 2: 90, 3: 5, 4: 1, 5: 2}
     result = recommend(
-        table, n_layers=7, selector=selector, quality={3: 1.0}, causal={3: 1.0}, draws=50
-    )
+        table, n_layers=7, selector=selector, quality={3: 1.0}, causal={3: 1.0},
+        insertion={3: 1.0}, draws=50,
+    )  # fmt: skip
     assert result.recommended
     if selector == "mixture":
         assert result.selector == "middle"

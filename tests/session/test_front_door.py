@@ -370,7 +370,7 @@ def test_load_sae_by_folder_and_layer(small):
 # Examples
 
 
-@pytest.mark.parametrize("module", ["session.lab", "session.plain"])
+@pytest.mark.parametrize("module", ["session.lab", "session.scoring", "session.plain"])
 def test_the_examples_in_docstrings_print_what_they_say(small, module):
     loaded = importlib.import_module(f"resa_lens.{module}")
     names = {key: small[key] for key in ("lab", "model", "saes", "counts")}

@@ -65,7 +65,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_demo_leaves_the_workspace_of_the_design(demo: Any) -> None:
     kinds = {a.manifest.kind for a in Workspace(demo.workspace).artifacts()}
-    assert kinds == {"saes", "counts", "recommendation", "adapter", "eval"}
+    assert kinds == {"saes", "counts", "recommendation", "insertion", "adapter", "eval"}
     slug = next((demo.workspace / "saes").iterdir()).name
     assert slug.startswith("tiny-reasoner-")
     sae = next((demo.workspace / "saes" / slug).iterdir()) / "layers.5.mlp"

@@ -553,7 +553,7 @@ CASES = {
             "insertion", Insertion, insertion_run, _insert,
             {"config": InsertionConfig("short", 300, eval=EVAL), "corpus": CORPUS,
              "layers": (LAYER,)},
-            {"layers": (5,)}, {"asked": "another"}, MODEL | {"saes", "data", "questions"},
+            {"layers": (5,)}, {"tasks": "another"}, MODEL | {"saes", "data", "questions"},
             frozenset({"limit"}),
         ),
         Case(

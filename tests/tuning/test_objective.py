@@ -96,7 +96,7 @@ def test_table_7_defaults() -> None:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_single_options_override_a_preset(name: str) -> None:
     made = preset(
-        name, site="resid_post", reference="base", reference_gradient=False,
+        name, site="resid_post", teacher="adapted", reference="base", reference_gradient=False,
         direction="reference||sae", sae_gradient=False, reduction="sum",
         targets=("q_proj",), schedule="constant", clip_norm=2.5,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def test_unknown_values_are_named(changes: dict[str, Any], named: str) -> None:
 
 
 def test_unknown_preset_is_named() -> None:
-    with pytest.raises(BadInputError, match=r"'best'.*paper or reference"):
+    with pytest.raises(BadInputError, match=r"'best'.*paper, reference, distil"):
         preset("best")
 
 
