@@ -134,7 +134,7 @@ def test_demo_again_recomputes_nothing(work: Path, invoke: Invoke) -> None:
     before.pop("report.html")
     after.pop("report.html")
     assert after == before
-    assert result.stderr.count("done before, in") == 5
+    assert result.stderr.count("done before, in") == 6
     assert as_json(result)["tune"]["base"]["n"] == 64
 
 
