@@ -28,8 +28,8 @@ class Insert(AdapterBase, Questions, WithSaesAt):
 def insert(args: Insert) -> Outcome:
     """Insert SAEs while the model answers, tuning nothing.
 
-    What an SAE does to the answers is all that tuning through it could hand on. Beside it stand
-    PCA and noise of its size, the target's own SAE and the source's activations.
+    What an SAE does to the answers is what preset distil would hand on. Beside it stand PCA and
+    noise of its size, the target's own SAE and the source's activations.
 
     Example: resa-lens insert --model tiny-reasoner --layers 5 --limit 100
     """

@@ -37,8 +37,8 @@ def show(listing: Listing, slug: str) -> None:
     cells = [_cells(layer) for layer in results.layers]
     table(cells, "insertion", "Table of the insertion test")
     st.caption(
-        "Tuning through an SAE can hand on what the SAE does when it is inserted, and nothing "
-        "else. Where source and target are one model, an SAE can only cost."
+        "Preset distil hands on what the SAE does when it is inserted. Where source and target are "
+        "one model, an SAE can only cost."
     )
 
 
