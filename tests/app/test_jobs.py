@@ -215,7 +215,7 @@ def test_a_worker_ends_with_its_owner(how):
 
 
 def test_a_forgotten_page_costs_no_memory_for_long():
-    worker = Worker([sys.executable, "-c", STUB, "0.2"])
+    worker = Worker([sys.executable, "-c", STUB, "1"])
     first = worker.ask("echo")
     assert first.wait(20)
     pid = worker._processes[0].pid
