@@ -378,7 +378,13 @@ def test_the_site_builds_strictly_without_a_network(tmp_path: Path) -> None:
     for page in ("index.html", "tutorial/index.html", "glossary/index.html", "commands/index.html"):
         assert (tmp_path / page).is_file()
     text = (tmp_path / "api/index.html").read_text()
-    for name in ("lab.Lab.tune", "lab.open_lab", "plain.load_sae", "scores.Tuned.table"):
+    for name in (
+        "scoring.Scoring.tune",
+        "lab.Lab.recommend",
+        "lab.open_lab",
+        "plain.load_sae",
+        "scores.Tuned.table",
+    ):
         assert f'id="resa_lens.session.{name}"' in text
     # Nothing is fetched by a reader's browser but links that a person follows.
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', text)

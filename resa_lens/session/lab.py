@@ -14,7 +14,6 @@ from resa_lens.progress import SILENT, ConsoleReporter, PrintedReporter
 from resa_lens.session.discovery import Counts, Recommendation, SAEs
 from resa_lens.session.features import Activity, Falsification
 from resa_lens.session.options import filled
-from resa_lens.session.scores import Tuned
 from resa_lens.session.scoring import Scoring
 from resa_lens.session.workbench import Layers, layers_of, one_of, place_of
 
@@ -61,35 +60,6 @@ class Lab(Scoring):
     a `TypeError` that names the nearest.  Every method that makes something takes `seed` and
     `force` besides: `force=True` makes it anew.  What a stage refuses is a `BadInputError`.
     """
-
-    def model(
-        self,
-        model: str | Path | Tuned = "tiny-reasoner",
-        *,
-        base: str | None = None,
-        adapters: Sequence[str | Path] = (),
-        scale: float | Sequence[float] = 1.0,
-    ) -> Model:
-        """Load a model onto its host; a second call returns the same object.
-
-        >>> lab.model("tiny-reasoner").n_layers
-        12
-
-        Args:
-            model: a bundled name, a hub id, a folder, a .gguf file, a PEFT adapter folder, or what
-                `tune` returned.
-            base: the base model of an adapter folder that does not say it.
-            adapters: adapter folders to put onto the model.
-            scale: a factor on the adapters, or one for each.
-
-        Raises:
-            BadInputError: no such model, or one that is damaged or not supported.
-        """
-        name = str(model)
-        if isinstance(model, Tuned):
-            name, base = str(model.path), base or model.run.model.name
-        folders = [str(adapter) for adapter in adapters]
-        return self.context.model(name, base, adapters=folders, scale=scale)
 
     def train_saes(
         self,

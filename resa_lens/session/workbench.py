@@ -13,6 +13,7 @@ from resa_lens.models.hookpoints import parse_layers
 from resa_lens.models.host import Model
 from resa_lens.session.discovery import SAEs
 from resa_lens.session.options import COMMON
+from resa_lens.session.scores import Tuned
 
 Layers = str | int | Sequence[int] | None
 """Layers as "1-10", "3,5,13th", 5 or [3, 5], 0-based, or None for the default."""
@@ -35,6 +36,35 @@ class Workbench:
         """Take seed and force from the options of a call."""
         own = {name: options.pop(name) for name in COMMON if name in options}
         return replace(self.context, **own)
+
+    def model(
+        self,
+        model: str | Path | Tuned = "tiny-reasoner",
+        *,
+        base: str | None = None,
+        adapters: Sequence[str | Path] = (),
+        scale: float | Sequence[float] = 1.0,
+    ) -> Model:
+        """Load a model onto its host; a second call returns the same object.
+
+        >>> lab.model("tiny-reasoner").n_layers
+        12
+
+        Args:
+            model: a bundled name, a hub id, a folder, a .gguf file, a PEFT adapter folder, or what
+                `tune` returned.
+            base: the base model of an adapter folder that does not say it.
+            adapters: adapter folders to put onto the model.
+            scale: a factor on the adapters, or one for each.
+
+        Raises:
+            BadInputError: no such model, or one that is damaged or not supported.
+        """
+        name = str(model)
+        if isinstance(model, Tuned):
+            name, base = str(model.path), base or model.run.model.name
+        folders = [str(adapter) for adapter in adapters]
+        return self.context.model(name, base, adapters=folders, scale=scale)
 
 
 def layers_of(layers: Layers, model: Model) -> list[int]:
