@@ -1,8 +1,8 @@
 """The insertion test: a model answers while something stands in place of its activations.
 
 What an SAE's reconstruction does to accuracy before any tuning is what preset distil hands on, and
-what the others begin with.  Beside the SAE stand controls of the same size (saes/baselines.py) and the oracle: the source's
-own activations, which the source computes in lockstep on the same tokens.
+what the others begin with.  Beside the SAE stand controls of the same size (saes/baselines.py) and
+the oracle: the source's own activations, which the source computes in lockstep on the same tokens.
 """
 
 from __future__ import annotations
