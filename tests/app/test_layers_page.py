@@ -73,7 +73,8 @@ def test_shows_the_demo_and_never_writes(demo, open_app):
     paired = demo.result["tune"]["paired"]
     assert f"Tuned minus base: {100 * paired['difference']:+.1f} points" in shown
     assert f"n = {paired['n']}" in shown
-    assert charts(app) == 7
+    assert "cost only: with the SAE inserted accuracy changes by" in shown
+    assert charts(app) == 8
     assert app.selectbox(key="model").value.startswith("tiny-reasoner-")
     tables = {tuple(frame.value.columns): frame.value for frame in app.dataframe}
     paper = next(v for k, v in tables.items() if "paper: features" in k)
@@ -181,7 +182,7 @@ def test_one_damaged_artifact_leaves_the_others(copied, open_app):
     app = open_app(copied)
     assert f"{file} is damaged" in texts(app)
     assert "No adapter of this model was scored" in texts(app)
-    assert charts(app) == 6
+    assert charts(app) == 7
 
 
 def test_adapters_made_without_an_sae_are_shown_as_what_they_are(copied, open_app):
