@@ -20,7 +20,7 @@ from resa_lens.resources import data_path
 
 QUICK = ("--tokens", "1024", "--latents", "64")
 TUNE = ("--model", "tiny-reasoner", "--layer", "5", "--steps", "3", "--limit", "2",
-        "--max-new-tokens", "4", "--rank", "2")  # fmt: skip
+        "--max-new-tokens", "4", "--rank", "2", "--no-start-check")  # fmt: skip
 Refused = Callable[..., str]
 
 
@@ -325,8 +325,7 @@ def test_sae_loss_that_is_not_finite(refused: Refused) -> None:
 
 
 def test_tuning_loss_that_is_not_finite(refused: Refused) -> None:
-    args = ("tune", *TUNE, "--no-start-check", "--learning-rate", "1e30")
-    error = refused(*args, code=1, names="1e+30")
+    error = refused("tune", *TUNE, "--learning-rate", "1e30", code=1, names="1e+30")
     assert "layer 5" in error
 
 
