@@ -241,8 +241,8 @@ class Draw:
             items, config = questions("train")
             scores = {}
             for name in INSERTED:
-                found = evaluate_inserted(self.plain, items, config, POINT, self.replacement(name))
-                scores[name] = answers(found)
+                result = evaluate_inserted(self.plain, items, config, POINT, self.replacement(name))
+                scores[name] = answers(result)
             return {
                 "inserted": scores,
                 "fvu": {
@@ -312,11 +312,11 @@ class Draw:
         items = [EvalItem(str(i), r.question, r.answer, r.family, r.level)
                  for i, r in enumerate(rows)]  # fmt: skip
         chosen = {item.id for item in select(items, levels=(1, 2, 3), limit=300, seed=self.seed)}
-        asked = [row for number, row in enumerate(rows) if str(number) in chosen]
+        sampled = [row for number, row in enumerate(rows) if str(number) in chosen]
         engine = HFEngine(self.source.model, self.source.tokenizer)
         drawn = GenerationConfig(temperature=1.0, seed=self.seed)
         samples = own_samples(
-            asked,
+            sampled,
             lambda texts, names: engine.generate(texts, drawn, streams=names),
             is_correct,
             OwnConfig(samples=2, seed=self.seed),
@@ -387,18 +387,20 @@ def plan(draws: list[int], cells: str) -> Iterator[tuple[int, str]]:
 def run(work: Path, draws: list[int], cells: str) -> None:
     """Do what is missing."""
     torch.set_num_threads(1)
-    made = {seed: Draw(seed, work / f"draw-{seed}") for seed in draws}
-    for folder in (draw.folder for draw in made.values()):
+    by_seed = {seed: Draw(seed, work / f"draw-{seed}") for seed in draws}
+    for folder in (draw.folder for draw in by_seed.values()):
         folder.mkdir(parents=True, exist_ok=True)
     for number, (seed, cell) in enumerate(plan(draws, cells)):
-        if (made[seed].folder / f"{cell}.json").exists():
+        if (by_seed[seed].folder / f"{cell}.json").exists():
             continue
-        made[seed].cell(cell)
-        if number and all((made[s].folder / f"{c}.json").exists() for s in draws for c in PRIMARY):
-            for draw in made.values():
+        by_seed[seed].cell(cell)
+        if number and all(
+            (by_seed[s].folder / f"{c}.json").exists() for s in draws for c in PRIMARY
+        ):
+            for draw in by_seed.values():
                 draw.insertion()
         # Models and samples of a draw are not needed beside those of the next one.
-        made[seed] = Draw(seed, made[seed].folder)
+        by_seed[seed] = Draw(seed, by_seed[seed].folder)
 
 
 # Analysis
@@ -449,7 +451,7 @@ def contrast(name: str, differences: Sequence[float]) -> Contrast:
 
 def stored_draws(work: Path, draws: Sequence[int]) -> dict[int, dict[str, Any]]:
     """Return what is there of each draw, by cell."""
-    found: dict[int, dict[str, Any]] = {}
+    stored: dict[int, dict[str, Any]] = {}
     for seed in draws:
         together = work / f"draw-{seed}.json"
         cells = json.loads(together.read_text()) if together.exists() else {
@@ -458,8 +460,8 @@ def stored_draws(work: Path, draws: Sequence[int]) -> dict[int, dict[str, Any]]:
         }  # fmt: skip
         if "G" in cells:
             cells["G negated"] = cells["G"]["negated"]
-        found[seed] = cells
-    return found
+        stored[seed] = cells
+    return stored
 
 
 def analyse(work: Path, draws: Sequence[int]) -> None:
