@@ -20,13 +20,11 @@ from resa_lens.errors import BadInputError
 from resa_lens.evals.engines import Generation, GenerationConfig, HFEngine
 from resa_lens.evals.run import (
     EvalResult,
-    answerable,
-    ask,
     evaluate,
     read_samples,
     write_samples,
 )
-from resa_lens.evals.tasks import EvalItem, select
+from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.exclusive import RULES, CountConfig, check_rule
 from resa_lens.features.interventions import (
     VALUED,
@@ -49,7 +47,7 @@ from resa_lens.stages.config import AblationConfig as AblationConfig
 from resa_lens.stages.counts import CountRun, count_run
 from resa_lens.stages.dose_response import Rows, compare_shares, dose_response, outcome
 from resa_lens.stages.saes import SaeRun
-from resa_lens.stages.scores import expect_answers, questions_hash, unanswerable_text
+from resa_lens.stages.scores import chosen_questions, expect_answers, questions_hash
 from resa_lens.texts.phases import PHASES, phased_batches
 
 FIGURE = "dose_response.html"
@@ -153,15 +151,7 @@ def ablate_run(
     coders = saes.coders(model, [point.layer])
     check_features(model, point, config.features, coders)
     scored = config.eval
-    items = select(list(items), levels=scored.levels, limit=scored.limit, seed=scored.question_seed)
-    every = replace(scored, limit=None, levels=None)
-    prompts, left_out = answerable(
-        ask(items, every, model.tokenizer), model.tokenizer, model.context
-    )
-    if left_out:
-        ctx.note_once([unanswerable_text(left_out, len(items), model)])
-        fitting = {one.item.id for one in prompts}
-        items = [item for item in items if item.id in fitting]
+    items, prompts, every = chosen_questions(ctx, model, items, scored)
     stage = ctx.stage(
         Ablation,
         model,

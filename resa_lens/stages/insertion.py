@@ -23,8 +23,8 @@ from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.insertion import GAIN, MeanAblation, evaluate_inserted, insertion_verdict
-from resa_lens.evals.run import answerable, ask, read_samples, write_samples
-from resa_lens.evals.tasks import EvalItem, select
+from resa_lens.evals.run import read_samples, write_samples
+from resa_lens.evals.tasks import EvalItem
 from resa_lens.files import write_errors
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.hookpoints import Hookpoint, describe_layer
@@ -37,10 +37,10 @@ from resa_lens.stages.config import InsertionConfig as InsertionConfig
 from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import SaeRun, fit_corpus, split_records
 from resa_lens.stages.scores import (
+    chosen_questions,
     expect_answers,
     load_eval_items,
     questions_hash,
-    unanswerable_text,
 )
 from resa_lens.stats import compare_paired, mean_interval
 from resa_lens.texts import corpora
@@ -121,15 +121,7 @@ def insertion_run(
             f"{saes.folder} has no SAE at {describe_layer(missing[0], target.n_layers)}"
         )
     scored = config.eval
-    items = select(list(items), levels=scored.levels, limit=scored.limit, seed=scored.question_seed)
-    every = replace(scored, limit=None, levels=None)
-    prompts, left_out = answerable(
-        ask(items, every, target.tokenizer), target.tokenizer, target.context
-    )
-    if left_out:
-        ctx.note_once([unanswerable_text(left_out, len(items), target)])
-        fitting = {one.item.id for one in prompts}
-        items = [item for item in items if item.id in fitting]
+    items, prompts, every = chosen_questions(ctx, target, items, scored)
     corpus = fit_corpus(corpus, target)
     records = split_records(corpora.read_records(corpus))[1]
     other = source if source is not None and source is not target else None

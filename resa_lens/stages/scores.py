@@ -34,7 +34,7 @@ from resa_lens.evals.run import (
     ask,
     score,
 )  # fmt: skip
-from resa_lens.evals.tasks import EvalItem, load_tasks
+from resa_lens.evals.tasks import EvalItem, load_tasks, select
 from resa_lens.hashes import digest
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.needs import generation_mb
@@ -94,6 +94,34 @@ def unanswerable_text(left_out: int, questions: int, model: Model) -> str:
         f"warning: {left_out} of {questions} questions do not fit the context of {model.context} "
         "tokens and are not asked; the score is of the others"
     )
+
+
+def chosen_questions(
+    ctx: Context, model: Model, items: Sequence[EvalItem], config: EvalConfig
+) -> tuple[list[EvalItem], list[Asked], EvalConfig]:
+    """Return the questions that several arms answer alike, and say which do not fit the context.
+
+    Args:
+        ctx: who to tell.
+        model: the model that answers.
+        items: all questions.
+        config: chooses among them.
+
+    Returns:
+        The questions that are asked, their prompts, and the configuration that asks them all.
+    """
+    chosen = select(
+        list(items), levels=config.levels, limit=config.limit, seed=config.question_seed
+    )
+    every = replace(config, limit=None, levels=None)
+    prompts, left_out = answerable(
+        ask(chosen, every, model.tokenizer), model.tokenizer, model.context
+    )
+    if left_out:
+        ctx.note_once([unanswerable_text(left_out, len(chosen), model)])
+        fitting = {one.item.id for one in prompts}
+        chosen = [item for item in chosen if item.id in fitting]
+    return chosen, prompts, every
 
 
 def check_context(
