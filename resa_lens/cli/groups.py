@@ -172,7 +172,9 @@ class SaeFit(OnData):
         None, "Folder of SAEs in sparsify's layout (layers.N.mlp/), or a hub id.", check=check_saes
     )
     sae: SaeConfig = part(SaeConfig, "site latents k tokens seed", "SAEs")
-    corpus: CorpusConfig = part(CorpusConfig, f"{DATA} packing thought_share", "Data")
+    corpus: CorpusConfig = part(
+        CorpusConfig, f"{DATA} packing thought_share", "Data", thought_share=None
+    )
 
 
 @options("SAEs")

@@ -43,7 +43,9 @@ class TrainSaes(MemoryLimit, AtLayers, SaeFit):
         "multi_topk dead_threshold batch include_special seed",
         "Training",
     )
-    corpus: CorpusConfig = part(CorpusConfig, f"{DATA} sequence packing thought_share", "Data")
+    corpus: CorpusConfig = part(
+        CorpusConfig, f"{DATA} sequence packing thought_share", "Data", thought_share=None
+    )
     expansion: int | None = setting(
         None, "Latents as a multiple of the width, in place of --latents.", min=1, max=2**14
     )

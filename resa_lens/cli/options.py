@@ -234,7 +234,9 @@ def build(group: type, values: Mapping[str, Any]) -> Any:
     for item in fields(group):
         if source := item.metadata.get("part"):
             changes = parts.get(item.name, {})
-            own[item.name] = changes if source.given else source.config(**changes)
+            own[item.name] = (
+                changes if source.given else source.config(**{**source.defaults, **changes})
+            )
     return group(**{name: value for name, value in own.items() if value is not None})
 
 

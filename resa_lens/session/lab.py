@@ -89,8 +89,9 @@ class Lab(Scoring):
 
         ctx = self._context(options)
         sae, corpus = filled(
-            "train_saes", options, SaeConfig(seed=ctx.seed), CorpusConfig(seed=ctx.seed)
-        )
+            "train_saes", options, SaeConfig(seed=ctx.seed),
+            CorpusConfig(seed=ctx.seed, thought_share=None),
+        )  # fmt: skip
         run = train_run(
             ctx, model, layers_of(layers, model), sae, corpus, source=place_of(saes),
             memory_limit_mb=memory_limit_mb,
@@ -120,7 +121,10 @@ class Lab(Scoring):
         from resa_lens.texts.corpora import CorpusConfig
 
         ctx = self._context(options)
-        sae, corpus = filled("saes", options, SaeConfig(seed=ctx.seed), CorpusConfig(seed=ctx.seed))
+        sae, corpus = filled(
+            "saes", options, SaeConfig(seed=ctx.seed),
+            CorpusConfig(seed=ctx.seed, thought_share=None),
+        )  # fmt: skip
         places = layers_of(layers, model)
         run = saes_for(
             ctx, model, places, sae, corpus, place_of(place), allow_mismatch=allow_mismatch,
@@ -190,7 +194,7 @@ class Lab(Scoring):
         one_of("selector", selector, tuple(SELECTORS))
         one_of("recipe", recipe, RECIPES)
         ctx = self._context(options)
-        (corpus,) = filled("recommend", options, CorpusConfig(seed=ctx.seed))
+        (corpus,) = filled("recommend", options, CorpusConfig(seed=ctx.seed, thought_share=None))
         model, saes = counts.model, counts.saes.run
         layers = [item.layer for item in counts.run.counts.layers]
         quality = effects = gains = None

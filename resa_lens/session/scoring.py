@@ -76,6 +76,7 @@ class Scoring(Workbench):
         tasks: str = "tiny",
         limit: int | None = 500,
         steps: int | None = None,
+        tuning_thoughts: float = 0.0,
         start_check: bool = True,
         **options: Any,
     ) -> Tuned:
@@ -94,6 +95,8 @@ class Scoring(Workbench):
             tasks: the questions that are scored, as of `eval`.
             limit: questions to score before and after; None for all.
             steps: updates; by default two epochs for wide models, 100 below width 1,024.
+            tuning_thoughts: share of the documents that are tuned on with their worked steps;
+                `thought_share` is that of the SAE's documents, if it is trained now.
             start_check: insert the SAE first and tune nothing, and warn where it carries no gain.
             options: fields of `TuneConfig`, `Objective`, and of `CorpusConfig` for the data.
         """
@@ -107,8 +110,9 @@ class Scoring(Workbench):
 
         ctx = self._context(options)
         lora, objective, corpus = filled(
-            "tune", options, TuneConfig(seed=ctx.seed), named(preset), CorpusConfig(seed=ctx.seed)
-        )
+            "tune", options, TuneConfig(seed=ctx.seed), named(preset),
+            CorpusConfig(seed=ctx.seed, thought_share=None),
+        )  # fmt: skip
         if isinstance(layer, Recommendation) and saes is None:
             saes = layer.counts.saes
         if saes is not None:
@@ -128,7 +132,7 @@ class Scoring(Workbench):
             objective=named(preset, **vars(objective)),
             lora=lora,
             trigger=corpus,
-            elicitation=corpus,
+            elicitation=replace(corpus, thought_share=tuning_thoughts),
             steps=steps,
             control=control,
             evaluation=EvalConfig(limit=limit),

@@ -48,7 +48,7 @@ from resa_lens.stages.activity_tables import (
     join_tables,
     layer_writer,
 )
-from resa_lens.stages.saes import SaeRun, fit_corpus
+from resa_lens.stages.saes import SaeRun, phased_corpus
 from resa_lens.stages.scores import questions_hash, unanswerable_text
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig
@@ -112,7 +112,7 @@ def activity_run(
         BadInputError: no document, an SAE that does not fit, or a memory too small for one layer.
         TakenError: another process is at this measurement.
     """
-    corpus = fit_corpus(corpus, model)
+    corpus = phased_corpus(corpus, model)
     points = [p for p in saes.points if layers is None or p.layer in layers]
     measured = [point.layer for point in points]
     records, items = [], []

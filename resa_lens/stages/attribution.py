@@ -20,7 +20,7 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.stages.counts import CountRun
 from resa_lens.stages.recommendation import MeasureEffects
-from resa_lens.stages.saes import SaeRun, fit_corpus, split_records
+from resa_lens.stages.saes import SaeRun, phased_corpus, split_records
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.texts.phases import TOKENS, PhasedBatch, phased_batches, phased_texts
@@ -101,7 +101,7 @@ def attribute_run(
         raise BadInputError(f"top is {top}, tokens {tokens}; both must be at least 1")
     coders = saes.coders(model, [point.layer])
     check_features(model, point, features or (), coders)
-    corpus = fit_corpus(corpus, model)
+    corpus = phased_corpus(corpus, model)
     records = held_out(corpus)
     stage = ctx.stage(
         Attribution,
@@ -179,7 +179,7 @@ def effects_run(
     """
     check_rule(rule)
     features = {item.layer: item.features[rule] for item in counts.counts.layers}
-    corpus = fit_corpus(corpus, model)
+    corpus = phased_corpus(corpus, model)
     records = held_out(corpus)
     stage = ctx.stage(
         Effects,

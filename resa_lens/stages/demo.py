@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def demo(
         raise BadInputError(f"budget {budget!r} is unknown; use {' or '.join(BUDGETS)}")
     amount = BUDGETS[budget]
     model = ctx.model(model_name)
-    corpus = CorpusConfig(seed=ctx.seed)
+    corpus = CorpusConfig(seed=ctx.seed, thought_share=None)
     sae = SaeConfig(tokens=amount.sae_tokens, latents=amount.latents, seed=ctx.seed)
     ctx.reporter.note("1/3 SAEs, counts and recommendation")
     found = discover(ctx, model, sae=sae, corpus=corpus, anew=ctx.force)
@@ -105,7 +105,7 @@ def demo(
             lora=lora,
             sae=sae,
             trigger=corpus,
-            elicitation=corpus,
+            elicitation=replace(corpus, thought_share=0.0),
             steps=amount.steps,
             evaluation=EvalConfig(limit=amount.questions),
             start_check=True,

@@ -44,7 +44,7 @@ from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
 from resa_lens.stages.config import NO_STEPS
 from resa_lens.stages.config import ScoreConfig as ScoreConfig
-from resa_lens.stages.saes import FIT_BYTES, SaeRun, fit_corpus, in_groups, split_records
+from resa_lens.stages.saes import FIT_BYTES, SaeRun, in_groups, phased_corpus, split_records
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.texts.phases import PHASES, phased_batches, phased_texts
@@ -99,7 +99,7 @@ def score_run(
         raise BadInputError(
             f"correction {config.correction!r} is unknown; use {' or '.join(CORRECTIONS)}"
         )
-    corpus = fit_corpus(corpus, model)
+    corpus = phased_corpus(corpus, model)
     words = config.words
     if words is None:
         words = TINY_WORDS if corpus.source == "tiny" else REASONING_WORDS

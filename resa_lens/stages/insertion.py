@@ -35,7 +35,7 @@ from resa_lens.saes.quality import measure_quality
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.config import InsertionConfig as InsertionConfig
 from resa_lens.stages.sae_training import saes_for
-from resa_lens.stages.saes import SaeRun, fit_corpus, split_records
+from resa_lens.stages.saes import SaeRun, phased_corpus, split_records
 from resa_lens.stages.scores import (
     chosen_questions,
     expect_answers,
@@ -122,7 +122,7 @@ def insertion_run(
         )
     scored = config.eval
     items, prompts, every = chosen_questions(ctx, target, items, scored)
-    corpus = fit_corpus(corpus, target)
+    corpus = phased_corpus(corpus, target)
     records = split_records(corpora.read_records(corpus))[1]
     other = source if source is not None and source is not target else None
     stage = ctx.stage(
@@ -328,7 +328,10 @@ class _Test:
 
     def own(self, point: Hookpoint, coder: SparseCoder) -> SparseCoder:
         """Return an SAE of the target, trained as the source's was where that is known."""
-        config, corpus = self.saes.training() or (SaeConfig(seed=self.config.seed), self.corpus)
+        config, corpus = self.saes.training() or (
+            SaeConfig(seed=self.config.seed),
+            replace(self.corpus, thought_share=None),
+        )
         config = replace(config, site=point.site, latents=coder.num_latents, k=coder.cfg.k)
         run = saes_for(replace(self.ctx, force=False), self.target, [point.layer], config, corpus)
         return run.coders(self.target, [point.layer])[point]

@@ -33,7 +33,14 @@ from resa_lens.models.hookpoints import Hookpoint, describe_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, encode
 from resa_lens.stages.config import MatchConfig as MatchConfig
-from resa_lens.stages.saes import SaeRun, fit_corpus, open_saes, sae_run, split_records
+from resa_lens.stages.saes import (
+    SaeRun,
+    fit_corpus,
+    open_saes,
+    phased_corpus,
+    sae_run,
+    split_records,
+)
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.texts.phases import PhasedBatch, phased_batches, phased_texts
@@ -127,7 +134,7 @@ def match_run(
             "matched on the same tokens"
         )
     shared = _shared_layers(first, second, layers)
-    corpus = fit_corpus(fit_corpus(corpus, model), second.model)
+    corpus = phased_corpus(fit_corpus(corpus, model), second.model)
     records = split_records(corpora.read_records(corpus))[1]
     stage = ctx.stage(
         Matches,

@@ -138,7 +138,9 @@ class Quality:
 
 def sae_quality(model: Model, saes: SaeRun, corpus: CorpusConfig, layers: Sequence[int]) -> Quality:
     """Return what the selectors quality and blend ask for, on held-out records of a corpus."""
-    records = split_records(corpora.read_records(corpus))[1]
+    records = corpora.read_records(corpus)
+    corpus = corpora.settled(corpus, records)
+    records = split_records(records)[1]
 
     def measure() -> dict[int, float]:
         probe = probe_batches(model, records, corpus)

@@ -14,7 +14,7 @@ from resa_lens.models.hookpoints import describe_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.quality import measure_quality
 from resa_lens.saes.stability import decoder_stability
-from resa_lens.stages.saes import SaeRun, fit_corpus, split_records
+from resa_lens.stages.saes import SaeRun, phased_corpus, split_records
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.texts.phases import phased_batches, phased_texts
@@ -43,7 +43,7 @@ def quality_run(
         corpus: whose held-out records become documents, with their steps where they have them.
         tokens: of those documents.
     """
-    corpus = fit_corpus(corpus, model)
+    corpus = phased_corpus(corpus, model)
     records = split_records(corpora.read_records(corpus))[1]
     stage = ctx.stage(
         Quality,

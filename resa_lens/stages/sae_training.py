@@ -175,6 +175,12 @@ def _job(
         ])  # fmt: skip
     records = corpora.read_records(corpus)
     ctx.note_once(corpora.doubtful(records, corpus.source))
+    asked, corpus = corpus.thought_share, corpora.settled(corpus, records)
+    if asked is None and not corpus.thought_share:
+        ctx.note_once([
+            f"warning: data {corpus.source!r} hold no worked steps, so these SAEs never see a "
+            "thought; name a column of steps with --steps-column"
+        ])  # fmt: skip
     training, held = split_records(records)
     return _Job(
         model=model,

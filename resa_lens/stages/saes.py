@@ -181,6 +181,15 @@ def fit_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
     return replace(corpus, sequence=min(corpus.sequence, model.context or corpus.sequence))
 
 
+def phased_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
+    """Return the corpus of texts that are looked at by phase, fitted to the model.
+
+    Each record's steps stand in them (`phases.phased_texts`), so the share of thoughts, which is of
+    what an SAE trains on, says nothing about them.
+    """
+    return replace(fit_corpus(corpus, model), thought_share=0.0)
+
+
 def sae_run(artifact: Artifact, site: str, *, fresh: bool = False) -> SaeRun:
     """Describe a run of a workspace by its manifest."""
     manifest = artifact.manifest
@@ -235,7 +244,9 @@ def open_saes(
     stored = site if site in sites else sites[0]
     chosen = [Hookpoint(p.layer, site) for p in named if p.site == stored]
     corpus = corpus or CorpusConfig()
-    probe = probe_batches(model, split_records(corpora.read_records(corpus))[1], corpus)
+    records = corpora.read_records(corpus)
+    corpus = corpora.settled(corpus, records)
+    probe = probe_batches(model, split_records(records)[1], corpus)
     artifact = ctx.workspace.read(folder)
     if artifact and artifact.manifest.kind != Saes.name:
         artifact = None
@@ -317,8 +328,9 @@ def find_saes(
     """Return the newest run of the model and site that has all the layers, and is whole.
 
     What the caller left at its default matches any run; what was asked for must be so, and so must
-    k, whose default is a figure like another, the dtype of the model, the packing of documents, and
-    data that were named: by their records, not by their name.  A run of the caller's seed, then one
+    k, whose default is a figure like another, the dtype of the model, the packing of documents, a
+    share of thoughts that is not None, and data that were named: by their records, not by their
+    name.  A run of the caller's seed, then one
     on the caller's data, comes before newer ones: those may be there for comparison alone.
     """
     site, plain = config.site, SaeConfig()
@@ -345,6 +357,7 @@ def find_saes(
             and manifest.dtype == model.dtype
             and all(trained[key] == value for key, value in asked.items())
             and manifest.config.get("corpus", {}).get("packing", "joined") == corpus.packing
+            and corpus.thought_share in (None, _thought_share(artifact))
             and set(layers) <= {row["layer"] for row in manifest.results["layers"]}
         )
         if fits and (not named or manifest.hashes.get("data") == data):
@@ -361,3 +374,8 @@ def find_saes(
             continue
         return sae_run(artifact, site)
     return None
+
+
+def _thought_share(saes: Artifact) -> float:
+    """Return the share of an SAE run's documents that held their steps; before there was one, 0."""
+    return saes.manifest.config.get("corpus", {}).get("thought_share", 0.0)

@@ -43,7 +43,7 @@ class TuneJob(Config):
     objective: Objective = field(default_factory=Objective)
     lora: TuneConfig = field(default_factory=TuneConfig)
     sae: SaeConfig = field(default_factory=SaeConfig)
-    trigger: CorpusConfig = field(default_factory=CorpusConfig)
+    trigger: CorpusConfig = field(default_factory=lambda: CorpusConfig(thought_share=None))
     elicitation: CorpusConfig = field(default_factory=CorpusConfig)
     steps: int | None = None
     """None: two epochs (Table 7) from width 1,024 on, 100 steps below."""
@@ -167,6 +167,12 @@ def _refuse_contradiction(
                 f"--{name.replace('_', '-')} {asked} contradicts the SAEs that {where}, which have "
                 f"{getattr(training[0], name)}; {remedy}"
             )
+    share = job.trigger.thought_share
+    if training and share is not None and share != training[1].thought_share:
+        raise BadInputError(
+            f"--thought-share {share} contradicts the SAEs that {where}, which have "
+            f"{training[1].thought_share}; {remedy}"
+        )
     if run.artifact and job.trigger.source != CorpusConfig().source:
         data = corpora.hash_records(corpora.read_records(job.trigger))
         trained = run.artifact.manifest.hashes.get("data")

@@ -83,13 +83,14 @@ class CorpusConfig(Config):
     )
     """Without it in the data, the SAE's FVU on the prompt is 0.36 to 0.77 on a tiny model (0.02 to
     0.05 with one half)."""
-    thought_share: float = setting(
+    thought_share: float | None = setting(
         0.0,
-        "Share of documents whose think tags hold the worked steps of --data, where it has them; "
-        "the others hold the answer alone.",
+        "Share of documents whose think tags hold the worked steps of --data; the others hold the "
+        "answer alone. By default a half where the data have steps; 0 is the paper's setting.",
         min=0, max=1, later=True,
     )  # fmt: skip
-    """0 is the paper's setting: CoT-free documents alone, on which an SAE never sees a thought."""
+    """0: CoT-free documents alone, on which an SAE never sees a thought.  None, an SAE's
+    default: what `corpora.settled` makes of it."""
     sequence: int = setting(256, "Tokens a sequence.", min=2, max=2**20)
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
     packing: Packing = setting(
@@ -104,10 +105,11 @@ def check_data(*corpora_read: CorpusConfig) -> None:
     """Read documents of files, so that what is wrong with them is refused before a model is loaded.
 
     Raises:
-        BadInputError: a file that cannot be read, or has no such columns.
+        BadInputError: a file that cannot be read, has no such columns, or no steps where a share of
+            thoughts is asked for.
     """
-    from resa_lens.texts.corpora import read_records
+    from resa_lens.texts.corpora import read_records, settled
 
     for corpus in dict.fromkeys(corpora_read):
         if corpus.source != "tiny" and named_path(corpus.source, "data").exists():
-            read_records(corpus)
+            settled(corpus, read_records(corpus))

@@ -61,6 +61,22 @@ def test_the_report_has_every_figure_by_phase(trained: tuple[Path, dict[str, Any
     assert (again["report"], again["fresh"]) == (result["report"], False)
 
 
+def test_half_of_an_saes_documents_hold_thoughts_and_a_warning_says_where_none_do(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    workspace, _ = trained
+    manifest = json.loads(next(workspace.glob("saes/*/*/manifest.json")).read_text())
+    assert manifest["config"]["corpus"]["thought_share"] == 0.5
+    data = tmp_path / "plain.jsonl"
+    data.write_text('{"question": "What is 2 + 2?", "answer": "4"}\n')
+    asked = ["train-saes", "--layers", "3", "--tokens", "512", "--latents", "64", "--no-report"]
+    result = CliRunner().invoke(
+        app, [*asked, "--data", str(data), "--workspace", str(tmp_path / "workspace")]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("never see a thought") == 1
+
+
 def test_seeds_are_runs_of_their_own_with_their_agreement(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -118,8 +118,8 @@ def test_saes_on_the_asked_data_come_before_newer_ones(
     for number, name in enumerate(("mine.jsonl", "other.jsonl")):
         Path(name).write_text(f'{{"question": "What is {number} + 1?", "answer": "{number + 1}"}}')
 
-    def train(source: str) -> str:
-        corpus = CorpusConfig(source)
+    def train(source: str, share: float = 0.0) -> str:
+        corpus = CorpusConfig(source, thought_share=share)
         data = corpora.hash_records(corpora.read_records(corpus))
         stage = ctx.stage(
             Saes, tiny, name="run", data={"data": data},
@@ -134,8 +134,9 @@ def test_saes_on_the_asked_data_come_before_newer_ones(
 
         return stage.obtain(work).path.name
 
-    def reused(source: str) -> str | None:
-        run = find_saes(ctx, tiny, SaeConfig(), CorpusConfig(source), [3])
+    def reused(source: str, share: float | None = None) -> str | None:
+        corpus = CorpusConfig(source, thought_share=share)
+        run = find_saes(ctx, tiny, SaeConfig(), corpus, [3])
         return run and run.folder.name
 
     tiny_run, mine = train("tiny"), train("mine.jsonl")
@@ -147,3 +148,10 @@ def test_saes_on_the_asked_data_come_before_newer_ones(
     assert reused("copy.jsonl") == mine
     shutil.copy("other.jsonl", "mine.jsonl")
     assert reused("mine.jsonl") is None
+    # A share of thoughts that is asked for is that of the SAEs; of None any is.
+    assert reused("tiny", 0.0) == tiny_run
+    assert reused("tiny", 0.5) is None
+    half = train("tiny", 0.5)
+    assert half != tiny_run
+    assert reused("tiny", 0.5) == half
+    assert reused("tiny", 0.0) == tiny_run

@@ -11,6 +11,7 @@ import pytest
 from resa_lens.errors import BadInputError
 from resa_lens.models.host import load_model
 from resa_lens.texts import prompts
+from resa_lens.texts.config import check_data
 from resa_lens.texts.corpora import (
     HUB_SETS,
     CorpusConfig,
@@ -20,6 +21,7 @@ from resa_lens.texts.corpora import (
     hash_records,
     load_records,
     pack,
+    settled,
 )
 
 R1 = prompts.R1_SYSTEM_PROMPT
@@ -328,3 +330,26 @@ def test_a_longer_run_begins_with_the_shorter_ones_batches(tokenizer):
     long = list(batches(tokenizer, RECORDS, config, tokens=1024, batch=4))
     assert all((a == b).all() for a, b in zip(short, long, strict=False))
     assert (len(short), len(long)) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "expected"),
+    [(None, "1 + 1 = 2", 0.5), (None, "", 0.0), (0.0, "1 + 1 = 2", 0.0), (0.25, "1 + 1 = 2", 0.25)],
+)
+def test_half_of_the_documents_hold_their_steps_where_the_data_have_them(share, steps, expected):
+    records = [Record("What is 1 + 1?", "2"), Record("What is 1 + 1?", "2", steps=steps)]
+    corpus = settled(CorpusConfig(thought_share=share), records)
+    assert corpus == CorpusConfig(thought_share=expected)
+
+
+def test_a_share_of_thoughts_that_the_data_lack_is_refused(tmp_path):
+    file = jsonl(tmp_path / "set.jsonl", ROWS)
+    corpus = CorpusConfig(str(file), thought_share=0.5)
+    with pytest.raises(BadInputError, match=r"thought share 0\.5.*no worked steps.*--steps-column"):
+        check_data(corpus)
+    check_data(CorpusConfig(str(file), thought_share=None))
+
+
+def test_documents_are_not_made_with_a_share_that_is_open():
+    with pytest.raises(ValueError, match="not settled"):
+        next(documents(load_records("tiny"), CorpusConfig(thought_share=None)))
