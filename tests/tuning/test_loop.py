@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from resa_lens.models.host import Model, load_model
 from resa_lens.saes.baselines import Noise
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.world import World
+from resa_lens.tuning import collapse
 from resa_lens.tuning import state as module
 from resa_lens.tuning.log import LOG, Log, read_log
 from resa_lens.tuning.loop import TuneConfig, fit, rate_share
@@ -48,7 +50,11 @@ def tuned(model: Model, config: TuneConfig = FAST, **options: Any) -> tuple[Any,
     """Tune with a control that draws noise and with dropout: both must come back after a stop."""
     coder = Noise(new_coder(32, 64, 4, seed=0).requires_grad_(False), 0)
     data = options.pop("data", None) or batches()
-    return tune(model, coder, Hookpoint(1), data, STEPS, preset("paper"), config, **options)
+    objective = preset(options.pop("objective", "paper"))
+    # A model of random weights has nothing to lose: any rise of its loss is a collapse here.
+    times, nats = (1.0, 0.0) if options.pop("touchy", False) else (collapse.TIMES, collapse.NATS)
+    with patch.multiple(collapse, TIMES=times, NATS=nats):
+        return tune(model, coder, Hookpoint(1), data, STEPS, objective, config, **options)
 
 
 def adapters(peft: nn.Module) -> dict[str, torch.Tensor]:
@@ -430,17 +436,27 @@ def test_a_torn_line_and_later_ones_are_dropped(tmp_path: Path) -> None:
 PROCESSES = """
 import json, sys
 from pathlib import Path
-from tests_tuning_loop import adapters, tuned
+from tests_tuning_loop import CASES, adapters, tuned
 from safetensors.torch import save_file
 from resa_lens.models.host import load_model
 from resa_lens.tuning.loop import join_processes
 world = join_processes("cpu")
-out = Path(sys.argv[2])
-trackers = [lambda line: (out / f"tracked-{world.rank}").touch()]
-peft, course = tuned(load_model(sys.argv[1]), folder=out / "run", world=world, trackers=trackers)
-save_file(adapters(peft), out / f"rank-{world.rank}.safetensors")
-(out / f"rank-{world.rank}.json").write_text(json.dumps([world.size, course.losses]))
+for name, options in CASES.items():
+    out = Path(sys.argv[2]) / name
+    trackers = [lambda line: (out / f"tracked-{world.rank}").touch()]
+    peft, course = tuned(
+        load_model(sys.argv[1]), folder=out / "run", world=world, trackers=trackers, **options
+    )
+    save_file(adapters(peft), out / f"rank-{world.rank}.safetensors")
+    figures = [world.size, course.losses, course.collapsed_at, course.kept_step]
+    (out / f"rank-{world.rank}.json").write_text(json.dumps(figures))
 """
+CASES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "distil": {"objective": "distil"},
+    "collapse": {"config": replace(FAST, learning_rate=0.3), "touchy": True},
+}
+"""Options of tunings that several processes must do as one does."""
 
 
 @pytest.mark.slow
@@ -450,6 +466,8 @@ def test_two_processes_make_the_updates_of_one(
     """Dropout and noise too: what a batch draws does not depend on who has it."""
     (tmp_path / "tests_tuning_loop.py").write_text(Path(__file__).read_text())
     (tmp_path / "main.py").write_text(PROCESSES)
+    for name in CASES:
+        (tmp_path / name).mkdir()
     done = subprocess.run(
         [
             # What `accelerate launch` starts too, which on a CPU wants MPI for it.
@@ -461,17 +479,21 @@ def test_two_processes_make_the_updates_of_one(
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    alone_peft, alone = tuned(small())
-    for rank in (0, 1):
-        size, losses = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert size == 2
-        assert losses == pytest.approx(alone.losses, rel=1e-4)
-        held = load_file(tmp_path / f"rank-{rank}.safetensors")
-        for name, value in adapters(alone_peft).items():
-            torch.testing.assert_close(held[name], value, atol=1e-4, rtol=1e-3)
-    # Both hold the same bits, and one wrote.
-    first, second = (load_file(tmp_path / f"rank-{r}.safetensors") for r in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (tmp_path / "tracked-0").exists()
-    assert not (tmp_path / "tracked-1").exists()
-    assert len(read_log(tmp_path / "run" / LOG)) == STEPS
+    for case, options in CASES.items():
+        folder = tmp_path / case
+        alone_peft, alone = tuned(small(), **options)
+        assert (alone.collapsed_at > 0) == (case == "collapse")
+        for rank in (0, 1):
+            size, losses, *ends = json.loads((folder / f"rank-{rank}.json").read_text())
+            assert size == 2
+            assert ends == [alone.collapsed_at, alone.kept_step]
+            assert losses == pytest.approx(alone.losses, rel=1e-4)
+            held = load_file(folder / f"rank-{rank}.safetensors")
+            for name, value in adapters(alone_peft).items():
+                torch.testing.assert_close(held[name], value, atol=1e-4, rtol=1e-3)
+        # Both hold the same bits, and one wrote.
+        first, second = (load_file(folder / f"rank-{r}.safetensors") for r in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert (folder / "tracked-0").exists()
+        assert not (folder / "tracked-1").exists()
+        assert len(read_log(folder / "run" / LOG)) == alone.steps
