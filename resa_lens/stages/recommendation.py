@@ -12,6 +12,7 @@ from resa_lens.artifacts.kinds.counts import Counts
 from resa_lens.artifacts.kinds.recommendation import Recommendation as RecommendationKind
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.stage import Context, Draft
+from resa_lens.config import result_fields
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import RULES, CountConfig, tag_prompt
 from resa_lens.hashes import digest
@@ -24,6 +25,7 @@ from resa_lens.stages.counts import CountRun, count_run
 from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import (
     SaeRun,
+    as_trained,
     fit_corpus,
     open_saes,
     packed,
@@ -131,7 +133,7 @@ class Quality:
     """Changes of the loss with each SAE inserted, measured when they are needed."""
 
     data: str
-    """Hash of the records that they are measured on."""
+    """Hash of the documents that they are measured on."""
     measure: Callable[[], dict[int, float]]
     """Returns {0-based layer: change}."""
 
@@ -139,7 +141,7 @@ class Quality:
 def sae_quality(model: Model, saes: SaeRun, corpus: CorpusConfig, layers: Sequence[int]) -> Quality:
     """Return what the selectors quality and blend ask for, on held-out records of a corpus."""
     records = corpora.read_records(corpus)
-    corpus = corpora.settled(corpus, records)
+    corpus = as_trained(saes, corpus, records)
     records = split_records(records)[1]
 
     def measure() -> dict[int, float]:
@@ -148,9 +150,7 @@ def sae_quality(model: Model, saes: SaeRun, corpus: CorpusConfig, layers: Sequen
             changes = loss_change(model, saes.coders(model, layers), probe)
         return {point.layer: change for point, change in changes.items()}
 
-    data = corpora.hash_records(records)
-    later = [corpus.packing, *([corpus.thought_share] if corpus.thought_share else [])]
-    return Quality(data if later == ["joined"] else digest([data, *later]), measure)
+    return Quality(digest([corpora.hash_records(records), result_fields(corpus)]), measure)
 
 
 @dataclass(frozen=True)

@@ -357,7 +357,7 @@ def find_saes(
             and manifest.dtype == model.dtype
             and all(trained[key] == value for key, value in asked.items())
             and manifest.config.get("corpus", {}).get("packing", "joined") == corpus.packing
-            and corpus.thought_share in (None, _thought_share(artifact))
+            and corpus.thought_share in (None, thought_share(artifact))
             and set(layers) <= {row["layer"] for row in manifest.results["layers"]}
         )
         if fits and (not named or manifest.hashes.get("data") == data):
@@ -376,6 +376,16 @@ def find_saes(
     return None
 
 
-def _thought_share(saes: Artifact) -> float:
+def thought_share(saes: Artifact) -> float:
     """Return the share of an SAE run's documents that held their steps; before there was one, 0."""
     return saes.manifest.config.get("corpus", {}).get("thought_share", 0.0)
+
+
+def as_trained(saes: SaeRun, corpus: CorpusConfig, records: Sequence[Record]) -> CorpusConfig:
+    """Return a corpus with the share of thoughts that the SAEs trained on, where none is asked for.
+
+    Of SAEs from elsewhere it is what new ones would train on.
+    """
+    if corpus.thought_share is None and saes.artifact is not None:
+        return replace(corpus, thought_share=thought_share(saes.artifact))
+    return corpora.settled(corpus, records)

@@ -40,7 +40,7 @@ from resa_lens.stages.counts import count_run
 from resa_lens.stages.insertion import InsertionRun, gains, starting_point
 from resa_lens.stages.recommendation import sae_quality
 from resa_lens.stages.sae_training import saes_for
-from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.saes import SaeRun, as_trained
 from resa_lens.stages.scores import (
     FEWER_ANSWERS,
     EvalRun,
@@ -190,6 +190,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
             only=layers,
         ),
     )
+    shared = replace(shared, trigger=as_trained(saes, shared.trigger, trigger))
     stage = ctx.stage(
         Sweep,
         target,

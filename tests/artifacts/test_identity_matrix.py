@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from stage_cases import CASES, MODELS, Case, Materials, named
+from stage_cases import CASES, MODELS, PHASED, Case, Materials, named
 
 from resa_lens.artifacts.artifact import KINDS
 from resa_lens.artifacts.manifest import Manifest
@@ -21,15 +21,6 @@ from resa_lens.stages.adapters import adapter_run
 from resa_lens.stages.merge import merge_model
 from resa_lens.stages.sweep import SweepConfig, sweep_run
 from resa_lens.stages.tune_job import TuneJob
-
-OVERLOOKED = {
-    # The documents that the change of the loss is measured on are made by these.
-    "recommendation-quality": [
-        "option corpus.system_prompt", "option corpus.system_share", "option corpus.sequence",
-        "option corpus.seed",
-    ],
-}  # fmt: skip
-"""Known faults: changes that make no other identity and should."""
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 
@@ -49,7 +40,7 @@ def test_each_ingredient_makes_another_identity(materials: Materials, case: Case
         if identity in seen:
             alike.append(what)
         seen.add(identity)
-    assert alike == OVERLOOKED.get(case.name, [])
+    assert alike == []
     assert len(seen) > 10
 
 
@@ -59,6 +50,14 @@ def test_no_name_place_or_execution_option_makes_another(materials: Materials, c
     sames = list(materials.sames(case))
     assert [what for what, same in sames if named(case, same()).identity != plain] == []
     assert len(sames) > 5
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fixed >= PHASED])
+def test_the_share_of_thoughts_is_of_saes_alone(materials: Materials, name: str):
+    case = CASES[name]
+    corpus = replace(case.options["corpus"], thought_share=0.25)
+    other = replace(materials.plain, options={"corpus": corpus})
+    assert named(case, other).identity == named(case, materials.plain).identity
 
 
 @each_case

@@ -406,6 +406,8 @@ UNREAD = {
 }  # fmt: skip
 """Of a tuning through SAEs that are at hand: what says why, and what is asked afterwards."""
 EVAL = EvalConfig(generation=GenerationConfig(8, temperature=0.5))
+PHASED = frozenset({"thought_share"})
+"""Of stages whose documents hold every record's steps: the share is of what SAEs train on."""
 
 CASES = {
     case.name: case
@@ -470,7 +472,7 @@ CASES = {
         Case(
             "quality", Quality, quality_run, _quality,
             {"corpus": CORPUS, "tokens": 256}, {"tokens": 257},
-            parts=MODEL | {"saes", "data"},
+            parts=MODEL | {"saes", "data"}, fixed=PHASED,
         ),
         Case(
             "adapter", Adapter, adapter_run, _tune, TUNING, OTHER_TUNING, UNREAD,
@@ -519,7 +521,7 @@ CASES = {
             {"config": ActivityConfig(), "corpus": CORPUS, "layers": LAYERS, "tokens": 300},
             {"layers": (3, 4), "tokens": 301},
             {"memory_limit_mb": 4000.0, "max_new_tokens": 9},
-            MODEL | {"saes", "data"},
+            MODEL | {"saes", "data"}, PHASED,
         ),
         Case(
             "activity-generations", Activity, activity_run, _activity,
@@ -527,20 +529,20 @@ CASES = {
              "max_new_tokens": 8},
             {"layers": (3, 4), "generations": 5, "max_new_tokens": 9},
             {"memory_limit_mb": 4000.0, "tokens": 9},
-            MODEL | {"saes", "questions"},
+            MODEL | {"saes", "questions"}, PHASED,
         ),
         Case(
             "attribution", Attribution, attribute_run, _attribute,
             {"corpus": CORPUS, "layer": LAYER, "metric": "loss", "features": None, "top": 5,
              "tokens": 300},
             {"layer": 5, "metric": "think", "features": (1, 2), "top": 6, "tokens": 301},
-            {}, MODEL | {"saes", "data", "seed"},
+            {}, MODEL | {"saes", "data", "seed"}, PHASED,
         ),
         Case(
             "effects", Effects, effects_run, _effects,
             {"corpus": CORPUS, "rule": "all", "tokens": 300, "controls": 3},
             {"rule": "any", "tokens": 301, "controls": 4},
-            {}, MODEL | {"saes", "data", "seed", "counts"},
+            {}, MODEL | {"saes", "data", "seed", "counts"}, PHASED,
         ),
         Case(
             "ablation", Ablation, ablate_run, _ablate,
@@ -554,7 +556,7 @@ CASES = {
             {"config": InsertionConfig("short", 300, eval=EVAL), "corpus": CORPUS,
              "layers": (LAYER,)},
             {"layers": (5,)}, {"tasks": "another"}, MODEL | {"saes", "data", "questions"},
-            frozenset({"limit"}),
+            PHASED | {"limit"},
         ),
         Case(
             "falsification", Falsification, falsify_run, _falsify,
@@ -575,12 +577,12 @@ CASES = {
             {"config": ScoreConfig(tokens=300, draws=10), "corpus": CORPUS, "layers": LAYERS},
             {"layers": (3, 4)}, {}, MODEL | {"saes", "data", "seed"},
             # Fewer are shown than were kept; the other text is tested apart.
-            frozenset({"top", "other"}),
+            PHASED | {"top", "other"},
         ),
         Case(
             "matches", Matches, match_run, _match,
             {"config": MatchConfig(tokens=300), "corpus": CORPUS, "layers": LAYERS},
-            {"layers": (3, 4)}, {}, frozenset({"saes", "source", "second", "data", "seed"}),
+            {"layers": (3, 4)}, {}, frozenset({"saes", "source", "second", "data", "seed"}), PHASED,
         ),
     )
 }  # fmt: skip
