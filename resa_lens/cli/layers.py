@@ -44,7 +44,10 @@ class TrainSaes(MemoryLimit, AtLayers, SaeFit):
         "Training",
     )
     corpus: CorpusConfig = part(
-        CorpusConfig, f"{DATA} sequence packing thought_share", "Data", thought_share=None
+        CorpusConfig,
+        f"{DATA} sequence packing thought_share own_thoughts",
+        "Data",
+        thought_share=None,
     )
     expansion: int | None = setting(
         None, "Latents as a multiple of the width, in place of --latents.", min=1, max=2**14

@@ -52,14 +52,18 @@ class Plan:
     """The model on one batch, up to the last layer asked for."""
     step_seconds: float
     """One SAE on one batch."""
+    own_thoughts_seconds: float = 0.0
+    """Before the training, for the thoughts that the model writes itself."""
 
     def describe(self) -> str:
         """Say it in one line."""
+        own = self.own_thoughts_seconds
+        before = f"{own:.0f} s for the model's own thoughts, then " if own else ""
         passes = f" in {len(self.groups)} passes over the data" if len(self.groups) > 1 else ""
         return (
-            f"expected: {self.seconds:.0f} s{passes}, {self.peak_memory_mb:.0f} MB of memory at "
-            f"the peak ({self.available_mb:.0f} MB available), {self.disk_mb:.0f} MB on disk and "
-            f"{self.work_disk_mb:.0f} MB for checkpoints while it runs"
+            f"expected: {before}{self.seconds:.0f} s{passes}, {self.peak_memory_mb:.0f} MB of "
+            f"memory at the peak ({self.available_mb:.0f} MB available), {self.disk_mb:.0f} MB on "
+            f"disk and {self.work_disk_mb:.0f} MB for checkpoints while it runs"
         )
 
 

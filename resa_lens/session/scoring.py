@@ -132,7 +132,7 @@ class Scoring(Workbench):
             objective=named(preset, **vars(objective)),
             lora=lora,
             trigger=corpus,
-            elicitation=replace(corpus, thought_share=tuning_thoughts),
+            elicitation=replace(corpus, thought_share=tuning_thoughts, own_thoughts=0),
             steps=steps,
             control=control,
             evaluation=EvalConfig(limit=limit),

@@ -29,6 +29,7 @@ from resa_lens.saes.kernels import kernel_path
 from resa_lens.saes.plan import Plan, plan_training
 from resa_lens.saes.train import SaeConfig, keep_pretrained, train_saes
 from resa_lens.saes.world import ALONE, World
+from resa_lens.stages.own_thoughts import expected_seconds, with_own_thoughts
 from resa_lens.stages.saes import (
     SaeRun,
     find_saes,
@@ -90,7 +91,8 @@ def train_run(
         nonlocal fresh
         fresh = True
         with packed(model, job.corpus):
-            _train_groups(ctx, job, draft, memory_limit_mb, world, spread_layers)
+            own = _own_thoughts(ctx, job, draft.work, world) if corpus.own_thoughts else job
+            _train_groups(ctx, own, draft, memory_limit_mb, world, spread_layers)
 
     artifact = stage.obtain(work, doing="training", world=world)
     return sae_run(artifact, job.config.site, fresh=fresh)
@@ -175,11 +177,12 @@ def _job(
         ])  # fmt: skip
     records = corpora.read_records(corpus)
     ctx.note_once(corpora.doubtful(records, corpus.source))
-    asked, corpus = corpus.thought_share, corpora.settled(corpus, records)
-    if asked is None and not corpus.thought_share:
+    share, corpus = corpus.thought_share, corpora.settled(corpus, records)
+    if share is None and not corpus.thought_share:
         ctx.note_once([
             f"warning: data {corpus.source!r} hold no worked steps, so these SAEs never see a "
-            "thought; name a column of steps with --steps-column"
+            "thought; name a column of steps with --steps-column, or let the model write some with "
+            "--own-thoughts"
         ])  # fmt: skip
     training, held = split_records(records)
     return _Job(
@@ -195,6 +198,16 @@ def _job(
     )
 
 
+def _own_thoughts(ctx: Context, job: _Job, work: Path, world: World) -> _Job:
+    """Return the job with the model's own thoughts in its records; one process writes them."""
+    if world.rank == 0:
+        seconds = expected_seconds(job.model, job.training, job.corpus)
+        ctx.reporter.note(f"expected: {seconds:.0f} s for the model's own thoughts")
+        with_own_thoughts(ctx, job.model, job.training, job.corpus, work)
+    world.barrier()
+    return replace(job, training=with_own_thoughts(ctx, job.model, job.training, job.corpus, work))
+
+
 def plan_run(
     ctx: Context,
     model: Model,
@@ -208,8 +221,9 @@ def plan_run(
 ) -> Plan:
     """Return what the run will need, from a short probe; trains nothing."""
     job = _job(ctx, model, layers, config, corpus, source)
+    own = expected_seconds(model, job.training, job.corpus) if job.corpus.own_thoughts else 0.0
     with packed(model, job.corpus):
-        return _plan(job, memory_limit_mb, world.size)
+        return replace(_plan(job, memory_limit_mb, world.size), own_thoughts_seconds=own)
 
 
 def _plan(job: _Job, memory_limit_mb: float | None, processes: int) -> Plan:

@@ -184,10 +184,10 @@ def fit_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
 def phased_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
     """Return the corpus of texts that are looked at by phase, fitted to the model.
 
-    Each record's steps stand in them (`phases.phased_texts`), so the share of thoughts, which is of
-    what an SAE trains on, says nothing about them.
+    Each record's steps stand in them (`phases.phased_texts`), so the share of thoughts and the
+    model's own thoughts, which are of what an SAE trains on, say nothing about them.
     """
-    return replace(fit_corpus(corpus, model), thought_share=0.0)
+    return replace(fit_corpus(corpus, model), thought_share=0.0, own_thoughts=0)
 
 
 def sae_run(artifact: Artifact, site: str, *, fresh: bool = False) -> SaeRun:
@@ -358,6 +358,7 @@ def find_saes(
             and all(trained[key] == value for key, value in asked.items())
             and manifest.config.get("corpus", {}).get("packing", "joined") == corpus.packing
             and corpus.thought_share in (None, thought_share(artifact))
+            and corpus.own_thoughts in (0, manifest.config["corpus"].get("own_thoughts", 0))
             and set(layers) <= {row["layer"] for row in manifest.results["layers"]}
         )
         if fits and (not named or manifest.hashes.get("data") == data):

@@ -91,6 +91,12 @@ class CorpusConfig(Config):
     )  # fmt: skip
     """0: CoT-free documents alone, on which an SAE never sees a thought.  None, an SAE's
     default: what `corpora.settled` makes of it."""
+    own_thoughts: int = setting(
+        0,
+        "Of so many questions of --data the model's own thoughts, right or wrong, are the steps; "
+        "--plan says what writing them takes.",
+        min=0, max=10**6, later=True,
+    )  # fmt: skip
     sequence: int = setting(256, "Tokens a sequence.", min=2, max=2**20)
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
     packing: Packing = setting(

@@ -115,11 +115,12 @@ def settled(corpus: CorpusConfig, records: Sequence[Record]) -> CorpusConfig:
     Raises:
         BadInputError: a share of thoughts is asked for, and no record has worked steps.
     """
-    steps = any(record.steps for record in records)
+    steps = corpus.own_thoughts > 0 or any(record.steps for record in records)
     if corpus.thought_share and not steps:
         raise BadInputError(
             f"thought share {corpus.thought_share}: data {corpus.source!r} hold no worked steps; "
-            "name their column with --steps-column, or leave the share out"
+            "name their column with --steps-column, let the model write some (train-saes "
+            "--own-thoughts), or leave the share out"
         )
     if corpus.thought_share is not None:
         return corpus

@@ -55,7 +55,7 @@ def test_no_name_place_or_execution_option_makes_another(materials: Materials, c
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fixed >= PHASED])
 def test_the_share_of_thoughts_is_of_saes_alone(materials: Materials, name: str):
     case = CASES[name]
-    corpus = replace(case.options["corpus"], thought_share=0.25)
+    corpus = replace(case.options["corpus"], thought_share=0.25, own_thoughts=3)
     other = replace(materials.plain, options={"corpus": corpus})
     assert named(case, other).identity == named(case, materials.plain).identity
 

@@ -406,7 +406,7 @@ UNREAD = {
 }  # fmt: skip
 """Of a tuning through SAEs that are at hand: what says why, and what is asked afterwards."""
 EVAL = EvalConfig(generation=GenerationConfig(8, temperature=0.5))
-PHASED = frozenset({"thought_share"})
+PHASED = frozenset({"thought_share", "own_thoughts"})
 """Of stages whose documents hold every record's steps: the share is of what SAEs train on."""
 
 CASES = {

@@ -1,0 +1,89 @@
+"""A model's own thoughts in the place of worked steps, for records that have none.
+
+The paper's data hold questions and answers alone, and an SAE that never sees a thought leaves much
+of it unexplained.  Only on request (`CorpusConfig.own_thoughts`): writing them costs a generation,
+which is planned before.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from resa_lens.artifacts.stage import Context
+from resa_lens.evals.config import GenerationConfig
+from resa_lens.evals.engines.hf import HFEngine
+from resa_lens.files import write_errors
+from resa_lens.models.host import Model
+from resa_lens.texts import prompts
+from resa_lens.texts.corpora import CorpusConfig, Record
+
+FILE = "own-thoughts.jsonl"
+AT_ONCE = 64
+"""Questions between two writes."""
+PROBE = 8
+"""Questions that the plan is made of."""
+
+
+def chosen(records: Sequence[Record], corpus: CorpusConfig) -> list[int]:
+    """Return the indices of the records whose questions are answered, drawn by the seed."""
+    draw = random.Random(f"own thoughts/{corpus.seed}")
+    askable = [index for index, record in enumerate(records) if not record.text]
+    return sorted(draw.sample(askable, min(corpus.own_thoughts, len(askable))))
+
+
+def expected_seconds(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> float:
+    """Return what the thoughts will take, in seconds, from the first few of them."""
+    indices = chosen(records, corpus)
+    began = time.monotonic()
+    _answers(model, [records[index] for index in indices[:PROBE]], corpus)
+    return (time.monotonic() - began) * len(indices) / max(1, min(PROBE, len(indices)))
+
+
+def with_own_thoughts(
+    ctx: Context, model: Model, records: Sequence[Record], corpus: CorpusConfig, work: Path
+) -> list[Record]:
+    """Return the records, with the model's own thought as the steps of those that are drawn.
+
+    Greedy; a thought counts whether its answer is right or wrong, and as far as a sequence reaches.
+    What is finished is kept in `work`, from where a killed run goes on.
+
+    Args:
+        ctx: who to tell.
+        model: it answers.
+        records: questions with their answers.
+        corpus: how many, drawn by its seed; its sequence bounds a thought's tokens.
+        work: folder of what is finished.
+    """
+    indices, file = chosen(records, corpus), work / FILE
+    with write_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        # A line that a kill cut off is written anew.
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        file.write_text("".join(f"{line}\n" for line in lines))
+    thoughts = [json.loads(line) for line in lines]
+    with ctx.bar(f"{model.name}: own thoughts", len(indices)) as advance:
+        advance(len(thoughts))
+        while len(thoughts) < len(indices):
+            some = indices[len(thoughts) : len(thoughts) + AT_ONCE]
+            texts = _answers(model, [records[index] for index in some], corpus)
+            with write_errors(work), file.open("a") as lines_file:
+                lines_file.writelines(f"{json.dumps(text)}\n" for text in texts)
+            thoughts += texts
+            advance(len(texts))
+    steps = dict(zip(indices, thoughts, strict=True))
+    return [
+        replace(record, steps=steps.get(index, record.steps))
+        for index, record in enumerate(records)
+    ]
+
+
+def _answers(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> list[str]:
+    config = GenerationConfig(max_new_tokens=corpus.sequence, stop=(prompts.THINK_CLOSE,))
+    texts = [prompts.question_prompt(record.question) for record in records]
+    answers = HFEngine(model.model, model.tokenizer).generate(texts, config)
+    return [answer.text.partition(prompts.THINK_CLOSE)[0].strip() for answer in answers]
