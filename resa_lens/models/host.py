@@ -298,18 +298,37 @@ def read_tokenizer(name: str, base: str | None = None) -> tuple[Any, int | None]
     Raises:
         BadInputError: not found, or damaged.
     """
-    path = find_folder(name)
-    if path.is_dir() and (path / "adapter_config.json").exists():
-        path = resolve_base(path, base)
-    source, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    if path.is_dir():
-        check_config(path)
+    path, source, options = _source(name, base)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
             return _read_tokenizer(source, **options), context_of(config)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def read_config(name: str, base: str | None = None) -> Any:
+    """Read a model's configuration, of an adapter folder that of its base, without its weights.
+
+    Raises:
+        BadInputError: not found, or damaged.
+    """
+    path, source, options = _source(name, base)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _source(name: str, base: str | None) -> tuple[Path, Path, dict[str, str]]:
+    """Return a model's folder or file, and where and how transformers reads it."""
+    path = find_folder(name)
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        path = resolve_base(path, base)
+    if path.is_dir():
+        check_config(path)
+    return (path, path.parent, {"gguf_file": path.name}) if path.is_file() else (path, path, {})
 
 
 def _first_difference(model: Any, info: dict[str, Any]) -> str | None:

@@ -129,6 +129,7 @@ class Scoring(Workbench):
             lora=lora,
             trigger=corpus,
             elicitation=corpus,
+            sequence=options.get("sequence"),
             steps=steps,
             control=control,
             evaluation=EvalConfig(limit=limit),

@@ -20,7 +20,7 @@ from resa_lens.stages.scores import (
     eval_run,
     note_overlap,
 )
-from resa_lens.stages.tune_job import TuneJob
+from resa_lens.stages.tune_job import TuneJob, with_sequence
 from resa_lens.stats import PairedComparison
 
 
@@ -124,6 +124,7 @@ def tune_run(
         BadInputError: as `adapter_run` and `eval_run`.
         RunFailedError: a loss that is not finite, or a full disk.
     """
+    job = with_sequence(job)
     items = questions_of(job)
     note_overlap(ctx, items, elicitation_records(job))
     adapter = adapter_run(ctx, job, saes, recommendation)
