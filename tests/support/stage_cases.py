@@ -491,7 +491,8 @@ CASES = {
         Case(
             "adapter-cot", Adapter, adapter_run, _tune,
             {**{k: v for k, v in TUNING.items() if k != "layer"}, "control": "cot"},
-            {"sequence": 32, "steps": 4, "control": "own-samples"}, {**UNREAD, "layer": "5"}, frozenset({"data"}),
+            {"sequence": 32, "steps": 4, "control": "own-samples"}, {**UNREAD, "layer": "5"},
+            frozenset({"data"}),
             # What is no part of a loss on texts.
             frozenset({"preset", "site", "reference", "reference_gradient", "direction",
                        "sae_gradient", "reduction", "teacher"}),
