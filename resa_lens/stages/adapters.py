@@ -327,12 +327,17 @@ class _Run:
         return 4 * adapter + acts, (2 * 3 + 1 + 2 * kept) * adapter
 
     def _fresh(self) -> Model:
-        # PEFT changes the module in place: the shared model stays plain.
+        # PEFT changes the module in place: the shared model stays plain, the weights are one.
         return load_model(
-            self.job.model, device=self.ctx.device, dtype=self.ctx.dtype, base=self.job.base
-        )
+            self.job.model, device=self.ctx.device, dtype=self.ctx.dtype, base=self.job.base,
+            weights_of=self.target,
+        )  # fmt: skip
 
     def _check(self, sae: Through, point: Hookpoint, coder: SparseCoder) -> list[str]:
+        if sae.source is self.target and point.layer in sae.run.checked:
+            # When they were opened, and it was said then.
+            where = f"{point.describe(self.target.n_layers)}, "
+            return [text for text in sae.run.warnings if where in text]
         with packed(self.target, self.corpus):
             _, warnings = check_fit(
                 self.target,

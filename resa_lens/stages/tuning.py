@@ -91,8 +91,9 @@ def score_adapter(
 ) -> EvalRun:
     """Score a finished adapter on the questions, or read the finished run."""
     adapted = load_model(
-        str(adapter.folder), device=ctx.device, dtype=ctx.dtype, base=job.base or job.model
-    )
+        str(adapter.folder), device=ctx.device, dtype=ctx.dtype, base=job.base or job.model,
+        weights_of=adapter.target,
+    )  # fmt: skip
     return eval_run(
         ctx, adapted, items, job.evaluation, source=job.eval_source, label="the tuned model"
     )

@@ -1,9 +1,11 @@
-"""The shorter LoRA layers, norms and rotations against PEFT's, transformers' and the bridge's own."""
+"""Shorter LoRA layers, norms and rotations against PEFT's, transformers' and the bridge's own."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +82,12 @@ def test_lora_gives_the_gradient_to_its_input() -> None:
     weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
     a, b = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((3, 6), (4, 3)))
 
-    def product(*given: torch.Tensor) -> Any:
+    def product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, dropout: float) -> Any:
         torch.manual_seed(5)
-        return LoraProduct.apply(given[0], weight, bias, given[1], given[2], 0.7, dropout)
+        return LoraProduct.apply(x, weight, bias, a, b, 0.7, dropout)
 
     for dropout in (0.0, 0.4):
-        assert torch.autograd.gradcheck(product, (x, a, b))
+        assert torch.autograd.gradcheck(partial(product, dropout=dropout), (x, a, b))
 
 
 def test_a_lora_layer_that_is_not_plain_stays_as_it_is(small: Callable[[], Model]) -> None:
@@ -224,7 +226,7 @@ def test_an_update_looks_at_the_device_once(
             yield ids
 
     fit(peft, batches(), 4, loss_of, TuneConfig(rank=4), clip_norm=1.0)
-    assert {after - before for before, after in zip(found, found[1:], strict=False)} == {1}
+    assert {after - before for before, after in pairwise(found)} == {1}
 
 
 @pytest.mark.parametrize(
