@@ -289,6 +289,11 @@ class Tuning(AdapterBase, Questions, SaeUse):
     steps: int | None = setting(
         None, "Updates; two epochs from width 1024 on, else 100.", min=1, max=10**9
     )
+    sequence: int | None = setting(
+        None,
+        "Tokens a sequence that is tuned on; 256, with preset reference 2048 from width 1024 on.",
+        min=2, max=2**20,
+    )  # fmt: skip
     source_model: str | None = setting(
         None, "Model whose SAE is inserted; the target by default.", check=check_path
     )
@@ -302,15 +307,16 @@ class Tuning(AdapterBase, Questions, SaeUse):
 
     def job(self, model: str) -> TuneJob:
         """Return the tuning of a model."""
-        from resa_lens.stages.tune_job import TuneJob
+        from resa_lens.stages.tune_job import TuneJob, with_sequence
         from resa_lens.tuning.config import preset
 
         objective = preset(self.preset, **self.objective)
-        return TuneJob(
+        job = TuneJob(
             model=model, objective=objective, lora=self.lora,
             sae=replace(self.sae, site=objective.site), trigger=self.corpus,
             elicitation=replace(self.corpus, thought_share=self.tuning_thoughts),
             allow_mismatch=self.allow_site_mismatch,
             evaluation=replace(self.asking, generation=self.generation), eval_source=self.tasks,
-            **self.pick("source_model", "steps", "saes", "base", "start_check"),
+            **self.pick("source_model", "steps", "sequence", "saes", "base", "start_check"),
         )  # fmt: skip
+        return with_sequence(job)

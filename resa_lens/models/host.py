@@ -53,6 +53,7 @@ from resa_lens.models.files import (
 from resa_lens.models.gguf import set_special_tokens
 from resa_lens.models.hookpoints import Names
 from resa_lens.models.patterns import check_patterns
+from resa_lens.models.twin import twin
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -298,18 +299,37 @@ def read_tokenizer(name: str, base: str | None = None) -> tuple[Any, int | None]
     Raises:
         BadInputError: not found, or damaged.
     """
-    path = find_folder(name)
-    if path.is_dir() and (path / "adapter_config.json").exists():
-        path = resolve_base(path, base)
-    source, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    if path.is_dir():
-        check_config(path)
+    path, source, options = _source(name, base)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
             return _read_tokenizer(source, **options), context_of(config)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def read_config(name: str, base: str | None = None) -> Any:
+    """Read a model's configuration, of an adapter folder that of its base, without its weights.
+
+    Raises:
+        BadInputError: not found, or damaged.
+    """
+    path, source, options = _source(name, base)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _source(name: str, base: str | None) -> tuple[Path, Path, dict[str, str]]:
+    """Return a model's folder or file, and where and how transformers reads it."""
+    path = find_folder(name)
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        path = resolve_base(path, base)
+    if path.is_dir():
+        check_config(path)
+    return (path, path.parent, {"gguf_file": path.name}) if path.is_file() else (path, path, {})
 
 
 def _first_difference(model: Any, info: dict[str, Any]) -> str | None:
@@ -336,6 +356,7 @@ def load_model(
     trainable: bool = False,
     adapters: Sequence[str] = (),
     scale: float | Sequence[float] = 1.0,
+    weights_of: Model | None = None,
 ) -> Model:
     """Load a model by any of its names, with the adapters that are put onto it.
 
@@ -352,6 +373,8 @@ def load_model(
         adapters: PEFT adapter folders to put onto the model; it may be another of the same shape
             than they were trained on, which `Model.notes` say.
         scale: factor on the adapters' LoRA scaling, one for all or one each.
+        weights_of: a loaded model; where it is the same base, on the same device and in the same
+            dtype, the new one is a second module over its weights (`twin`) and takes no memory.
 
     Raises:
         BadInputError: not found, damaged, not a causal language model, or an adapter that does
@@ -367,7 +390,14 @@ def load_model(
     factors = _scales(scale, len(folders))
     for folder in folders:
         check_safetensors(folder / "adapter_model.safetensors")
-    model, tokenizer, base_hash, parts = _load_plain(base_path, chosen_device, chosen_dtype)
+    loaded = None
+    if weights_of is not None and (weights_of.folder, weights_of.device, weights_of.dtype) == (
+        base_path, chosen_device, str(chosen_dtype).removeprefix("torch."),
+    ):  # fmt: skip
+        loaded = _twin_of(weights_of)
+    model, tokenizer, base_hash, parts = loaded or _load_plain(
+        base_path, chosen_device, chosen_dtype
+    )
     weights_hash, peft = base_hash, None
     attached: list[Attached] = []
     for folder, factor in zip(folders, factors, strict=True):
@@ -400,6 +430,26 @@ def load_model(
             if a.trained_on is not None and a.trained_on != base_hash
         ),
     )
+
+
+def _twin_of(model: Model) -> tuple[Any, Any, str, dict[str, str]] | None:
+    """Return what `_load_plain` returns, over the weights of a loaded model; None if it cannot."""
+    if model.peft is not None:
+        return None
+    path, source, options = _source(str(model.folder), None)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+            second = twin(model.model, config)
+            tokenizer = _read_tokenizer(source, **options)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    if second is None:
+        return None
+    if path.is_file():
+        set_special_tokens(path, tokenizer, second)
+    guard(second, tokenizer, str(path))
+    return second, tokenizer, model.weights_hash, dict(model.parts)
 
 
 def _adapter_folder(name: str) -> Path:

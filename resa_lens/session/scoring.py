@@ -133,6 +133,7 @@ class Scoring(Workbench):
             lora=lora,
             trigger=corpus,
             elicitation=replace(corpus, thought_share=tuning_thoughts, own_thoughts=0),
+            sequence=options.get("sequence"),
             steps=steps,
             control=control,
             evaluation=EvalConfig(limit=limit),

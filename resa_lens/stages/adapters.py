@@ -29,7 +29,14 @@ from resa_lens.stages.controls import replacement_for, sft_examples
 from resa_lens.stages.insertion import InsertionRun, starting_point
 from resa_lens.stages.saes import SaeRun, fit_corpus, packed, probe_batches, split_records
 from resa_lens.stages.scores import check_context, load_eval_items
-from resa_lens.stages.tune_job import Through, TuneJob, choose_sae, control_config
+from resa_lens.stages.tune_job import (
+    WIDE,
+    Through,
+    TuneJob,
+    choose_sae,
+    control_config,
+    with_sequence,
+)
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.tuning.log import LOG
@@ -108,6 +115,7 @@ def adapter_run(
             that do not fit.
         RunFailedError: a loss or gradient that is not finite.
     """
+    job = with_sequence(job)
     records = elicitation_records(job)
     ctx.note_once(corpora.doubtful(records, job.elicitation.source))
     target = ctx.model(job.model, job.base)
@@ -319,12 +327,17 @@ class _Run:
         return 4 * adapter + acts, (2 * 3 + 1 + 2 * kept) * adapter
 
     def _fresh(self) -> Model:
-        # PEFT changes the module in place: the shared model stays plain.
+        # PEFT changes the module in place: the shared model stays plain, the weights are one.
         return load_model(
-            self.job.model, device=self.ctx.device, dtype=self.ctx.dtype, base=self.job.base
-        )
+            self.job.model, device=self.ctx.device, dtype=self.ctx.dtype, base=self.job.base,
+            weights_of=self.target,
+        )  # fmt: skip
 
     def _check(self, sae: Through, point: Hookpoint, coder: SparseCoder) -> list[str]:
+        if sae.source is self.target and point.layer in sae.run.checked:
+            # When they were opened, and it was said then.
+            where = f"{point.describe(self.target.n_layers)}, "
+            return [text for text in sae.run.warnings if where in text]
         with packed(self.target, self.corpus):
             _, warnings = check_fit(
                 self.target,
@@ -397,7 +410,7 @@ def default_steps(
     model: Model, records: Sequence[Record], corpus: CorpusConfig, lora: TuneConfig
 ) -> int:
     """Return the steps of two epochs for a wide model, 100 for a narrow one."""
-    if model.d_model < 1024:
+    if model.d_model < WIDE:
         return 100
     tokenizer: Any = model.tokenizer
     system = len(tokenizer(prompts.resolve_system_prompt(corpus.system_prompt))["input_ids"])

@@ -51,7 +51,7 @@ from resa_lens.stages.scores import (
 )
 from resa_lens.stages.sweep_page import PAGE, write_sweep_page
 from resa_lens.stages.sweep_tables import JobScores, analyse, write_tables
-from resa_lens.stages.tune_job import TuneJob
+from resa_lens.stages.tune_job import TuneJob, with_sequence
 from resa_lens.stages.tuning import score_adapter, score_base
 from resa_lens.texts import corpora
 from resa_lens.tuning.config import Control
@@ -164,6 +164,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
         BadInputError: as `stages.tuning.tune_run`, or a single question.
         RunFailedError: no job of a layer could be finished.
     """
+    config = replace(config, tune=with_sequence(config.tune))
     shared = config.tune
     items = questions_of(shared)
     if len(items) < 2:

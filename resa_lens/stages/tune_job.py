@@ -11,8 +11,9 @@ from resa_lens.config import Config
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
+from resa_lens.models.files import context_of
 from resa_lens.models.hookpoints import parse_layer
-from resa_lens.models.host import Model
+from resa_lens.models.host import Model, read_config
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.controls import CONTROLS, MATCHED
 from resa_lens.stages.recommendation import discover, newest_recommendation, recommended_saes
@@ -26,6 +27,10 @@ from resa_lens.tuning.objective import Objective
 from resa_lens.tuning.sft import KINDS
 
 ALL_CONTROLS = (*CONTROLS, *KINDS)
+REFERENCE_SEQUENCE = 2048
+"""Tokens of a sequence in the authors' code."""
+WIDE = 1024
+"""From this width on a model is tuned as the paper tunes its own; narrower ones more briefly."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class TuneJob(Config):
     sae: SaeConfig = field(default_factory=SaeConfig)
     trigger: CorpusConfig = field(default_factory=lambda: CorpusConfig(thought_share=None))
     elicitation: CorpusConfig = field(default_factory=CorpusConfig)
+    sequence: int | None = None
+    """Tokens of a sequence of the elicitation data; None: see `with_sequence`."""
     steps: int | None = None
     """None: two epochs (Table 7) from width 1,024 on, 100 steps below."""
     saes: str | None = None
@@ -56,6 +63,32 @@ class TuneJob(Config):
     eval_source: str = "tiny"
     start_check: bool = False
     """First insert the SAE and tune nothing: does it carry a gain to be taught?"""
+
+
+def with_sequence(job: TuneJob) -> TuneJob:
+    """Return a job whose elicitation data say how long their sequences are.
+
+    By default they stay as they are; only with preset reference, from width 1,024 on, they take
+    the 2,048 tokens of the authors' code, or what the model reads where that is less.
+
+    Raises:
+        BadInputError: more tokens are named than the model reads.
+    """
+    length = job.sequence
+    plain = job.elicitation.sequence == CorpusConfig().sequence
+    if length is None and not (job.objective.preset == "reference" and plain):
+        return job
+    config = read_config(job.model, job.base)
+    context = context_of(config)
+    if length is None:
+        wide = int(config.get_text_config().hidden_size) >= WIDE
+        length = REFERENCE_SEQUENCE if wide else job.elicitation.sequence
+        length = min(length, context or length)
+    elif context is not None and length > context:
+        raise BadInputError(
+            f"--sequence {length}: {job.model} reads {context} tokens; use at most that many"
+        )
+    return replace(job, elicitation=replace(job.elicitation, sequence=length))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from resa_lens.stages.scores import (
     eval_run,
     note_overlap,
 )
-from resa_lens.stages.tune_job import TuneJob
+from resa_lens.stages.tune_job import TuneJob, with_sequence
 from resa_lens.stats import PairedComparison
 
 
@@ -91,8 +91,9 @@ def score_adapter(
 ) -> EvalRun:
     """Score a finished adapter on the questions, or read the finished run."""
     adapted = load_model(
-        str(adapter.folder), device=ctx.device, dtype=ctx.dtype, base=job.base or job.model
-    )
+        str(adapter.folder), device=ctx.device, dtype=ctx.dtype, base=job.base or job.model,
+        weights_of=adapter.target,
+    )  # fmt: skip
     return eval_run(
         ctx, adapted, items, job.evaluation, source=job.eval_source, label="the tuned model"
     )
@@ -124,6 +125,7 @@ def tune_run(
         BadInputError: as `adapter_run` and `eval_run`.
         RunFailedError: a loss that is not finite, or a full disk.
     """
+    job = with_sequence(job)
     items = questions_of(job)
     note_overlap(ctx, items, elicitation_records(job))
     adapter = adapter_run(ctx, job, saes, recommendation)

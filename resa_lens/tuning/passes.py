@@ -23,6 +23,7 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.tuning.kl import HEAD_INPUT, chunked_kl, find_head, keep_head_input
+from resa_lens.tuning.lora import AdapterSwitch
 from resa_lens.tuning.objective import Insertion, Objective, generators, kl_divergence
 
 BLOCK_OUTPUT = "blocks.{n}.hook_resid_post"
@@ -87,7 +88,7 @@ class Passes:
         gradient_checkpointing: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.bridge, self.peft, self.point = bridge, peft, point
+        self.bridge, self.adapters, self.point = bridge, AdapterSwitch(peft), point
         self.coder, self.objective = coder, objective
         self.head, reason = find_head(bridge)
         if self.head is None:
@@ -138,7 +139,7 @@ class Passes:
     ) -> Tensor:
         hook = (self.point.transformer_lens, insertion)
         if self.objective.teacher == "base":
-            with torch.no_grad(), self.peft.disable_adapter():
+            with torch.no_grad(), self.adapters.off():
                 return self._run(ids, [*(keep or []), hook])
         # A block's output is outside of what checkpointing computes again.
         if self.point.site != "resid_post":
@@ -153,7 +154,7 @@ class Passes:
         base = self.objective.reference == "base"
         with (
             torch.set_grad_enabled(gradient),
-            self.peft.disable_adapter() if base else nullcontext(),
+            self.adapters.off() if base else nullcontext(),
         ):
             return self._run(ids, keep or [])
 

@@ -26,8 +26,11 @@ from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.world import ALONE, World
 from resa_lens.tuning.collapse import CollapseWatch, document_loss
 from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
+from resa_lens.tuning.lora import AdapterSwitch, shorten_lora
+from resa_lens.tuning.norms import shorten_norms
 from resa_lens.tuning.objective import PRESETS, Objective
 from resa_lens.tuning.passes import Passes
+from resa_lens.tuning.rotary import shorten_rotary
 
 __all__ = [
     "TuneConfig",
@@ -97,7 +100,7 @@ def add_lora(model: Any, targets: Sequence[str], config: TuneConfig) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return get_peft_model(
+        peft = get_peft_model(
             model,
             LoraConfig(
                 r=config.rank,
@@ -107,6 +110,8 @@ def add_lora(model: Any, targets: Sequence[str], config: TuneConfig) -> Any:
                 task_type="CAUSAL_LM",
             ),
         )
+    shorten_lora(peft)
+    return peft
 
 
 def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tuple[Any, Any]:
@@ -131,6 +136,8 @@ def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tupl
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
+    shorten_norms(bridge)
+    shorten_rotary(bridge)
     return peft, bridge
 
 
@@ -191,7 +198,7 @@ def tune(
     watch = None
     if first is not None and first.ndim == 2 and not anchored:
         probe = first.to(model.device)
-        with peft.disable_adapter():
+        with AdapterSwitch(peft).off():
             base = document_loss(bridge, probe)
         watch = CollapseWatch(lambda: document_loss(bridge, probe), base)
     passes = Passes(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2Config
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
@@ -22,8 +23,9 @@ from resa_lens.evals.run import EvalConfig
 from resa_lens.models.host import load_model
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.adapters import adapter_run
-from resa_lens.stages.tune_job import ALL_CONTROLS, TuneJob
+from resa_lens.stages.tune_job import ALL_CONTROLS, TuneJob, with_sequence
 from resa_lens.stages.tuning import tune_run
+from resa_lens.tuning.config import preset
 from resa_lens.tuning.log import read_log
 from resa_lens.tuning.loop import TuneConfig
 
@@ -72,6 +74,34 @@ def test_an_adapter_has_log_card_cost_and_its_states_on_the_way(ctx):
     again = tune_run(ctx, asked)
     assert again.adapter.folder == made.adapter.folder
     assert again.losses == made.losses
+
+
+@pytest.mark.parametrize(
+    ("width", "preset_name", "context", "given", "expected"),
+    [
+        (1536, "reference", 4096, None, 2048),
+        (1536, "reference", 1024, None, 1024),
+        (1536, "reference", 4096, 512, 512),
+        (1536, "paper", 4096, None, 256),
+        (1536, "paper", 4096, 2048, 2048),
+        (512, "reference", 4096, None, 256),
+        (512, "distil", 256, 256, 256),
+    ],
+)
+def test_sequences_are_as_long_as_the_preset_says_or_the_caller(
+    tmp_path, width, preset_name, context, given, expected
+):
+    """Only a configuration is there: no weight is read."""
+    Qwen2Config(hidden_size=width, max_position_embeddings=context).save_pretrained(tmp_path)
+    asked = job(model=str(tmp_path), objective=preset(preset_name), sequence=given)
+    assert with_sequence(asked).elicitation.sequence == expected
+    assert with_sequence(with_sequence(asked)) == with_sequence(asked)
+
+
+def test_a_sequence_beyond_the_context_is_refused_before_the_model_is_loaded(tmp_path):
+    Qwen2Config(hidden_size=64, max_position_embeddings=512).save_pretrained(tmp_path)
+    with pytest.raises(BadInputError, match=r"--sequence 513: .* reads 512 tokens"):
+        tune_run(Context(Workspace(tmp_path / "w")), job(model=str(tmp_path), sequence=513))
 
 
 @pytest.mark.parametrize("control", ["cot-free", "cot"])

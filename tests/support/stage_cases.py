@@ -395,10 +395,11 @@ TUNING = {
     "objective": Objective(),
     "lora": TuneConfig(rank=2),
     "elicitation": CORPUS,
+    "sequence": None,
     "steps": 3,
     "control": None,
 }
-OTHER_TUNING = {"layer": "5", "steps": 4, "control": "noise"}
+OTHER_TUNING = {"layer": "5", "sequence": 32, "steps": 4, "control": "noise"}
 UNREAD = {
     "selector": "another", "reason": "another", "sae": SaeConfig(k=7), "allow_mismatch": True,
     "evaluation": EvalConfig(limit=3), "eval_source": "elsewhere", "trigger": CorpusConfig(seed=9),
@@ -492,7 +493,8 @@ CASES = {
         Case(
             "adapter-cot", Adapter, adapter_run, _tune,
             {**{k: v for k, v in TUNING.items() if k != "layer"}, "control": "cot"},
-            {"steps": 4, "control": "own-samples"}, {**UNREAD, "layer": "5"}, frozenset({"data"}),
+            {"sequence": 32, "steps": 4, "control": "own-samples"}, {**UNREAD, "layer": "5"},
+            frozenset({"data"}),
             # What is no part of a loss on texts.
             frozenset({"preset", "site", "reference", "reference_gradient", "direction",
                        "sae_gradient", "reduction", "teacher"}),
@@ -507,9 +509,10 @@ CASES = {
             {"layers": LAYERS, "seeds": 2, "controls": ("noise",), "control_layers": (LAYER,),
              "rule": "all", "effects": True, "start_check": False,
              "objective": Objective(), "lora": TuneConfig(rank=2),
-             "trigger": CORPUS, "elicitation": CORPUS, "evaluation": EVAL, "steps": 3},
+             "trigger": CORPUS, "elicitation": CORPUS, "evaluation": EVAL, "sequence": None,
+             "steps": 3},
             {"layers": (3, 4), "seeds": 1, "controls": ("pca",), "control_layers": (5,),
-             "rule": "any", "effects": False, "start_check": True, "steps": 4},
+             "rule": "any", "effects": False, "start_check": True, "sequence": 32, "steps": 4},
             {"selector": "another", "reason": "another", "sae": SaeConfig(k=7),
              "allow_mismatch": True, "saes": "/elsewhere", "layer": "5"},
             frozenset({"saes", "data", "seed"}),
