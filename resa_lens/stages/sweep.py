@@ -165,7 +165,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
         RunFailedError: no job of a layer could be finished.
     """
     shared = config.tune
-    items = questions_of(shared)
+    items = questions_of(ctx, shared)
     if len(items) < 2:
         raise BadInputError(
             f"{len(items)} question to score: intervals over questions need two or more"

@@ -11,6 +11,7 @@ from resa_lens.config import Config
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
+from resa_lens.models.bounds import check_shapes
 from resa_lens.models.hookpoints import parse_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.train import SaeConfig
@@ -84,11 +85,7 @@ def choose_sae(
             contradict the recommendation.
     """
     source = ctx.model(job.source_model) if job.source_model else target
-    if (source.d_model, source.n_layers) != (target.d_model, target.n_layers):
-        raise BadInputError(
-            f"source {source.name} has {source.n_layers} layers x {source.d_model}, target "
-            f"{target.name} {target.n_layers} x {target.d_model}; they must be of one shape"
-        )
+    check_shapes(source, target)
     if job.layer == "auto":
         return _recommended(ctx, job, source, saes, recommendation)
     layer = parse_layer(job.layer, target.n_layers)

@@ -124,7 +124,7 @@ def tune_run(
         BadInputError: as `adapter_run` and `eval_run`.
         RunFailedError: a loss that is not finite, or a full disk.
     """
-    items = questions_of(job)
+    items = questions_of(ctx, job)
     note_overlap(ctx, items, elicitation_records(job))
     adapter = adapter_run(ctx, job, saes, recommendation)
     base = score_base(ctx, job, items)
