@@ -40,8 +40,10 @@ def setting(
         role: see the module.
         limits: `min`, `max` and `over` (the value must be larger) of its numbers; `choices`, names
             of a registry; `check`, called with a value that a user gives, raises BadInputError;
-            `resolve`, see `resolved`; `later`, of a field that came after results without it: at
-            its default it enters no identity.
+            `layers`, of a field that names layers: such a check, called with the value alone, and
+            with it and a model's number of layers before that model is loaded; `resolve`, see
+            `resolved`; `later`, of a field that came after results without it: at its default it
+            enters no identity.
     """
     metadata = {"role": role, "help": help, "names": names, **limits}
     return field(default=default, metadata=metadata)

@@ -21,6 +21,7 @@ from resa_lens.artifacts.kinds.eval import Eval
 from resa_lens.artifacts.manifest import Manifest
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError, DamagedError
+from resa_lens.files import named_path
 from resa_lens.machine.meters import watt_hours
 from resa_lens.models.files import hash_files
 from resa_lens.resources import data_path
@@ -163,6 +164,24 @@ def spent(path: str, manifest: Manifest) -> Spent:
             "not metered before a kill",
         ]
     return Spent(path, manifest.kind, held)
+
+
+def costs_of(workspace: Workspace, adapter: str | None) -> tuple[list[Spent], list[str]]:
+    """Return the cost of everything, or of what an adapter took, and what cannot be read.
+
+    Args:
+        workspace: the workspace.
+        adapter: the adapter's folder, or its name in adapters/.
+
+    Raises:
+        BadInputError: as `lineage_costs`.
+    """
+    problems: list[str] = []
+    if adapter is None:
+        return workspace_costs(workspace, problems=problems), problems
+    named = named_path(adapter, "adapter")
+    folder = named if named.exists() else workspace.path(Adapter.folder, adapter)
+    return lineage_costs(workspace, folder, problems=problems), problems
 
 
 def workspace_costs(workspace: Workspace, *, problems: list[str] | None = None) -> list[Spent]:

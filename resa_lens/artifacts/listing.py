@@ -117,8 +117,16 @@ def short_id(artifact: Artifact) -> str:
     return (artifact.manifest.identity or artifact.path.name.rpartition("-")[2])[:8]
 
 
-def row(listing: Listing, artifact: Artifact) -> dict[str, Any]:
-    """Return what a person needs to choose an artifact, and what it takes."""
+def row(
+    listing: Listing, artifact: Artifact, *, verifying: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Return what a person needs to choose an artifact, and what it takes.
+
+    Args:
+        listing: where the artifact is.
+        artifact: the artifact.
+        verifying: read every byte of it, tell this so, and say what is damaged or foreign.
+    """
     manifest, results, subject = artifact.manifest, artifact.results, artifact
     score = None
     if artifact.kind is Eval:
@@ -130,11 +138,15 @@ def row(listing: Listing, artifact: Artifact) -> dict[str, Any]:
     control = getattr(subject.settings, "control", None) or getattr(results, "control", None)
     if not isinstance(control, str):  # of an ablation it is a figure
         control = None
+    whole: dict[str, Any] = {}
+    if verifying:
+        verifying(f"verifying {artifact.relative}")
+        whole = {"damaged": list(artifact.damage(cached=False)), "foreign": artifact.foreign()}
     return {
         "kind": manifest.kind, "path": artifact.relative, "created": manifest.created,
         "megabytes": megabytes(artifact.path), "seconds": manifest.seconds,
         "verifiable": artifact.verifiable, "id": short_id(artifact),
-        "layer": chosen[0] if chosen else layer, "control": control, "score": score,
+        "layer": chosen[0] if chosen else layer, "control": control, "score": score, **whole,
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from resa_lens.machine.limits import (
     memory_errors,
     size_mb,
 )
-from resa_lens.models.host import Model, load_model
+from resa_lens.models.host import Model, UnloadedModel, load_model, read_unloaded
 from resa_lens.progress import SILENT, Advance, Reporter
 from resa_lens.publishing import put_back
 from resa_lens.saes.plan import Meter
@@ -95,9 +95,8 @@ class Context:
                     name, device=self.device, dtype=self.dtype, base=base, adapters=adapters,
                     scale=scale,
                 )  # fmt: skip
-            threads = self.threads or (
-                1 if model.d_model <= NARROW else max(1, torch.get_num_threads())
-            )
+            usual = 1 if model.d_model <= NARROW else max(1, torch.get_num_threads())
+            threads = self.threads or usual
             torch.set_num_threads(threads)
             self.reporter.note(
                 f"model {model.slug}: {model.n_layers} layers x {model.d_model}, {model.dtype} on "
@@ -108,6 +107,10 @@ class Context:
             for folder in dict.fromkeys((model.folder, *(a.folder for a in model.adapters))):
                 self._warn_of_changes(folder)
         return self.models[key]
+
+    def unloaded(self, name: str, base: str | None = None) -> Model | UnloadedModel:
+        """Return a model as its configuration and tokenizer say it: nothing is loaded for it."""
+        return self.models.get(f"{name}|{base or ''}") or read_unloaded(name, base)
 
     def note_once(self, texts: Iterable[str]) -> None:
         """Tell the user what several stages may notice."""

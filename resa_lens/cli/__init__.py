@@ -28,8 +28,7 @@ GROUPS = {
 
 # Each adds its commands.
 for _module in (
-    "start", "layers", "features", "scores", "interventions", "insertion", "tuning", "evals",
-    "tables", "files", "cost",
+    "start", "layers", "features", "interventions", "tuning", "evals", "tables", "files",
 ):  # fmt: skip
     import_module(f"resa_lens.cli.{_module}")
 

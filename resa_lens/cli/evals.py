@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from resa_lens.cli.common import Outcome
 from resa_lens.cli.groups import AdapterBase, Adapters, OnModel, Output, Place, Questions, Seeded
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import setting as option
 from resa_lens.errors import BadInputError
-from resa_lens.evals.config import SETTINGS, EngineName, EvalConfig, GenerationConfig
+from resa_lens.evals.config import EngineName, EvalConfig, GenerationConfig, preset
 from resa_lens.files import check_path, named_path
 from resa_lens.stages.reports import evals as reports
-
-if TYPE_CHECKING:
-    from resa_lens.artifacts.workspace import Workspace
-    from resa_lens.evals.compare import Comparison, Comparisons
-    from resa_lens.progress import Reporter
 
 
 @options("Questions")
@@ -60,18 +54,13 @@ class Eval(Adapters, AdapterBase, Questions, OnModel):
         """Return the configuration of the evaluation, with the setting's values as defaults."""
         from resa_lens.texts.prompts import resolve_system_prompt
 
-        chosen = replace(SETTINGS[self.setting], **self.sampling, **self.drawing)
-        prompt = self.asking.system_prompt
+        chosen, prompt = preset(self.setting), self.asking.system_prompt
+        own = {"samples": chosen.samples, "chat_template": chosen.chat_template, **self.drawing}
         return replace(
-            self.asking,
-            generation=GenerationConfig(
-                chosen.max_new_tokens, chosen.temperature, chosen.top_p, **self.answers
-            ),
+            self.asking, generation=replace(chosen.generation, **self.sampling, **self.answers),
             prompt_style="direct" if self.direct else "reason",
-            system_prompt=resolve_system_prompt(prompt) if prompt else None,
-            samples=chosen.samples,
-            chat_template=chosen.chat_template,
-        )
+            system_prompt=resolve_system_prompt(prompt) if prompt else None, **own,
+        )  # fmt: skip
 
 
 @command("eval")
@@ -84,16 +73,16 @@ def evaluate(args: Eval) -> Outcome:
     Example: resa-lens eval --model tiny-reasoner --limit 500
     """
     ctx = args.context()
-    from resa_lens.stages.scores import check_context, check_engine, eval_run, load_eval_items
+    from resa_lens.stages.scores import check_engine, eval_run, questions_for
 
     check_engine(args.engine)
     config = args.config()
-    items = load_eval_items(args.tasks, config, **args.pick("question_column", "answer_column"))
     # The base of --adapter is the model; only a model that is an adapter has one of its own.
     stacked = (named_path(args.model, "model") / "adapter_config.json").exists()
     below = args.adapter and not stacked
     name, base = (args.base or args.model, None) if below else (args.model, args.base)
-    check_context(name, base, items, config)
+    columns = args.pick("question_column", "answer_column")
+    items = questions_for(ctx.unloaded(name, base), args.tasks, config, **columns)
     model = ctx.model(name, base, adapters=args.adapter or (), scale=args.scale or 1.0)
     for note in model.notes:
         ctx.reporter.note(f"note: {note}")
@@ -147,6 +136,7 @@ def compare(args: Compare) -> Outcome:
 
     Example: resa-lens compare resa-workspace/evals/A resa-workspace/evals/B --flips 10
     """
+    from resa_lens.evals.compare import compare_all, summarise
     from resa_lens.stages import comparison
 
     margin, ks = args.margin / 100, sorted(set(args.pass_at or ()))
@@ -158,30 +148,13 @@ def compare(args: Compare) -> Outcome:
         result = comparison.compare_settings(workspace, groups, margin, args.paired_seeds, reporter)
         values, parts = reports.settings_of(result)
     else:
-        result, values, parts = _runs(args, workspace, reporter, margin, ks)
+        runs = comparison.open_runs(workspace, args.runs or [], reporter)
+        summaries = [summarise(run, ks, args.seed) for run in runs]
+        result = compare_all(runs, margin=margin, seed=args.seed)
+        values = {**result.to_dict(), "scores": [asdict(item) for item in summaries]}
+        parts = list(reports.compared(result, summaries, args.flips))
     if args.save:
         comparison.save(args.save, result, margin)
         values["saved"] = str(args.save)
         parts.append(f"kept in {args.save}")
     return values, parts
-
-
-def _runs(
-    args: Compare, workspace: Workspace, reporter: Reporter, margin: float, ks: Sequence[int]
-) -> tuple[Comparison | Comparisons, dict[str, Any], list[Any]]:
-    """Compare two runs, or several with the first: result, JSON and tables."""
-    from resa_lens.evals.compare import check_paired, compare_many, compare_runs, summarise
-    from resa_lens.stages.comparison import open_runs
-
-    runs = open_runs(workspace, args.runs or [], reporter)
-    check_paired(runs)
-    summaries = [summarise(run, ks, args.seed) for run in runs]
-    if len(runs) == 2:
-        result = compare_runs(*runs, margin=margin, seed=args.seed)
-        parts = list(reports.two(result, summaries, args.flips))
-    else:
-        if len(runs) * runs[0].means.size > 20_000:
-            reporter.note(f"comparing {len(runs)} runs on {runs[0].means.size} questions")
-        result = compare_many(runs[0], runs[1:], margin=margin, seed=args.seed)
-        parts = list(reports.many(result, summaries))
-    return result, {**result.to_dict(), "scores": [asdict(item) for item in summaries]}, parts

@@ -1,10 +1,13 @@
-"""Single features: activity, falsify."""
+"""Features one by one: activity, falsify, score-features, match-features."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import COUNTING, MemoryLimit, WithSaesAt
-from resa_lens.cli.options import command, options, part
+from resa_lens.cli.groups import AtLayers, Counting, MemoryLimit, WithSaesAt
+from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import GenerationConfig
 from resa_lens.features.config import (
@@ -14,9 +17,15 @@ from resa_lens.features.config import (
     Rule,
     check_feature,
 )
-from resa_lens.files import check_file
+from resa_lens.files import check_file, check_path
 from resa_lens.models.hookpoints import parse_feature
+from resa_lens.saes.config import SaeConfig
+from resa_lens.stages.config import MatchConfig, ScoreConfig
 from resa_lens.stages.reports import features as reports
+from resa_lens.stages.reports import scores as score_reports
+
+if TYPE_CHECKING:
+    from resa_lens.artifacts.stage import Context
 
 
 @options("Activity")
@@ -24,7 +33,7 @@ class Activity(MemoryLimit, WithSaesAt):
     """The documents that features are tallied over."""
 
     show: str | None = setting(
-        None, "LAYER:FEATURE: print this feature's page, for example 5:62.", check=check_feature
+        None, "LAYER:FEATURE: print this feature's page, for example 5:62.", layers=check_feature
     )
     activity: ActivityConfig = part(ActivityConfig, "examples threshold", "Activity")
     text_tokens: int = setting(100_000, "Tokens of the documents that are looked at.", min=1)
@@ -32,6 +41,14 @@ class Activity(MemoryLimit, WithSaesAt):
         0, "Look at the model's own answers to so many questions.", min=0, max=10**7
     )
     generation: GenerationConfig = part(GenerationConfig, "max_new_tokens", "Activity")
+
+    def check(self, ctx: Context) -> None:
+        """Raise BadInputError where answers would be longer than all that the model reads, too."""
+        super().check(ctx)
+        from resa_lens.stages.scores import check_new_tokens
+
+        if self.generations:
+            check_new_tokens(ctx.unloaded(self.model), self.generation.max_new_tokens)
 
 
 @command("activity")
@@ -65,13 +82,12 @@ def activity(args: Activity) -> Outcome:
 
 
 @options("Tests")
-class Falsify(WithSaesAt):
+class Falsify(Counting, WithSaesAt):
     """How hard the counted features are tried."""
 
     rule: Rule | None = setting(
         None, "Counting rule; the features of all are tried, and this one's alone are shown."
     )
-    count: CountConfig = part(CountConfig, COUNTING, "Counting")
     tests: FalsifyConfig = part(FalsifyConfig, "texts shuffles fires seed", "Tests")
     plain_texts: str | None = setting(
         None, "File of plain texts, one a line, in place of ours.", check=check_file
@@ -89,14 +105,12 @@ def falsify(args: Falsify) -> Outcome:
 
     Example: resa-lens falsify --model tiny-reasoner --json
     """
-    from resa_lens.features.exclusive import tag_prompt
     from resa_lens.features.stimuli import PLAIN_TEXTS
     from resa_lens.stages.counts import count_run
     from resa_lens.stages.falsification import falsify_run, read_plain_texts
 
     plain = read_plain_texts(args.plain_texts) if args.plain_texts else PLAIN_TEXTS
     ctx, model = args.load()
-    tag_prompt(model, args.count)
     saes = args.find(ctx, model)
     counts = count_run(ctx, model, saes, args.count, args.scope(model))
     run = falsify_run(
@@ -109,3 +123,76 @@ def falsify(args: Falsify) -> Outcome:
         "model": model.name, "site": args.sae.site, "folder": str(run.artifact.path),
     }  # fmt: skip
     return values, reports.verdicts_of(values, model.slug, model.n_layers)
+
+
+@options("Scores")
+class ScoreFeatures(WithSaesAt):
+    """The scores, and the texts between which they are taken."""
+
+    scoring: ScoreConfig = part(
+        ScoreConfig, "scores other tokens words draws correction top", "Scores"
+    )
+    count: CountConfig = part(CountConfig, "prompt", "Counting")
+
+
+@command("score-features")
+def score_features(args: ScoreFeatures) -> Outcome:
+    """Score every feature between reasoning and other text.
+
+    Every score has a permutation null.
+
+    Example: resa-lens score-features --model tiny-reasoner --score cohens_d --score auc --top 10
+    """
+    from resa_lens.stages.feature_scores import check_text, score_run
+
+    check_text(args.corpus, args.scoring.other)
+    ctx, model = args.load()
+    saes = args.find(ctx, model)
+    config = replace(args.scoring, count=args.count)
+    run = score_run(ctx, model, saes, args.corpus, config, args.scope(model))
+    values = {"model": model.name, "site": args.sae.site, **run.summary}
+    values["folder"] = str(run.artifact.path)
+    return values, score_reports.scores(model.slug, model.n_layers, values)
+
+
+@options("Matching")
+class MatchFeatures(AtLayers, Counting):
+    """The two runs, and the documents that both see."""
+
+    run_a: str = argument("A folder of SAEs, a run's name in the workspace, or seed:0.")
+    run_b: str = argument("The SAEs in which RUN_A's features are sought.")
+    model_b: str | None = setting(
+        None, "The model of RUN_B, of the same tokenizer; by default that of RUN_A.",
+        check=check_path,
+    )  # fmt: skip
+    matching: MatchConfig = part(MatchConfig, "threshold tokens", "Matching")
+    sae: SaeConfig = part(SaeConfig, "site", "SAEs")
+    count: CountConfig = part(CountConfig, "prompt", "Counting")
+    second_model = "model_b"
+
+
+@command("match-features")
+def match_features(args: MatchFeatures) -> Outcome:
+    """Look for one run's features in another's, with nulls.
+
+    By direction and by activation.
+
+    Example: resa-lens match-features seed:0 seed:1 --model tiny-reasoner --layers 5,6
+    """
+    from resa_lens.stages.matching import Side, match_run, open_run
+
+    ctx, model = args.load()
+    other = model if args.model_b is None else ctx.model(args.model_b)
+    layers, site = None if args.layers is None else args.indices(model), args.sae.site
+    first, second = (
+        Side(m, open_run(ctx, m, name, site, layers))
+        for m, name in ((model, args.run_a), (other, args.run_b))
+    )
+    config = replace(args.matching, count=args.count)
+    matches = match_run(ctx, first, second, args.corpus, config, layers)
+    values = {
+        "run_a": str(first.run.folder), "run_b": str(second.run.folder), "model": model.name,
+        "model_b": other.name, "site": site, "threshold": config.threshold,
+        "layers": matches.layers, "folder": str(matches.artifact.path),
+    }  # fmt: skip
+    return values, score_reports.matches_of(model.slug, values)

@@ -1,17 +1,16 @@
-"""Files that other tools read: convert, merge."""
+"""Files that other tools read, and what they cost: convert, merge, cost."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AdapterBase, Adapters, NamedModel, Output
+from resa_lens.cli.groups import AdapterBase, Adapters, NamedModel, Output, Place
 from resa_lens.cli.options import argument, command, options, part
-from resa_lens.config import setting
+from resa_lens.config import give_one, setting
 from resa_lens.errors import BadInputError
-from resa_lens.files import check_path
+from resa_lens.files import check_file, check_path
 from resa_lens.models.hookpoints import (
     LLAMA,
     MOST_LAYERS,
@@ -21,6 +20,8 @@ from resa_lens.models.hookpoints import (
 )
 from resa_lens.progress import ConsoleReporter
 from resa_lens.saes.config import SaeConfig, check_saes
+from resa_lens.stages.reports import costs as cost_reports
+from resa_lens.stages.reports import files as reports
 
 
 @options("Format")
@@ -33,7 +34,7 @@ class Convert(Output):
         help="The format that is written."
     )
     layers: str | None = setting(
-        None, 'Only these: "12", "1-26", "3,13th" or "all".', check=check_layers
+        None, 'Only these: "12", "1-26", "3,13th" or "all".', layers=check_layers
     )
     sae: SaeConfig = part(SaeConfig, "site", "Format")
     model: str | None = setting(
@@ -57,14 +58,15 @@ def convert(args: Convert) -> Outcome:
 
     Example: resa-lens convert saes/layers.12.mlp out --to saelens
     """
-    from resa_lens.models.host import load_model
+    from resa_lens.models.host import load_model, read_unloaded
     from resa_lens.saes.convert import convert as run
     from resa_lens.saes.hub import find_sae_folder
 
     if args.layers == "default":
         raise BadInputError("layers 'default' are those of a model; use all, 12 or 1-26")
-    # No model says how many layers there are.
-    layers = None if args.layers is None else parse_layers(args.layers, MOST_LAYERS)
+    # Without --model nothing says how many layers there are.
+    n_layers = read_unloaded(args.model).n_layers if args.model else MOST_LAYERS
+    layers = None if args.layers is None else parse_layers(args.layers, n_layers)
     if args.layers is not None and (args.layers == "all" or "*" in args.layers):
         layers = None
     points = None if layers is None else [Hookpoint(layer, args.sae.site) for layer in layers]
@@ -74,17 +76,8 @@ def convert(args: Convert) -> Outcome:
         folder, args.target, args.to, layers=layers, names=names, reporter=ConsoleReporter(),
         **args.pick("allow_pickle", "cast", "k", "force"),
     )  # fmt: skip
-    values = {
-        "source": str(folder), "target": str(result.target),
-        "max_difference": result.max_difference, "rows": result.rows,
-        "from": list(result.sources), "to": args.to, "hookpoints": list(result.hookpoints),
-    }  # fmt: skip
-    count = len(result.hookpoints)
-    return values, [
-        f"{count} SAE{'s' if count > 1 else ''} from {', '.join(result.sources)} to {args.to}, in "
-        f"{result.target}; reconstructions of {result.rows} random activations differ by at most "
-        f"{result.max_difference:.1e}"
-    ]
+    values = {"source": str(folder), **result.to_dict(), "to": args.to}
+    return values, reports.converted(result, args.to)
 
 
 @options("Adapters")
@@ -110,20 +103,43 @@ def merge(args: Merge) -> Outcome:
         args.model, args.adapter or [], args.out, scale=args.scale or 1.0,
         note=ConsoleReporter().note, **args.pick("dtype", "base", "force"),
     )  # fmt: skip
-    config, rounding = merged.manifest.config, merged.rounding
-    values = {
-        "model": str(merged.folder), "base": config["base"], "base_hash": config["base_hash"],
-        "adapters": config["adapters"], "dtype": merged.dtype,
-        "weights_hash": merged.manifest.hashes["weights"], "rounding": asdict(rounding),
-        "notes": list(merged.notes),
-    }  # fmt: skip
-    parts = [
-        f"{a['scale']:g} x {Path(a['folder']).name} ({a['weights_hash'][:8]})"
-        for a in config["adapters"]
-    ]
-    return values, [
-        f"{config['base']} ({config['base_hash'][:8]}) + {' + '.join(parts)}, stored as "
-        f"{merged.dtype}; rounding errs by {100 * rounding.lost:.2g} % of the change "
-        f"(n = {rounding.weights} weights)",
-        f"model: {merged.folder}",
-    ]
+    return merged.to_dict(), reports.merged(merged)
+
+
+@options("Cost")
+class Cost(Place, Output):
+    """Whose cost is summed, at which prices."""
+
+    adapter: str | None = setting(
+        None, "Only what this adapter took: its folder, or its name in adapters/.", check=check_path
+    )
+    prices: Path | None = setting(
+        None, "A .csv of prices: device,usd_per_hour,source,date.", check=check_file
+    )
+    usd_per_hour: float | None = setting(
+        None, "The price of an hour of any device.", min=0, max=10**9
+    )
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where two prices are given."""
+        give_one(self, "prices", "usd_per_hour")
+
+
+@command("cost")
+def cost(args: Cost) -> Outcome:
+    """Sum what each stage cost: time, energy, money.
+
+    Time, tokens, memory, energy and USD, with the paper's table for comparison.
+
+    Example: resa-lens cost --usd-per-hour 0.5
+    """
+    from resa_lens.artifacts import costs
+
+    price = args.usd_per_hour
+    prices = costs.read_prices(args.prices) if price is None else costs.one_price(price)
+    workspace, reporter = args.open()
+    items, problems = costs.costs_of(workspace, args.adapter)
+    for text in problems:
+        reporter.note(f"left out: {text}")
+    values = costs.report(items, prices)
+    return values, cost_reports.cost_of(values, args.adapter)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from resa_lens.cli.options import options, part, running
+from resa_lens.cli.options import check_layer_options, options, part, running
 from resa_lens.config import setting
 from resa_lens.evals.config import EvalConfig, GenerationConfig
-from resa_lens.features.config import Rule
+from resa_lens.features.config import CountConfig, Rule
 from resa_lens.files import check_path, check_workspace
+from resa_lens.models.bounds import check_shapes
 from resa_lens.models.hookpoints import check_layers, parse_layers
 from resa_lens.processes import is_silent_rank
 from resa_lens.saes.config import SaeConfig, check_saes
@@ -21,6 +22,7 @@ from resa_lens.tuning.config import Objective, TuneConfig, check_adapter, check_
 if TYPE_CHECKING:
     from resa_lens.artifacts.stage import Context
     from resa_lens.artifacts.workspace import Workspace
+    from resa_lens.evals.tasks import EvalItem
     from resa_lens.models.host import Model
     from resa_lens.progress import Reporter
     from resa_lens.stages.saes import SaeRun
@@ -136,10 +138,29 @@ class Adapters:
 class OnModel(NamedModel, Run):
     """A stage that runs a model."""
 
-    def load(self) -> tuple[Context, Model]:
-        """Open the workspace and load the model."""
-        ctx = self.context()
-        return ctx, ctx.model(self.model)
+    second_model = ""
+    """The option of another model that is loaded."""
+    one_shape = False
+    """Whether it must have as many layers as the first, and as wide ones."""
+
+    def names(self) -> list[tuple[str, str | None]]:
+        """Return the names of the models, the first with its base."""
+        second = getattr(self, self.second_model, None) if self.second_model else None
+        return [(self.model, getattr(self, "base", None)), *([(second, None)] if second else ())]
+
+    def check(self, ctx: Context) -> None:
+        """Raise BadInputError where the models cannot do what is asked; none is loaded for it."""
+        models = [ctx.unloaded(*name) for name in self.names()]
+        for model in models:
+            check_layer_options(self, model.n_layers)
+        if self.one_shape:
+            check_shapes(models[-1], models[0])
+
+    def load(self, device: str | None = None) -> tuple[Context, Model]:
+        """Open the workspace, check what is asked for, and load the first model."""
+        ctx = self.context(device)
+        self.check(ctx)
+        return ctx, ctx.model(*self.names()[0])
 
 
 COLUMNS = "question_column answer_column steps_column text_column"
@@ -157,11 +178,10 @@ class OnData(OnModel):
 
     corpus: CorpusConfig = part(CorpusConfig, DATA, "Data")
 
-    def load(self) -> tuple[Context, Model]:
-        """Open the workspace, check the data and load the model."""
-        ctx = self.context()
+    def check(self, ctx: Context) -> None:
+        """Raise BadInputError where data cannot be read, too."""
+        super().check(ctx)
         check_data(self.corpus)
-        return ctx, ctx.model(self.model)
 
 
 @options("SAEs")
@@ -203,7 +223,7 @@ class AtLayers:
 
     layers: str | None = setting(
         None, '"1-26", "all", "3,5,13th" or "layers.*.mlp"; all but first and last.',
-        check=check_layers,
+        layers=check_layers,
     )  # fmt: skip
 
     def indices(self, model: Model) -> list[int]:
@@ -247,6 +267,28 @@ COUNTING = "prompt chat_template threshold ignore_first"
 """Options of a count."""
 
 
+@options("Counting")
+class Counting(OnData):
+    """A stage that counts features on a prompt."""
+
+    count: CountConfig = part(CountConfig, COUNTING, "Counting")
+
+    def check(self, ctx: Context) -> None:
+        """Raise BadInputError where the model's tokenizer cannot mark the tags, too."""
+        super().check(ctx)
+        from resa_lens.features.exclusive import tag_prompt
+
+        tag_prompt(ctx.unloaded(*self.names()[0]), self.count)
+
+    def load(self, device: str | None = None) -> tuple[Context, Model]:
+        """Open the workspace and load the model, if the prompt is not too long for it."""
+        from resa_lens.features.exclusive import tag_prompt
+
+        ctx, model = super().load(device)
+        tag_prompt(model, self.count)
+        return ctx, model
+
+
 @options("Machine")
 class MemoryLimit:
     """The memory that a stage may take."""
@@ -272,6 +314,26 @@ class Questions:
     )
     asking: EvalConfig = part(EvalConfig, "limit extraction", "Questions", limit=500)
     generation: GenerationConfig = part(GenerationConfig, "max_new_tokens", "Questions")
+
+    def evaluation(self) -> EvalConfig:
+        """Return the configuration of the answers."""
+        return replace(self.asking, generation=self.generation)
+
+
+@options("Questions")
+class AskedOf(Questions, SaeUse):
+    """Questions to a model that SAEs are looked at in."""
+
+    def items(self) -> list[EvalItem]:
+        """Return the questions, if the model can be asked them; nothing is loaded for it."""
+        from resa_lens.models.host import read_unloaded
+        from resa_lens.stages.scores import questions_for
+
+        # A file of questions may have the columns of the data.
+        names = ("question_column", "answer_column")
+        columns = {name: getattr(self.corpus, name) for name in names}
+        model = read_unloaded(*self.names()[0])
+        return questions_for(model, self.tasks, self.evaluation(), **columns, required=False)
 
 
 @options("Tuning")
@@ -316,7 +378,7 @@ class Tuning(AdapterBase, Questions, SaeUse):
             sae=replace(self.sae, site=objective.site), trigger=self.corpus,
             elicitation=replace(self.corpus, thought_share=self.tuning_thoughts),
             allow_mismatch=self.allow_site_mismatch,
-            evaluation=replace(self.asking, generation=self.generation), eval_source=self.tasks,
+            evaluation=self.evaluation(), eval_source=self.tasks,
             **self.pick("source_model", "steps", "sequence", "saes", "base", "start_check"),
         )  # fmt: skip
         return with_sequence(job)

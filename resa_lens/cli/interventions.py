@@ -1,22 +1,25 @@
-"""Features changed or weighed in the running model: ablate, attribute."""
+"""SAEs and features in the running model: ablate, attribute, insert."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import Questions, Ruled, SaeUse
+from resa_lens.cli.groups import AdapterBase, AskedOf, Ruled, SaeUse, WithSaesAt
 from resa_lens.cli.options import command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import EvalConfig, GenerationConfig
 from resa_lens.features.config import CountConfig, check_features
+from resa_lens.files import check_path
 from resa_lens.models.hookpoints import Hookpoint, check_layer, parse_layer, trainable_layers
-from resa_lens.stages.config import AblationConfig
+from resa_lens.stages.config import AblationConfig, InsertionConfig
 from resa_lens.stages.reports import interventions as reports
 
 if TYPE_CHECKING:
     from resa_lens.artifacts.stage import Context
     from resa_lens.models.host import Model
+    from resa_lens.stages.counts import CountRun
     from resa_lens.stages.saes import SaeRun
 
 
@@ -26,23 +29,37 @@ class AtLayer(Ruled, SaeUse):
 
     layer: str = setting(
         "auto", 'auto (where the rule counts most), "12" (0-based) or "13th" (1-based).',
-        check=check_layer,
+        layers=check_layer,
     )  # fmt: skip
     count: CountConfig = part(CountConfig, "prompt", "Counting")
+    features = ""
+    """An option of each command: "counted", or indices."""
 
     def index(self, model: Model) -> int | None:
         """Return the layer, 0-based, None for auto."""
         return None if self.layer == "auto" else parse_layer(self.layer, model.n_layers)
 
-    def find(self, ctx: Context, model: Model) -> SaeRun:
-        """Return the SAEs: of the one layer where no other is looked at, else the default ones."""
-        at = self.index(model)
-        only = None if at is None else [at]
-        return self.obtain(ctx, model, only or trainable_layers(model.n_layers), only)
+    def choose(
+        self, ctx: Context, model: Model, features: tuple[int, ...] | None
+    ) -> tuple[SaeRun, int, tuple[int, ...] | None, CountRun | None]:
+        """Return the SAEs, the layer, the features, and the counts that chose either of them."""
+        from resa_lens.stages.ablation import counted_features
+
+        # Of one layer the SAE alone is opened, or trained.
+        layer = self.index(model)
+        only = None if layer is None else [layer]
+        saes = self.obtain(ctx, model, only or trainable_layers(model.n_layers), only)
+        if layer is not None and self.features != "counted":
+            return saes, layer, features, None
+        counted = counted_features(ctx, model, saes, self.rule, layer, self.count)
+        where = Hookpoint(counted.layer, self.sae.site).describe(model.n_layers)
+        ctx.reporter.note(f"{where}: rule {self.rule!r} counts {len(counted.features)} features")
+        named = counted.features if self.features == "counted" else features
+        return saes, counted.layer, named, counted.counts
 
 
 @options("Features")
-class Ablate(Questions, AtLayer):
+class Ablate(AskedOf, AtLayer):
     """What is changed, how strongly, and on which questions."""
 
     features: str = setting("counted", 'counted (by --rule), or indices: "3,17,40".')
@@ -81,24 +98,13 @@ def ablate(args: Ablate) -> Outcome:
 
     Example: resa-lens ablate --model tiny-reasoner --layer 4 --rule either
     """
-    from resa_lens.stages.ablation import ablate_run, counted_features
-    from resa_lens.stages.scores import check_context, load_eval_items
+    from resa_lens.stages.ablation import ablate_run
 
     features = check_features(args.features, "counted")
-    columns = {name: getattr(args.corpus, name) for name in ("question_column", "answer_column")}
-    items = load_eval_items(args.tasks, args.evaluation(), **columns, required=False)
-    check_context(args.model, None, items, args.evaluation())
+    items = args.items()
     ctx, model = args.load()
-    layer = args.index(model)
-    saes = args.find(ctx, model)
-    counts = None
-    if features is None or layer is None:
-        counted = counted_features(ctx, model, saes, args.rule, layer, args.count)
-        layer, counts = counted.layer, counted.counts
-        features = features or counted.features
-        where = Hookpoint(layer, args.sae.site).describe(model.n_layers)
-        ctx.reporter.note(f"{where}: rule {args.rule!r} counts {len(counted.features)} features")
-    config = args.config(layer, features)
+    saes, layer, features, counts = args.choose(ctx, model, features)
+    config = args.config(layer, features or ())
     run = ablate_run(ctx, model, saes, items, config, source=args.tasks, counts=counts)
     values = {**run.results, "folder": str(run.artifact.path)}
     return values, reports.ablation(model.slug, values)
@@ -127,21 +133,48 @@ def attribute(args: Attribute) -> Outcome:
 
     Example: resa-lens attribute --model tiny-reasoner --layer 4 --top 20
     """
-    from resa_lens.stages.ablation import counted_features
     from resa_lens.stages.attribution import attribute_run
 
     features = check_features(args.features)
     ctx, model = args.load()
-    layer = args.index(model)
-    saes = args.find(ctx, model)
-    counts = None
-    if args.features == "counted" or layer is None:
-        counted = counted_features(ctx, model, saes, args.rule, layer, args.count)
-        layer, counts = counted.layer, counted.counts
-        features = counted.features if args.features == "counted" else features
+    saes, layer, features, counts = args.choose(ctx, model, features)
     run = attribute_run(
         ctx, model, saes, Hookpoint(layer, args.sae.site), args.corpus, metric=args.metric,
         features=features, top=args.top, tokens=args.text_tokens, counts=counts,
     )  # fmt: skip
     values = {**run.results, "folder": str(run.artifact.path)}
     return values, reports.attribution(model.slug, values)
+
+
+@options("Insertion")
+class Insert(AdapterBase, AskedOf, WithSaesAt):
+    """What is inserted into which model."""
+
+    source_model: str | None = setting(
+        None, "Model whose SAEs are inserted; the target by default.", check=check_path
+    )
+    insertion: InsertionConfig = part(InsertionConfig, "arms tokens seed", "Insertion")
+    asking: EvalConfig = part(EvalConfig, "limit levels extraction", "Questions", limit=500)
+    second_model, one_shape = "source_model", True
+
+
+@command("insert")
+def insert(args: Insert) -> Outcome:
+    """Insert SAEs while the model answers, tuning nothing.
+
+    What an SAE does to the answers is what preset distil would hand on. Beside it stand PCA and
+    noise of its size, the target's own SAE and the source's activations.
+
+    Example: resa-lens insert --model tiny-reasoner --layers 5 --limit 100
+    """
+    from resa_lens.stages.insertion import insertion_run
+
+    items = args.items()
+    ctx, target = args.load()
+    source = ctx.model(args.source_model) if args.source_model else target
+    saes = args.find(ctx, source)
+    run = insertion_run(
+        ctx, target, saes, items, args.corpus, replace(args.insertion, eval=args.evaluation()),
+        layers=args.scope(source) or saes.layers, source=source, tasks=args.tasks,
+    )  # fmt: skip
+    return run.to_dict(), reports.insertion(target.slug, target.n_layers, run.to_dict())

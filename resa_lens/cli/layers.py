@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from resa_lens.cli.common import Outcome
 from resa_lens.cli.groups import (
     COUNTING,
     DATA,
     AtLayers,
+    Counting,
     MemoryLimit,
     Recommending,
     Ruled,
@@ -21,16 +21,11 @@ from resa_lens.cli.options import command, options, part
 from resa_lens.config import setting
 from resa_lens.errors import BadInputError
 from resa_lens.features.config import RULES, CountConfig, check_prompt, check_rule
-from resa_lens.figures.grids import grid
 from resa_lens.files import check_path
-from resa_lens.models.hookpoints import describe_layer
 from resa_lens.saes.config import SaeConfig
 from resa_lens.stages.reports import layers as reports
-from resa_lens.texts.config import CorpusConfig, check_data
+from resa_lens.texts.config import CorpusConfig
 from resa_lens.texts.prompts import SYSTEM_PROMPTS
-
-if TYPE_CHECKING:
-    from resa_lens.features.exclusive import FeatureCounts
 
 
 @options("Training")
@@ -79,12 +74,10 @@ def train_saes(args: TrainSaes) -> Outcome:
     """
     from resa_lens.saes.world import join_world, local_device
 
-    ctx = args.context(local_device(args.device))
-    from resa_lens.stages.sae_quality import quality_run, stability_of
+    ctx, model = args.load(local_device(args.device))
+    from resa_lens.stages.sae_quality import quality_run, training_values
     from resa_lens.stages.sae_training import plan_run, train_run
 
-    check_data(args.corpus)
-    model = ctx.model(args.model)
     world = join_world(model.device)
     config, layers, corpus = args.sae, args.indices(model), args.corpus
     if args.expansion is not None:
@@ -105,33 +98,16 @@ def train_saes(args: TrainSaes) -> Outcome:
     if world.rank:
         return {}, ()
     report = quality_run(ctx, model, run, corpus) if args.report else None
-    rows = [
-        {
-            "layer": p.layer,
-            "path": str(run.folder / p.sparsify),
-            **{key: run.quality[p.layer][key] for key in ("fvu", "l0", "dead_share")},
-            "fvu_special": run.quality[p.layer].get("fvu_special"),
-            "quality": report.layers.get(p.layer, {}) if report else {},
-        }
-        for p in run.points
-    ]
-    values = {
-        "saes": rows, "tokens": run.tokens, "seconds": run.seconds,
-        "resumed_at_tokens": run.resumed_at_tokens, "fresh": run.fresh, "folder": str(run.folder),
-        "report": str(report.artifact.path) if report else None,
-        "seeds": [str(r.folder) for r in runs],
-        "stability": stability_of(model, runs) if args.seeds > 1 else [],
-    }  # fmt: skip
+    values = training_values(model, runs, report)
     return values, reports.training(
         f"SAEs of {model.slug}, site {config.site}", model.n_layers, values
     )
 
 
 @options("Counting")
-class CountFeatures(Ruled, WithSaesAt):
+class CountFeatures(Ruled, Counting, WithSaesAt):
     """What is counted."""
 
-    count: CountConfig = part(CountConfig, COUNTING, "Counting")
     control: Literal["random"] | None = setting(
         None, "Count on random directions in the SAEs' place."
     )
@@ -145,57 +121,28 @@ def count_features(args: CountFeatures) -> Outcome:
 
     Example: resa-lens count-features --model tiny-reasoner --rule all
     """
-    from resa_lens.features.exclusive import tag_prompt
     from resa_lens.stages.counts import count_run
 
     ctx, model = args.load()
-    config = args.count
-    tag_prompt(model, config)
     saes = args.find(ctx, model)
-    run = count_run(ctx, model, saes, config, args.scope(model), control=args.control)
+    run = count_run(ctx, model, saes, args.count, args.scope(model), control=args.control)
     counts, folder = run.counts, str(run.artifact.path)
     values = {
         "rule": args.rule, "layers": [c.to_dict() for c in counts.layers], "model": model.name,
         "site": args.sae.site, "folder": folder, "shared_tokens": list(counts.prompt.shared),
     }  # fmt: skip
-    rows = grid(f"Exclusive features of {model.slug}", counts.layers, {
-        "layer": lambda row: describe_layer(row.layer, model.n_layers),
-        **{rule: lambda row, rule=rule: len(row.features[rule]) for rule in RULES},
-        "active": "{active}",
-    })  # fmt: skip
-    spans = counts.prompt
-    return values, [
-        rows,
-        f"{len(spans.open_spans)} occurrences of {config.open_tag} at tokens "
-        f"{[list(s) for s in spans.open_spans]}, {len(spans.close_spans)} of {config.close_tag} at "
-        f"{[list(s) for s in spans.close_spans]}; in {folder}",
-        *_shared(counts),
-    ]
-
-
-def _shared(counts: FeatureCounts) -> Iterator[str]:
-    """Say how many features rest on tokens of both tags, which count for neither."""
-    if shared := counts.prompt.shared:
-        names = ", ".join(repr(counts.prompt.tokens[position]) for position in shared)
-        rest = ", ".join(
-            f"{sum(item.shared[rule] for item in counts.layers)} features by rule {rule}"
-            for rule in counts.layers[0].shared
-        )
-        yield (
-            f"tokens {list(shared)} ({names}) are of two tags and count for neither; {rest} rest "
-            "on them alone and are left out"
-        )
+    return values, reports.counts(model.slug, model.n_layers, counts, folder)
 
 
 @options("Counting")
-class RecommendLayers(Recommending, Ruled, WithSaesAt):
+class RecommendLayers(Recommending, Ruled, Counting, WithSaesAt):
     """How a layer is recommended."""
 
-    count: CountConfig = part(CountConfig, COUNTING, "Counting")
     target_model: str | None = setting(
         None, "For --selector insertion: the model that the SAEs are inserted into.",
         check=check_path,
     )  # fmt: skip
+    second_model, one_shape = "target_model", True
 
 
 @command("recommend-layers")

@@ -125,9 +125,10 @@ class Option:
             if value is None and words:
                 raise BadInputError(f"{self.label} {words[0]!r} names nothing; give one or more")
         check_value(self.label, value, kind, self.about)
-        if value is not None and value != self.default and "check" in self.about:
+        check = self.about.get("check") or self.about.get("layers")
+        if check and value is not None and value != self.default:
             for item in value if isinstance(value, list | tuple) else [value]:
-                self.about["check"](item)
+                check(item)
         return kind(value) if isinstance(value, str) and _is_path(kind) else value
 
     def _item(self, kind: Any, word: str) -> Any:
@@ -238,6 +239,19 @@ def build(group: type, values: Mapping[str, Any]) -> Any:
                 changes if source.given else source.config(**{**source.defaults, **changes})
             )
     return group(**{name: value for name, value in own.items() if value is not None})
+
+
+def check_layer_options(args: Any, n_layers: int) -> None:
+    """Raise BadInputError where an option names a layer that a model has not, before it is loaded.
+
+    Args:
+        args: the command's options.
+        n_layers: of the model.
+    """
+    for option in options_of(type(args)).values():
+        value = getattr(args, option.key, None)
+        if value is not None and (check := option.about.get("layers")):
+            check(value, n_layers)
 
 
 class Running(NamedTuple):

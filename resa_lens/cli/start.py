@@ -12,9 +12,9 @@ from resa_lens.artifacts import places
 from resa_lens.cli.common import Outcome
 from resa_lens.cli.groups import COLUMNS, AdapterBase, OnModel, Output, Place
 from resa_lens.cli.options import argument, command, options, part
-from resa_lens.config import setting
+from resa_lens.config import goes_with, setting
 from resa_lens.errors import BadInputError
-from resa_lens.files import check_path
+from resa_lens.files import check_path, check_workspace
 from resa_lens.machine import ports
 from resa_lens.progress import Unforecast
 from resa_lens.saes.config import SaeConfig
@@ -68,17 +68,16 @@ class Doctor(AdapterBase, Place, Output):
 
     def __post_init__(self) -> None:
         """Raise BadInputError where data are named, and no model that would read them."""
-        if self.data is not None and self.model is None:
-            raise BadInputError(f"--data {self.data}: name the model that reads them by --model")
+        goes_with(self, "data", "model")
 
     def preview(self) -> DataPreview | None:
         """Read the data, and mark documents by the model's tokenizer."""
         if self.data is None or self.model is None:
             return None
-        from resa_lens.models.host import read_tokenizer
+        from resa_lens.models.host import read_unloaded
         from resa_lens.texts.preview import preview
 
-        tokenizer, _ = read_tokenizer(self.model, self.base)
+        tokenizer = read_unloaded(self.model, self.base).tokenizer
         return preview(tokenizer, replace(self.corpus, source=self.data))
 
 
@@ -92,8 +91,8 @@ def doctor(args: Doctor) -> Outcome:
 
     Example: resa-lens doctor --model tiny-reasoner
     """
-    from resa_lens.machine.doctor import diagnose
-    from resa_lens.machine.needs import needs_of, read_shape
+    from resa_lens.machine.doctor import diagnose, needs_here
+    from resa_lens.machine.needs import read_shape
 
     # First: a model that is not at hand needs no look at the machine.
     shape = read_shape(args.model, args.base) if args.model else None
@@ -101,14 +100,7 @@ def doctor(args: Doctor) -> Outcome:
     diagnosis = diagnose(args.workspace)
     values, needs = diagnosis.to_dict(), None
     if shape:
-        device = diagnosis.devices[0] if diagnosis.devices else None
-        needs = needs_of(
-            shape,
-            device=device["device"] if device else "cpu",
-            available_mb=device["free_mb"] if device else diagnosis.available_mb,
-            free_disk_mb=diagnosis.free_disk_mb,
-            latents=args.sae.latents,
-        )
+        needs = needs_here(diagnosis, shape, args.sae.latents)
         values["model"] = needs.to_dict()
     parts = [*reports.diagnosis_of(diagnosis, needs)]
     if read:
@@ -149,12 +141,8 @@ def runs(args: Runs) -> Outcome:
     chosen = listing.artifacts
     if args.artifact is not None:
         chosen = (listings.named(listing, args.artifact),)
-    rows = [listings.row(listing, artifact) for artifact in chosen]
-    for row, artifact in zip(rows, chosen, strict=True):
-        if args.verify:
-            reporter.note(f"verifying {artifact.relative}")
-            row["damaged"] = list(artifact.damage(cached=False))
-            row["foreign"] = artifact.foreign()
+    note = reporter.note if args.verify else None
+    rows = [listings.row(listing, artifact, verifying=note) for artifact in chosen]
     if args.artifact is not None:
         again = commands.made_by(chosen[0], args.workspace)
         if args.command and again is None:
@@ -192,8 +180,7 @@ def explorer(args: App) -> Outcome:
     if importlib.util.find_spec("streamlit") is None:
         raise BadInputError("streamlit is not installed; run: pip install 'resa-lens[app]'")
     place = next(iter(places.candidates(args.workspace).values()))
-    if place.root.exists() and not place.root.is_dir():
-        raise BadInputError(f"workspace {place.root} is a file; pass a folder with --workspace")
+    check_workspace(str(place.root))
     port, note = ports.free_port(args.port)
     typer.echo(f"workspace: {place.root} ({place.why})", err=True)
     if note:

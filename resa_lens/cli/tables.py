@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from resa_lens.cli.common import Outcome
 from resa_lens.cli.groups import Output, Seeded
@@ -14,9 +13,6 @@ from resa_lens.models.hookpoints import check_layer
 from resa_lens.progress import ConsoleReporter
 from resa_lens.stages.config import Recipe
 from resa_lens.stages.reports import tables as reports
-
-if TYPE_CHECKING:
-    pass
 
 
 @options("Table")
@@ -57,19 +53,13 @@ def fit_mixture(args: FitMixture) -> Outcome:
 
     Example: resa-lens fit-mixture data/paper/table6_hookpoints.csv --column feature_count
     """
-    from resa_lens.layers import mixture, read_table
-    from resa_lens.layers.alignment import align
+    from resa_lens.layers import mixture
+    from resa_lens.layers.tables import mixtures_of_table
 
-    shared = args.pick("recipe", "components", "seed", "draws")
-    fit = mixture.fit_mixture(
-        read_table(args.table, args.column), baseline=args.baseline, noise=args.noise,
-        restarts=args.restarts, **shared,
+    fit, alignment = mixtures_of_table(
+        args.table, args.column, **args.pick("recipe", "components", "seed", "draws", "baseline"),
+        **args.pick("noise", "restarts", "against", "against_baseline"),
     )  # fmt: skip
-    alignment = None
-    if args.against is not None:
-        second = read_table(args.table, args.against)
-        other = mixture.fit_mixture(second, baseline=args.against_baseline, **shared)
-        alignment = align(fit, other, seed=args.seed)
     objections = mixture.objections(fit)
     values = {**fit.to_dict(), "objections": list(objections)}
     if alignment:
@@ -126,9 +116,6 @@ def regret(args: Regret) -> Outcome:
     return values, reports.regrets_of(title, regrets, size, reasons, bool(args.checkpoints))
 
 
-SLOW = 100_000_000  # shuffled cells: about 2.5 s
-
-
 @options("Table")
 class Audit(Seeded, Output):
     """What the table is, and what it is compared with."""
@@ -167,12 +154,9 @@ def audit(args: Audit) -> Outcome:
     checkpoints = read_checkpoints(
         args.table, group=args.group_column, questions=question_counts(args.questions or [])
     )
-    rows = len(checkpoints.groups)
-    work = rows * len(checkpoints.benchmarks) * args.draws
-    if work > SLOW:
-        ConsoleReporter().note(
-            f"{args.draws} permutations of {rows} rows: about {2.5 * work / SLOW:.0f} s"
-        )
+    rows, seconds = len(checkpoints.groups), audits.expected_seconds(checkpoints, args.draws)
+    if seconds > 2:
+        ConsoleReporter().note(f"{args.draws} permutations of {rows} rows: about {seconds:.0f} s")
     result = audits.audit(
         checkpoints, baseline=args.baseline or [], **args.pick("discordance", "draws", "seed")
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +11,15 @@ from resa_lens.cli.groups import AtLayers, Ruled, Tuning
 from resa_lens.cli.options import command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import EvalConfig
-from resa_lens.figures.grids import table
 from resa_lens.files import check_path
-from resa_lens.models.hookpoints import check_layer, check_layers, describe_layer, parse_layers
+from resa_lens.models.hookpoints import check_layer, check_layers, parse_layers
+from resa_lens.stages.reports import tuning as reports
 from resa_lens.texts.config import check_data, check_source
 from resa_lens.tuning.config import Control, Objective, TuneConfig, check_controls
 
 if TYPE_CHECKING:
-    from resa_lens.artifacts.stage import Context
-    from resa_lens.stages.sweep import SweepConfig, SweepRun
+    from resa_lens.stages.sweep import SweepConfig
     from resa_lens.stages.tune_job import TuneJob
-    from resa_lens.stages.tuning import Tuned
 
 
 @options("Tuning")
@@ -33,7 +30,7 @@ class Tune(Tuning):
         None, "The target; by default the newest recommendation's, else tiny-reasoner.",
         "--model", "-m", check=check_path,
     )  # fmt: skip
-    layer: str = setting("auto", 'auto, "12" (0-based) or "13th" (1-based).', check=check_layer)
+    layer: str = setting("auto", 'auto, "12" (0-based) or "13th" (1-based).', layers=check_layer)
     control: Control | None = setting(
         None,
         "In the SAE's place, with its FVU: noise to random-weights; none or identity, with which "
@@ -57,18 +54,6 @@ class Tune(Tuning):
     elicitation_data: str | None = setting(
         None, "Documents for the tuning alone, in place of --data.", check=check_source
     )
-
-    def target(self, ctx: Context) -> str:
-        """Return the model's name, else that of the newest recommendation, else the bundled one."""
-        from resa_lens.stages.recommendation import newest_recommendation
-
-        if self.model is not None:
-            return self.model
-        newest = newest_recommendation(ctx, None, None)
-        name = "tiny-reasoner" if newest is None else str(newest.manifest.results["model"])
-        why = "the bundled one" if newest is None else "of the newest recommendation"
-        ctx.reporter.note(f"model: {name}, {why}")
-        return name
 
     def job(self, model: str) -> TuneJob:
         """Return the tuning of a model; columns are those of the data that are tuned on."""
@@ -95,11 +80,12 @@ def tune(args: Tune) -> Outcome:
 
     ctx = args.context(local_device(args.device))
     from resa_lens.stages.adapters import adapter_run, questions_of
+    from resa_lens.stages.recommendation import recommended_model
     from resa_lens.stages.tuning import tune_run
     from resa_lens.tuning.loop import join_processes
 
-    job = args.job(args.target(ctx))
-    questions_of(job)
+    job = args.job(args.model or recommended_model(ctx, "tiny-reasoner"))
+    questions_of(ctx, job)
     check_data(job.trigger, job.elicitation)
     world = join_processes(ctx.device) if "RANK" in os.environ else ALONE
     if world.size > 1:
@@ -109,18 +95,9 @@ def tune(args: Tune) -> Outcome:
     if world.rank:
         return {}, ()
     tuned = tune_run(ctx, job)
-    return {**tuned.to_dict(), "preset": args.preset}, _tuned(args, tuned)
-
-
-def _tuned(args: Tune, tuned: Tuned) -> Iterator[Any]:
-    from resa_lens.stages.demo import score_rows
-
-    where = f"objective {args.control}"
-    if tuned.layer is not None:
-        where = f"{describe_layer(tuned.layer, tuned.model.n_layers)}, {tuned.site}"
-    title = f"{tuned.model.slug}, {where}, preset {args.preset}"
-    yield table(title, "", "accuracy", "95 % interval", "n", rows=score_rows(tuned))
-    yield f"adapter: {tuned.adapter.folder}"
+    return {**tuned.to_dict(), "preset": args.preset}, reports.tuned(
+        tuned, args.preset, args.control
+    )
 
 
 @options("Sweep")
@@ -134,7 +111,7 @@ class Sweep(AtLayers, Ruled, Tuning):
         None, "Names as of tune --control, by commas, or all.", check=check_controls
     )
     control_layers: str | None = setting(
-        None, "Layers of the controls; by default a third and two thirds deep.", check=check_layers
+        None, "Layers of the controls; by default a third and two thirds deep.", layers=check_layers
     )
     effects: bool = setting(True, "Measure causal effects, for the selectors causal and blend.")
     asking: EvalConfig = part(EvalConfig, "limit levels", "Questions", limit=500)
@@ -170,30 +147,14 @@ def sweep(args: Sweep) -> Outcome:
     from resa_lens.stages.adapters import questions_of
     from resa_lens.stages.sweep import jobs_of, sweep_run
 
-    questions_of(args.job(args.model))
+    questions_of(ctx, args.job(args.model))
     check_data(args.corpus)
-    n_layers = ctx.model(args.model, args.base).n_layers
+    n_layers = ctx.unloaded(args.model, args.base).n_layers
     config = args.config(n_layers)
     ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
     run = sweep_run(ctx, config)
-    start = run.artifact.manifest.results.get("start")
     values = {
-        **run.sweep.to_dict(),
-        "start": start,
-        "folder": str(run.artifact.path),
-        "page": str(run.page),
-    }
-    return values, _sweep(run)
-
-
-def _sweep(run: SweepRun) -> Iterator[Any]:
-    from resa_lens.stages.sweep_page import control_cells, findings, layer_cells, selector_cells
-
-    result = run.sweep
-    cells = {"Layers": layer_cells(result), "Selectors": selector_cells(result)}
-    if result.controls:
-        cells["Controls"] = control_cells(result)
-    for title, (header, rows) in cells.items():
-        yield table(title, *header, rows=rows)
-    yield from findings(result)
-    yield f"page: {run.page}"
+        **run.sweep.to_dict(), "start": run.artifact.manifest.results.get("start"),
+        "folder": str(run.artifact.path), "page": str(run.page),
+    }  # fmt: skip
+    return values, reports.sweep(run)

@@ -366,6 +366,20 @@ def _family_level(differences: Floats, level: float, draws: int, seed: int) -> f
     return together if not still else max(together, 1 - (1 - level) / len(differences))
 
 
+def compare_all(
+    runs: Sequence[RunScores], *, margin: float, seed: int = 0
+) -> Comparison | Comparisons:
+    """Compare runs with the first of them: two by `compare_runs`, more by `compare_many`.
+
+    Raises:
+        BadInputError: as `check_paired`.
+    """
+    check_paired(runs)
+    if len(runs) == 2:
+        return compare_runs(*runs, margin=margin, seed=seed)
+    return compare_many(runs[0], runs[1:], margin=margin, seed=seed)
+
+
 def compare_many(
     base: RunScores,
     others: Sequence[RunScores],

@@ -100,3 +100,24 @@ SETTINGS = {
     "paper": Setting(0.6, 0.95, 32_768, 1, chat_template=True),
 }
 """`paper` is the evaluation of arXiv 2506.09967; `greedy` suits the bundled model."""
+
+
+def preset(name: str, seed: int = 0) -> EvalConfig:
+    """Return the configuration of a named setting.
+
+    Args:
+        name: one of `SETTINGS`.
+        seed: of its draws.
+
+    Raises:
+        BadInputError: no such setting.
+    """
+    if name not in SETTINGS:
+        raise BadInputError(f"setting {name!r} is unknown; use {', '.join(SETTINGS)}")
+    chosen = SETTINGS[name]
+    generation = GenerationConfig(
+        chosen.max_new_tokens, chosen.temperature, chosen.top_p, seed=seed
+    )
+    return EvalConfig(
+        generation=generation, samples=chosen.samples, chat_template=chosen.chat_template
+    )

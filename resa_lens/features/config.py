@@ -115,10 +115,10 @@ class FalsifyConfig(Config):
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
 
 
-def check_feature(text: str) -> None:
-    """Raise BadInputError where a text is no LAYER:FEATURE, whatever the model."""
+def check_feature(text: str, n_layers: int = MOST_LAYERS) -> None:
+    """Raise BadInputError where a text is no LAYER:FEATURE, of so many layers or of any model."""
     layer, _, feature = text.partition(":")
-    parse_layer(layer, MOST_LAYERS)
+    parse_layer(layer, n_layers)
     if not feature.isdecimal():
         raise BadInputError(f"--show {text!a:.60} names no feature; give LAYER:FEATURE, as 5:62")
 

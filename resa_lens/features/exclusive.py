@@ -24,7 +24,7 @@ from resa_lens.features.config import check_rule as check_rule
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.bounds import check_length
 from resa_lens.models.hookpoints import Hookpoint
-from resa_lens.models.host import Model
+from resa_lens.models.host import Model, UnloadedModel
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
 from resa_lens.texts import prompts
 from resa_lens.texts.chat import render_chats
@@ -91,7 +91,7 @@ class FeatureCounts:
         return {item.layer: len(item.features[rule]) for item in self.layers}
 
 
-def tag_prompt(model: Model, config: CountConfig) -> TaggedPrompt:
+def tag_prompt(model: Model | UnloadedModel, config: CountConfig) -> TaggedPrompt:
     """Tokenise the prompt and find the tags' tokens by character spans.
 
     A token belongs to an occurrence when it shares a character with it, so tags of several tokens
@@ -105,7 +105,7 @@ def tag_prompt(model: Model, config: CountConfig) -> TaggedPrompt:
     return tag_text(model, prompts.resolve_system_prompt(config.prompt), config)
 
 
-def tag_text(model: Model, text: str, config: CountConfig) -> TaggedPrompt:
+def tag_text(model: Model | UnloadedModel, text: str, config: CountConfig) -> TaggedPrompt:
     """Tag a text as `tag_prompt` tags the configuration's prompt.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every selector's regret in a table of layers that somebody published."""
+"""Mixtures, and every selector's regret, in a table of layers that somebody published."""
 
 from __future__ import annotations
 
@@ -8,9 +8,50 @@ from typing import Any
 
 from resa_lens.errors import BadInputError
 from resa_lens.layers import read_replicates, read_table
+from resa_lens.layers.alignment import Alignment, align
+from resa_lens.layers.mixture import MixtureFit, fit_mixture
 from resa_lens.layers.regret import Regrets, Scores
 from resa_lens.layers.selectors import Recommendation, regrets_of_selectors
 from resa_lens.models.hookpoints import parse_layer
+
+
+def mixtures_of_table(
+    table: Path,
+    column: str,
+    *,
+    baseline: float | None = None,
+    noise: float | None = None,
+    restarts: int = 200,
+    against: str | None = None,
+    against_baseline: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> tuple[MixtureFit, Alignment | None]:
+    """Fit a mixture to a table's column, and compare its components with a second column's.
+
+    Args:
+        table: CSV with a row a layer.
+        column: of the counts or scores.
+        baseline: the untuned model's score; makes the values scores.
+        noise: standard deviation of one score.
+        restarts: seeds that recipe paper tries besides its own.
+        against: the second column.
+        against_baseline: the untuned model's score in it.
+        seed: of everything that is drawn.
+        settings: recipe, components and draws of `mixture.fit_mixture`, for both.
+
+    Raises:
+        BadInputError: a column that the table has not, or as `mixture.fit_mixture`.
+    """
+    fit = fit_mixture(
+        read_table(table, column), baseline=baseline, noise=noise, restarts=restarts, seed=seed,
+        **settings,
+    )  # fmt: skip
+    if against is None:
+        return fit, None
+    second = read_table(table, against)
+    other = fit_mixture(second, baseline=against_baseline, seed=seed, **settings)
+    return fit, align(fit, other, seed=seed)
 
 
 def regrets_of_table(

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from resa_lens.errors import BadInputError
 from resa_lens.machine import hardware as machine
+from resa_lens.machine.needs import Needs, Shape, needs_of
 from resa_lens.resources import check_writable, data_path, workspace_folder
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -335,3 +336,21 @@ def _workspace(given: str | None) -> tuple[float, list[Finding]]:
     else:
         found.append(Finding("workspace", "disk", room))
     return free, found
+
+
+def needs_here(diagnosis: Diagnosis, shape: Shape, latents: int | None = None) -> Needs:
+    """Return what a model will need on the machine that was looked at: on its first GPU, if any.
+
+    Args:
+        diagnosis: of the machine.
+        shape: of the model.
+        latents: of an SAE; by default set by the model's width.
+    """
+    gpu = diagnosis.devices[0] if diagnosis.devices else None
+    return needs_of(
+        shape,
+        device=gpu["device"] if gpu else "cpu",
+        available_mb=gpu["free_mb"] if gpu else diagnosis.available_mb,
+        free_disk_mb=diagnosis.free_disk_mb,
+        latents=latents,
+    )

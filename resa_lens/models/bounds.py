@@ -62,11 +62,29 @@ def prompt_tokens(folder: Path) -> int | None:
 
 
 def check_length(model: Any, tokens: int) -> None:
-    """Raise BadInputError where a text has more tokens than a model has learned positions."""
-    if (positions := positions_of(model.model)) and tokens > positions[1]:
+    """Raise BadInputError where a text has more tokens than a model has learned positions.
+
+    Of an `UnloadedModel` it is not known whether it learned them.
+    """
+    loaded = getattr(model, "model", None)
+    if loaded is not None and (positions := positions_of(loaded)) and tokens > positions[1]:
         raise BadInputError(
             f"{model.name} has {positions[1]} learned positions, the text has {tokens} tokens; use "
             "a shorter one (--prompt short), or a model with more"
+        )
+
+
+def check_shapes(source: Any, target: Any) -> None:
+    """Raise BadInputError where SAEs of one model cannot be inserted into another one.
+
+    Args:
+        source: a `Model` or an `UnloadedModel`.
+        target: the same.
+    """
+    if (source.d_model, source.n_layers) != (target.d_model, target.n_layers):
+        raise BadInputError(
+            f"source {source.name} has {source.n_layers} layers x {source.d_model}, target "
+            f"{target.name} {target.n_layers} x {target.d_model}; they must be of one shape"
         )
 
 

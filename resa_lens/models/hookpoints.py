@@ -245,15 +245,15 @@ def parse_layer(text: str | int, n_layers: int) -> int:
     return layer
 
 
-def check_layers(spec: str) -> None:
-    """Raise BadInputError where a text cannot name layers, whatever the model."""
-    parse_layers(spec, MOST_LAYERS)
+def check_layers(spec: str, n_layers: int = MOST_LAYERS) -> None:
+    """Raise BadInputError where a text cannot name layers, of so many or whatever the model."""
+    parse_layers(spec, n_layers)
 
 
-def check_layer(text: str) -> None:
-    """Raise BadInputError where a text is neither auto nor a layer, whatever the model."""
+def check_layer(text: str, n_layers: int = MOST_LAYERS) -> None:
+    """Raise BadInputError where a text is neither auto nor a layer, of so many or of any model."""
     if text != "auto":
-        parse_layer(text, MOST_LAYERS)
+        parse_layer(text, n_layers)
 
 
 def _check_wildcard(spec: str) -> None:

@@ -12,7 +12,8 @@ import hashlib
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -214,19 +215,11 @@ def _load_plain(
     path: Path, device: str, dtype: torch.dtype
 ) -> tuple[Any, Any, str, dict[str, str]]:
     """Load a folder or .gguf file; return model, tokenizer and the hashes of what was loaded."""
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise BadInputError(f"{path} is a file of no known kind; use a folder or a .gguf file")
-        source, options, weights = path.parent, {"gguf_file": path.name}, [path]
-        quantization: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
+    source, options = _source(path)
+    quantization: dict[str, Any] = {}
+    if options:
+        weights, quantization = [path], {"quantization_config": GgufConfig(dequantize=True)}
     else:
-        if not (path / "config.json").exists():
-            raise BadInputError(
-                f"{path} has no config.json; a model folder holds config.json, "
-                "*.safetensors and a tokenizer"
-            )
-        check_config(path)
-        source, options, quantization = path, {}, {}
         # Without its files transformers makes an empty tokenizer and says nothing.
         if not any((path / file).exists() for file in _TOKENIZER_FILES):
             raise BadInputError(
@@ -235,24 +228,21 @@ def _load_plain(
         weights = weight_files(path)
         for file in weights:
             check_safetensors(file)
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                output_loading_info=True,
-                # Refused below, with the name and both shapes.
-                ignore_mismatched_sizes=True,
-                # Not None: then transformers asks, and waits for the answer.
-                trust_remote_code=False,
-                **({"allow_all_kernels": True} if hub_kernels_allowed() else {}),
-                **options,
-                **quantization,
-            )
+    with _reading(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            # Refused below, with the name and both shapes.
+            ignore_mismatched_sizes=True,
+            # Not None: then transformers asks, and waits for the answer.
+            trust_remote_code=False,
+            **({"allow_all_kernels": True} if hub_kernels_allowed() else {}),
+            **options,
+            **quantization,
+        )
         model, info = loaded
-        tokenizer = _read_tokenizer(source, **options)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        tokenizer = _read_tokenizer(source, options)
     check_patterns(tokenizer, path)
     # transformers fills absent weights at random and only warns.
     if difference := _first_difference(model, info):
@@ -285,7 +275,7 @@ def _unreadable(path: Path, error: BaseException) -> BadInputError:
     return BadInputError(f"{path} cannot be loaded as a causal language model: {reason[:300]}")
 
 
-def _read_tokenizer(source: Path, **options: Any) -> Any:
+def _read_tokenizer(source: Path, options: Mapping[str, str]) -> Any:
     # The file is what the model was trained with.  For some architectures (qwen2) AutoTokenizer
     # puts its own pre-tokenizer in place of the file's and leaves out a beginning token.
     if not options and (source / "tokenizer.json").exists():
@@ -293,43 +283,73 @@ def _read_tokenizer(source: Path, **options: Any) -> Any:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
-def read_tokenizer(name: str, base: str | None = None) -> tuple[Any, int | None]:
-    """Read a model's tokenizer and how many tokens it reads at most, without its weights.
+@dataclass(frozen=True)
+class UnloadedModel:
+    """What a model's configuration and tokenizer say, before any of its weights is read."""
+
+    name: str
+    """What the user asked for."""
+    path: Path
+    """The folder or file; of an adapter those of its base."""
+    n_layers: int
+    d_model: int
+    context: int | None
+    """As `Model.context`."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; BadInputError where it is damaged."""
+        with _reading(self.path):
+            return _read_tokenizer(*_source(self.path))
+
+
+def read_unloaded(name: str, base: str | None = None) -> UnloadedModel:
+    """Read what a model is without its weights: layers, width, context, tokenizer.
+
+    Args:
+        name: as of `load_model`.
+        base: of an adapter folder, its base model.
 
     Raises:
-        BadInputError: not found, or damaged.
+        BadInputError: not found, damaged, or no causal language model.
     """
-    path, source, options = _source(name, base)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-            return _read_tokenizer(source, **options), context_of(config)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def read_config(name: str, base: str | None = None) -> Any:
-    """Read a model's configuration, of an adapter folder that of its base, without its weights.
-
-    Raises:
-        BadInputError: not found, or damaged.
-    """
-    path, source, options = _source(name, base)
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def _source(name: str, base: str | None) -> tuple[Path, Path, dict[str, str]]:
-    """Return a model's folder or file, and where and how transformers reads it."""
     path = find_folder(name)
     if path.is_dir() and (path / "adapter_config.json").exists():
         path = resolve_base(path, base)
-    if path.is_dir():
-        check_config(path)
-    return (path, path.parent, {"gguf_file": path.name}) if path.is_file() else (path, path, {})
+    source, options = _source(path)
+    with _reading(path):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        text = config.get_text_config()
+        layers, width = int(text.num_hidden_layers), int(text.hidden_size)
+        return UnloadedModel(name, path, layers, width, context_of(config))
+
+
+def _source(path: Path) -> tuple[Path, dict[str, str]]:
+    """Return the folder that transformers reads a model from, and the name of its .gguf file.
+
+    Raises:
+        BadInputError: neither a model folder nor a .gguf file.
+    """
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BadInputError(f"{path} is a file of no known kind; use a folder or a .gguf file")
+        return path.parent, {"gguf_file": path.name}
+    if not (path / "config.json").exists():
+        raise BadInputError(
+            f"{path} has no config.json; a model folder holds config.json, *.safetensors and a "
+            "tokenizer"
+        )
+    check_config(path)
+    return path, {}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
 
 
 def _first_difference(model: Any, info: dict[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,13 @@ class Converted:
     rows: int
     max_difference: float
     """Of reconstructions of `rows` random activations of each SAE."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys that the command line promises."""
+        return {
+            "target": str(self.target), "max_difference": self.max_difference, "rows": self.rows,
+            "from": list(self.sources), "hookpoints": list(self.hookpoints),
+        }  # fmt: skip
 
 
 def convert(

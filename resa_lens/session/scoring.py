@@ -12,7 +12,7 @@ from resa_lens.session.discovery import Recommendation, SAEs
 from resa_lens.session.insertion import Insertion
 from resa_lens.session.options import filled
 from resa_lens.session.scores import Comparison, Scores, Tuned
-from resa_lens.session.workbench import Layers, Workbench, layers_of, one_of
+from resa_lens.session.workbench import Layers, Workbench, layers_of
 
 if TYPE_CHECKING:
     from resa_lens.evals.run import EvalConfig
@@ -49,7 +49,7 @@ class Scoring(Workbench):
         """
         from resa_lens.evals.run import EvalConfig
         from resa_lens.stages.insertion import InsertionConfig, insertion_run
-        from resa_lens.stages.scores import load_eval_items
+        from resa_lens.stages.scores import questions_for
         from resa_lens.texts.corpora import CorpusConfig
 
         ctx = self._context(options)
@@ -59,7 +59,7 @@ class Scoring(Workbench):
             CorpusConfig(seed=ctx.seed),
         )  # fmt: skip
         run = insertion_run(
-            ctx, model, saes.run, load_eval_items(tasks, evaluation), corpus, config,
+            ctx, model, saes.run, questions_for(model, tasks, evaluation), corpus, config,
             layers=None if layers is None else layers_of(layers, model), source=saes.model,
             tasks=tasks,
         )  # fmt: skip
@@ -170,13 +170,15 @@ class Scoring(Workbench):
             answer_column: the same for the answer.
             options: fields of `EvalConfig` and `GenerationConfig`.
         """
-        from resa_lens.stages.scores import check_engine, eval_run, load_eval_items
+        from resa_lens.stages.scores import check_engine, eval_run, questions_for
 
         check_engine(engine)
         ctx = self._context(options)
         config = _eval_config(setting, ctx.seed, options)
-        items = load_eval_items(
-            tasks, config, question_column=question_column, answer_column=answer_column
+        # Of a tuned model what it reads is known before it is loaded.
+        reader = self._unloaded(model) if isinstance(model, Tuned) else model
+        items = questions_for(
+            reader, tasks, config, question_column=question_column, answer_column=answer_column
         )
         whole = self.model(model) if isinstance(model, Tuned) else model
         run = eval_run(
@@ -199,7 +201,7 @@ class Scoring(Workbench):
         Raises:
             BadInputError: no other run, the same one twice, or runs on other questions.
         """
-        from resa_lens.evals.compare import check_paired, compare_many, compare_runs
+        from resa_lens.evals.compare import compare_all
         from resa_lens.stages.comparison import open_runs
 
         scores = [item.scores if isinstance(item, Tuned) else item for item in (base, *others)]
@@ -210,25 +212,14 @@ class Scoring(Workbench):
         runs = open_runs(self.workspace, [str(item.path) for item in scores], self.context.reporter)
         if len({item.name for item in scores}) == len(scores):
             runs = [replace(run, name=s.name) for run, s in zip(runs, scores, strict=True)]
-        check_paired(runs)
-        if len(runs) == 2:
-            return Comparison(compare_runs(*runs, margin=margin, seed=seed), margin)
-        return Comparison(compare_many(runs[0], runs[1:], margin=margin, seed=seed), margin)
+        return Comparison(compare_all(runs, margin=margin, seed=seed), margin)
 
 
 def _eval_config(setting: str, seed: int, options: Mapping[str, Any]) -> EvalConfig:
-    from resa_lens.evals.engines import GenerationConfig
-    from resa_lens.evals.run import SETTINGS, EvalConfig
+    from resa_lens.evals.config import preset
     from resa_lens.texts.prompts import resolve_system_prompt
 
-    one_of("setting", setting, tuple(SETTINGS))
-    default = SETTINGS[setting]
-    generation = GenerationConfig(
-        default.max_new_tokens, default.temperature, default.top_p, seed=seed
-    )
-    plain = EvalConfig(
-        generation=generation, samples=default.samples, chat_template=default.chat_template
-    )
-    config = filled("eval", options, generation, plain)[1]
+    chosen = preset(setting, seed)
+    config = filled("eval", options, chosen.generation, chosen)[1]
     prompt = config.system_prompt
     return replace(config, system_prompt=resolve_system_prompt(prompt) if prompt else None)

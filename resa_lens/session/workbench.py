@@ -10,7 +10,7 @@ from typing import Any
 from resa_lens.artifacts.stage import Context
 from resa_lens.errors import BadInputError
 from resa_lens.models.hookpoints import parse_layers
-from resa_lens.models.host import Model
+from resa_lens.models.host import Model, UnloadedModel
 from resa_lens.session.discovery import SAEs
 from resa_lens.session.options import COMMON
 from resa_lens.session.scores import Tuned
@@ -62,9 +62,19 @@ class Workbench:
         """
         name = str(model)
         if isinstance(model, Tuned):
-            name, base = str(model.path), base or model.run.model.name
+            name, own = _place(model)
+            base = base or own
         folders = [str(adapter) for adapter in adapters]
         return self.context.model(name, base, adapters=folders, scale=scale)
+
+    def _unloaded(self, model: Tuned) -> Model | UnloadedModel:
+        """Return a tuned model as its files say it: no weight is read for it."""
+        return self.context.unloaded(*_place(model))
+
+
+def _place(model: Tuned) -> tuple[str, str]:
+    """Return the folder of a tuned model's adapter, and the name of its base."""
+    return str(model.path), model.run.model.name
 
 
 def layers_of(layers: Layers, model: Model) -> list[int]:

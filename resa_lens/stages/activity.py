@@ -49,7 +49,7 @@ from resa_lens.stages.activity_tables import (
     layer_writer,
 )
 from resa_lens.stages.saes import SaeRun, phased_corpus
-from resa_lens.stages.scores import questions_hash, unanswerable_text
+from resa_lens.stages.scores import check_new_tokens, questions_hash, unanswerable_text
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.texts.phases import PHASES, PhasedBatch, phased_batches, phased_texts
@@ -117,6 +117,7 @@ def activity_run(
     measured = [point.layer for point in points]
     records, items = [], []
     if generations:
+        check_new_tokens(model, max_new_tokens)
         items = load_questions(
             corpus.source, limit=generations, seed=corpus.seed,
             question_column=corpus.question_column, answer_column=corpus.answer_column,

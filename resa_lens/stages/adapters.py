@@ -19,7 +19,8 @@ from resa_lens.evals.grading import RULES
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.needs import activations_mb, read_shape
-from resa_lens.models.hookpoints import Hookpoint, describe_layer
+from resa_lens.models.bounds import check_shapes
+from resa_lens.models.hookpoints import Hookpoint, check_layer, describe_layer
 from resa_lens.models.host import Model, load_model
 from resa_lens.models.packing import end_of_documents, separate_documents
 from resa_lens.saes.coder import SparseCoder
@@ -28,7 +29,7 @@ from resa_lens.saes.world import ALONE, World
 from resa_lens.stages.controls import replacement_for, sft_examples
 from resa_lens.stages.insertion import InsertionRun, starting_point
 from resa_lens.stages.saes import SaeRun, fit_corpus, packed, probe_batches, split_records
-from resa_lens.stages.scores import check_context, load_eval_items
+from resa_lens.stages.scores import questions_for
 from resa_lens.stages.tune_job import (
     WIDE,
     Through,
@@ -77,19 +78,23 @@ def elicitation_records(job: TuneJob) -> list[Record]:
     return corpora.read_records(job.elicitation)
 
 
-def questions_of(job: TuneJob) -> list[EvalItem]:
+def questions_of(ctx: Context, job: TuneJob) -> list[EvalItem]:
     """Return the questions that a job is scored on; a file may have the data's named columns.
 
+    Nothing is loaded for it, and what the job asks of its models is checked first.
+
     Raises:
-        BadInputError: as `tasks.load_tasks`, or none that the model's context holds.
+        BadInputError: as `questions_for`, no such layer, or models of different shapes.
     """
+    target = ctx.unloaded(job.model, job.base)
+    check_layer(job.layer, target.n_layers)
+    if job.source_model:
+        check_shapes(ctx.unloaded(job.source_model), target)
     columns = job.elicitation
-    items = load_eval_items(
-        job.eval_source, job.evaluation, question_column=columns.question_column,
+    return questions_for(
+        target, job.eval_source, job.evaluation, question_column=columns.question_column,
         answer_column=columns.answer_column, required=False,
     )  # fmt: skip
-    check_context(job.model, job.base, items, job.evaluation)
-    return items
 
 
 def adapter_run(
@@ -226,8 +231,8 @@ class _Run:
         """Insert the SAE before anything is tuned, and warn where it carries no gain."""
         job = self.job
         return starting_point(
-            self.ctx, self.target, sae.run, questions_of(job), job.elicitation, job.evaluation,
-            [sae.layer], source=sae.source, tasks=job.eval_source,
+            self.ctx, self.target, sae.run, questions_of(self.ctx, job), job.elicitation,
+            job.evaluation, [sae.layer], source=sae.source, tasks=job.eval_source,
         )  # fmt: skip
 
     def imitate(self, kind: str) -> Adapter:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from resa_lens.progress import Reporter
 
 SUFFIXES = (".html", ".csv")
+SLOW = 20_000
+"""Scores of more than two runs whose comparison takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def open_runs(workspace: Workspace, names: Sequence[str], reporter: Reporter) ->
                 f"warning: the runs differ in {key} ({' / '.join(value[:40] for value in values)}):"
                 " a difference may be of that and not of the models"
             )
+    if len(runs) > 2 and (questions := runs[0].means.size) * len(runs) > SLOW:
+        reporter.note(f"comparing {len(runs)} runs on {questions} questions")
     return runs
 
 

@@ -27,6 +27,7 @@ from resa_lens.evals.run import read_samples, write_samples
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.files import write_errors
 from resa_lens.models.activations import stream_activations
+from resa_lens.models.bounds import check_shapes
 from resa_lens.models.hookpoints import Hookpoint, describe_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.baselines import Noise, match_fvu, pca
@@ -115,6 +116,7 @@ def insertion_run(
         BadInputError: no SAE at a layer, models of different shapes, or no question that fits.
         TakenError: another process is at this very test.
     """
+    check_shapes(source or target, target)
     places = [p for p in saes.points if layers is None or p.layer in layers]
     if missing := sorted(set(layers or ()) - {p.layer for p in places}):
         raise BadInputError(

@@ -59,6 +59,16 @@ class Merged:
     notes: tuple[str, ...]
     """What the user is to be told."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys that the command line promises."""
+        config = self.manifest.config
+        return {
+            "model": str(self.folder), "base": config["base"], "base_hash": config["base_hash"],
+            "adapters": config["adapters"], "dtype": self.dtype,
+            "weights_hash": self.manifest.hashes["weights"], "rounding": asdict(self.rounding),
+            "notes": list(self.notes),
+        }  # fmt: skip
+
 
 @memory_errors("merging", MergedModel.lighter)
 def merge_model(

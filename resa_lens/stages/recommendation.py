@@ -276,6 +276,15 @@ def newest_recommendation(ctx: Context, model: Model | None, site: str | None) -
     return None
 
 
+def recommended_model(ctx: Context, otherwise: str) -> str:
+    """Return the model of the newest recommendation, else another one, and say which it is."""
+    newest = newest_recommendation(ctx, None, None)
+    name = otherwise if newest is None else str(newest.manifest.results["model"])
+    why = "the bundled one" if newest is None else "of the newest recommendation"
+    ctx.reporter.note(f"model: {name}, {why}")
+    return name
+
+
 def recommended_saes(ctx: Context, model: Model, recommendation: Artifact) -> SaeRun:
     """Return the SAEs whose counts a recommendation was made of.
 

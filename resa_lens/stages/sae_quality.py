@@ -102,3 +102,33 @@ def stability_of(model: Model, runs: Sequence[SaeRun]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def training_values(
+    model: Model, runs: Sequence[SaeRun], report: QualityReport | None
+) -> dict[str, Any]:
+    """Return what `train-saes` says of SAEs that were trained, of one seed or several.
+
+    Args:
+        model: the model.
+        runs: the SAEs of each seed; quality is that of the first.
+        report: their quality by phase, where it was measured.
+    """
+    run = runs[0]
+    rows = [
+        {
+            "layer": p.layer,
+            "path": str(run.folder / p.sparsify),
+            **{key: run.quality[p.layer][key] for key in ("fvu", "l0", "dead_share")},
+            "fvu_special": run.quality[p.layer].get("fvu_special"),
+            "quality": report.layers.get(p.layer, {}) if report else {},
+        }
+        for p in run.points
+    ]
+    return {
+        "saes": rows, "tokens": run.tokens, "seconds": run.seconds,
+        "resumed_at_tokens": run.resumed_at_tokens, "fresh": run.fresh, "folder": str(run.folder),
+        "report": str(report.artifact.path) if report else None,
+        "seeds": [str(r.folder) for r in runs],
+        "stability": stability_of(model, runs) if len(runs) > 1 else [],
+    }  # fmt: skip

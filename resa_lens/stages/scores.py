@@ -21,6 +21,7 @@ from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, DamagedError
 from resa_lens.evals import run as evals_run
 from resa_lens.evals.compare import check_paired, run_scores
+from resa_lens.evals.config import SETTINGS
 from resa_lens.evals.engines import Generation, HFEngine, StreamingEngine
 from resa_lens.evals.engines.hf import probe_threads
 from resa_lens.evals.judge import check_judge
@@ -38,7 +39,7 @@ from resa_lens.evals.tasks import EvalItem, load_tasks, select
 from resa_lens.hashes import digest
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.needs import generation_mb
-from resa_lens.models.host import Model, read_tokenizer
+from resa_lens.models.host import Model, UnloadedModel
 from resa_lens.saes.checkpoint import machine
 from resa_lens.stats import PairedComparison, compare_paired
 from resa_lens.texts.records import Record, doubts
@@ -124,22 +125,36 @@ def chosen_questions(
     return chosen, prompts, every
 
 
-def check_context(
-    name: str, base: str | None, items: Sequence[EvalItem], config: EvalConfig
-) -> None:
-    """Refuse lengths that a model cannot have, by its configuration and its tokenizer.
+def check_new_tokens(model: Model | UnloadedModel, tokens: int) -> None:
+    """Raise BadInputError where the longest answer would fill all that a model reads."""
+    if model.context is not None and tokens >= model.context:
+        preset = " of --setting paper" if tokens == SETTINGS["paper"].max_new_tokens else ""
+        raise BadInputError(
+            f"--max-new-tokens {tokens}{preset}: {model.name} reads {model.context} tokens in all, "
+            f"the question included; use fewer, for example --max-new-tokens {model.context // 2}"
+        )
+
+
+def questions_for(
+    model: Model | UnloadedModel, source: str, config: EvalConfig, **columns: Any
+) -> list[EvalItem]:
+    """Return the questions of an evaluation of a model, which need not be loaded yet.
+
+    Args:
+        model: the model that will answer.
+        source: the tasks.
+        config: how they are asked.
+        columns: as of `load_eval_items`.
 
     Raises:
-        BadInputError: the longest answer fills the context, or no question fits it.
+        BadInputError: as `load_eval_items`, the longest answer fills the model's context, or no
+            question fits it.
     """
-    tokenizer, context = read_tokenizer(name, base)
-    new = config.generation.max_new_tokens
-    if context is not None and new >= context:
-        raise BadInputError(
-            f"--max-new-tokens {new}: {name} reads {context} tokens in all, the question included; "
-            f"use fewer, for example {context // 2}"
-        )
-    answerable(ask(items, replace(config, limit=None, levels=None), tokenizer), tokenizer, context)
+    check_new_tokens(model, config.generation.max_new_tokens)
+    items = load_eval_items(source, config, **columns)
+    prompts = ask(items, replace(config, limit=None, levels=None), model.tokenizer)
+    answerable(prompts, model.tokenizer, model.context)
+    return items
 
 
 def note_overlap(ctx: Context, items: Sequence[EvalItem], records: Sequence[Record]) -> None:

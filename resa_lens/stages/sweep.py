@@ -166,7 +166,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
     """
     config = replace(config, tune=with_sequence(config.tune))
     shared = config.tune
-    items = questions_of(shared)
+    items = questions_of(ctx, shared)
     if len(items) < 2:
         raise BadInputError(
             f"{len(items)} question to score: intervals over questions need two or more"

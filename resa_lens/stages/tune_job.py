@@ -11,9 +11,9 @@ from resa_lens.config import Config
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
-from resa_lens.models.files import context_of
+from resa_lens.models.bounds import check_shapes
 from resa_lens.models.hookpoints import parse_layer
-from resa_lens.models.host import Model, read_config
+from resa_lens.models.host import Model, read_unloaded
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.controls import CONTROLS, MATCHED
 from resa_lens.stages.recommendation import discover, newest_recommendation, recommended_saes
@@ -78,11 +78,10 @@ def with_sequence(job: TuneJob) -> TuneJob:
     plain = job.elicitation.sequence == CorpusConfig().sequence
     if length is None and not (job.objective.preset == "reference" and plain):
         return job
-    config = read_config(job.model, job.base)
-    context = context_of(config)
+    model = read_unloaded(job.model, job.base)
+    context = model.context
     if length is None:
-        wide = int(config.get_text_config().hidden_size) >= WIDE
-        length = REFERENCE_SEQUENCE if wide else job.elicitation.sequence
+        length = REFERENCE_SEQUENCE if model.d_model >= WIDE else job.elicitation.sequence
         length = min(length, context or length)
     elif context is not None and length > context:
         raise BadInputError(
@@ -117,11 +116,7 @@ def choose_sae(
             contradict the recommendation.
     """
     source = ctx.model(job.source_model) if job.source_model else target
-    if (source.d_model, source.n_layers) != (target.d_model, target.n_layers):
-        raise BadInputError(
-            f"source {source.name} has {source.n_layers} layers x {source.d_model}, target "
-            f"{target.name} {target.n_layers} x {target.d_model}; they must be of one shape"
-        )
+    check_shapes(source, target)
     if job.layer == "auto":
         return _recommended(ctx, job, source, saes, recommendation)
     layer = parse_layer(job.layer, target.n_layers)

@@ -126,7 +126,7 @@ def tune_run(
         RunFailedError: a loss that is not finite, or a full disk.
     """
     job = with_sequence(job)
-    items = questions_of(job)
+    items = questions_of(ctx, job)
     note_overlap(ctx, items, elicitation_records(job))
     adapter = adapter_run(ctx, job, saes, recommendation)
     base = score_base(ctx, job, items)

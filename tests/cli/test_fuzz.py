@@ -15,8 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from resa_lens.cli import app
+from resa_lens.cli.groups import OnModel
 from resa_lens.cli.options import CLASSES, Option, options_of
 from resa_lens.config import bare, choices
+from resa_lens.features.config import check_feature
+from resa_lens.models.hookpoints import check_layer, check_layers
 
 PAPER = Path(__file__).resolve().parents[2] / "data" / "paper"
 TABLE = str(PAPER / "table6_hookpoints.csv")
@@ -51,12 +54,29 @@ NAMES = {
     "target": (), "out": (), "source": ("missing", "file.txt"), "save": ("page.doc",),
 }  # fmt: skip
 """By option, texts that it cannot take; a name that is too long or no text fits none."""
+BEYOND: dict[Any, tuple[str, ...]] = {
+    check_layers: ("12", "1-26", "13th", "3,99", "layers.12.mlp", "11-12"),
+    check_layer: ("12", "13th", "99"), check_feature: ("12:5", "13th:0"),
+}  # fmt: skip
+"""Layers that the bundled model, of twelve, does not have: its config.json says so."""
+CONTEXT = {"max_new_tokens": ("1024", "32768"), "setting": ("paper",)}
+"""Answers that would fill all of the 1,024 tokens that it reads."""
 NO_NAMES = {"words", "targets", "question_column", "answer_column", "effect_se_column"}
 """Options whose texts only the model or the data can refuse."""
 
 
-def wrong_values(option: Option) -> Iterator[str]:
-    """Values that an option cannot take."""
+def beyond_the_model(group: type, option: Option) -> tuple[str, ...]:
+    """Values that an option takes, and the model cannot."""
+    if not issubclass(group, OnModel):
+        return ()
+    # Of `activity` answers are read with --generations alone.
+    context = () if group.__name__ == "Activity" else CONTEXT.get(option.key, ())
+    return (*BEYOND.get(option.about.get("layers"), ()), *context)
+
+
+def wrong_values(group: type, option: Option) -> Iterator[str]:
+    """Values that an option of a command cannot take."""
+    yield from beyond_the_model(group, option)
     kind, _ = bare(option.kind)
     if kind is bool:
         yield "=maybe"
@@ -80,7 +100,8 @@ def wrong_values(option: Option) -> Iterator[str]:
         return
     if option.key not in NO_NAMES:
         yield from NAMES.get(option.key, ())
-        if option.about.get("check") and option.key not in ("prompt", "features", "show"):
+        checked = option.about.get("check") or option.about.get("layers")
+        if checked and option.key not in ("prompt", "features", "show"):
             yield LONG
 
 
@@ -93,7 +114,8 @@ def invocation(seed: int) -> list[str]:
     if draw.random() < 0.05:
         return [name, *words, "--config", draw.choice(("missing.yaml", "bytes.txt", "list.yaml",
                                                        "unknown.yaml", "folder"))]  # fmt: skip
-    known = {key: values for key, option in options.items() if (values := [*wrong_values(option)])}
+    group = CLASSES[name]
+    known = {k: v for k, option in options.items() if (v := [*wrong_values(group, option)])}
     key = draw.choice(sorted(known))
     option, value = options[key], draw.choice(known[key])
     if option.about.get("argument"):
@@ -110,7 +132,7 @@ def invocation(seed: int) -> list[str]:
 
 
 class LateRefusalError(AssertionError):
-    """A model was about to be loaded."""
+    """Weights were about to be loaded."""
 
 
 @pytest.fixture
@@ -121,6 +143,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise LateRefusalError(args)
 
     monkeypatch.setattr("resa_lens.artifacts.stage.load_model", load)
+    monkeypatch.setattr("resa_lens.models.host.AutoModelForCausalLM.from_pretrained", load)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("RESA_LENS_WORKSPACE", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -137,7 +160,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refuse(words: list[str], place: Path) -> None:
+def refuse(words: list[str], place: Path) -> str:
+    """Run a command line that must be refused, and return what it says on stderr."""
     before = sorted(str(path) for path in place.rglob("*"))
     done = CliRunner().invoke(app, words)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -149,6 +173,7 @@ def refuse(words: list[str], place: Path) -> None:
     assert len(lines) - error <= 3, (words, done.stderr)
     assert done.stdout == "", (words, done.stdout)
     assert sorted(str(path) for path in place.rglob("*")) == before, words
+    return done.stderr
 
 
 SEEDED, ALL = 80, 700
@@ -163,6 +188,32 @@ def test_seeded_command_lines_are_refused_before_any_work(place: Path) -> None:
 def test_all_command_lines_are_refused_before_any_work(place: Path) -> None:
     for seed in range(ALL):
         refuse(invocation(seed), place)
+
+
+def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(place: Path) -> None:
+    lines = [
+        ([name, *NEEDED.get(name, ()), f"{option.label}={values[0]}"], values[0])
+        for name, group in sorted(CLASSES.items())
+        for option in options_of(group).values()
+        if (values := beyond_the_model(group, option))
+    ]
+    lines += [(["activity", "--generations=4", "--max-new-tokens=1024"], "1024")]
+    convert = ["convert", "folder", "converted", "--to=saelens", "--model=tiny-reasoner"]
+    lines += [([*convert, "--layers=12"], "12")]
+    assert len(lines) >= 20
+    for words, value in lines:
+        error = refuse(words, place)
+        assert value.partition(":")[0] in error, (words, error)
+        assert "1024 tokens" in error or "0 to 11" in error, (words, error)
+
+
+def test_the_paper_setting_names_what_would_be_right(place: Path) -> None:
+    error = refuse(["eval", "--setting", "paper"], place)
+    assert "--max-new-tokens 32768 of --setting paper" in error
+    assert "tiny-reasoner reads 1024 tokens in all" in error
+    assert "for example --max-new-tokens 512" in error
+    done = CliRunner().invoke(app, ["eval", "--setting", "paper", "--max-new-tokens", "512"])
+    assert isinstance(done.exception, LateRefusalError), done.stderr
 
 
 def test_the_fuzz_reaches_every_command_and_most_options() -> None:

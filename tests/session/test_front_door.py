@@ -332,6 +332,33 @@ def test_bad_calls_are_refused_before_anything_is_tuned(small):
 # Without a workspace
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda lab, m, s, t: lab.train_saes(m, layers="1-12"), "layer '12' is out of range"),
+        (lambda lab, m, s, t: lab.count_features(m, s, layers=[12]), "layer '12' is out of range"),
+        (lambda lab, m, s, t: lab.insert(m, s, layers="13th"), "layer '13th' is out of range"),
+        (lambda lab, m, s, t: lab.tune(m, s, layer=12), "layer '12' is out of range"),
+        (lambda lab, m, s, t: lab.eval(m, setting="paper"), "32768 of --setting paper"),
+        (lambda lab, m, s, t: lab.eval(m, max_new_tokens=1024), "reads 1024 tokens in all"),
+        (lambda lab, m, s, t: lab.eval(t, max_new_tokens=1024), "reads 1024 tokens in all"),
+        (lambda lab, m, s, t: lab.activity(m, s, generations=2, max_new_tokens=1024), "1024 tok"),
+    ],
+    ids=["train", "count", "insert", "tune", "paper", "eval", "eval tuned", "activity"],
+)  # fmt: skip
+def test_what_a_model_cannot_do_is_refused_before_any_work(small, monkeypatch, call, said):
+    """Nothing is loaded, trained or written: the tuned model's files say what it reads."""
+
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("weights were about to be loaded")
+
+    monkeypatch.setattr("resa_lens.models.host.AutoModelForCausalLM.from_pretrained", load)
+    before = files(small["lab"].workspace.root)
+    with pytest.raises(BadInputError, match=said):
+        call(small["lab"], small["model"], small["saes"], small["tuned"])
+    assert files(small["lab"].workspace.root) == before
+
+
 def test_fit_mixture_takes_a_mapping_a_series_or_a_file(tmp_path):
     table = {layer: (layer % 3) * 4 for layer in range(1, 11)}
     expected = rl.fit_mixture(table, draws=20).run

@@ -97,6 +97,17 @@ def _lines(result: Comparison | Comparisons | Sequence[Setting], title: str) -> 
     })  # fmt: skip
 
 
+def compared(
+    result: Comparison | Comparisons, summaries: Sequence[RunSummary], flips: int
+) -> Iterator[Any]:
+    """Yield two runs with so many questions that changed, or several runs beside the first."""
+    from resa_lens.evals.compare import Comparison
+
+    if isinstance(result, Comparison):
+        return two(result, summaries, flips)
+    return many(result, summaries)
+
+
 def two(result: Comparison, summaries: Sequence[RunSummary], flips: int) -> Iterator[Any]:
     """Yield two runs and their difference, with so many of the questions that changed."""
     from resa_lens.stages.comparison import answers_of, sentences

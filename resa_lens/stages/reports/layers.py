@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from resa_lens.features.config import RULES
 from resa_lens.figures.grids import grid
 from resa_lens.models.hookpoints import describe_layer
 
 if TYPE_CHECKING:
+    from resa_lens.features.exclusive import FeatureCounts
     from resa_lens.layers.selectors import Recommendation
     from resa_lens.layers.stability import Stability as Result
 
@@ -39,6 +41,36 @@ def training(title: str, n_layers: int, values: dict[str, Any]) -> Iterator[Any]
 def _with_error(change: float | None, error: float | None) -> str:
     shown = "" if change is None else f"{change:+.4f}"
     return f"{shown} ± {error:.4f}" if shown and error else shown
+
+
+def counts(title: str, n_layers: int, result: FeatureCounts, folder: str) -> Iterator[Any]:
+    """Yield what each rule counts by layer, and where the tags stand in the prompt."""
+    yield grid(f"Exclusive features of {title}", result.layers, {
+        "layer": lambda row: describe_layer(row.layer, n_layers),
+        **{rule: lambda row, rule=rule: len(row.features[rule]) for rule in RULES},
+        "active": "{active}",
+    })  # fmt: skip
+    spans, config = result.prompt, result.config
+    yield (
+        f"{len(spans.open_spans)} occurrences of {config.open_tag} at tokens "
+        f"{[list(s) for s in spans.open_spans]}, {len(spans.close_spans)} of {config.close_tag} at "
+        f"{[list(s) for s in spans.close_spans]}; in {folder}"
+    )
+    yield from _shared(result)
+
+
+def _shared(counts: FeatureCounts) -> Iterator[str]:
+    """Say how many features rest on tokens of both tags, which count for neither."""
+    if shared := counts.prompt.shared:
+        names = ", ".join(repr(counts.prompt.tokens[position]) for position in shared)
+        rest = ", ".join(
+            f"{sum(item.shared[rule] for item in counts.layers)} features by rule {rule}"
+            for rule in counts.layers[0].shared
+        )
+        yield (
+            f"tokens {list(shared)} ({names}) are of two tags and count for neither; {rest} rest "
+            "on them alone and are left out"
+        )
 
 
 def recommendation(
