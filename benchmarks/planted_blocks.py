@@ -273,7 +273,7 @@ def tables_of(name: str) -> tuple[str, ...]:
 
 
 def run(work: Path, only: Sequence[int]) -> None:
-    """Do what is missing: cheap tables of every draw first, then those of the first set."""
+    """Do what is missing: the first set's cheap tables and insertion, the second set, causal."""
     torch.set_num_threads(1)
     coders, source = source_saes(work), load_model("tiny-reasoner")
     draws = [
@@ -282,11 +282,12 @@ def run(work: Path, only: Sequence[int]) -> None:
         for seed, block in blocks.items()
         if not only or seed in only
     ]
-    for group in (TABLES, DEAR[:1], DEAR[1:]):
-        for draw in draws:
+    for name, group in (
+        ("four sd", TABLES), ("four sd", DEAR[:1]), ("every block", TABLES), ("four sd", DEAR[1:]),
+    ):  # fmt: skip
+        for draw in (draw for draw in draws if draw.name == name):
             for table in group:
-                if table in tables_of(draw.name):
-                    draw.table(table)
+                draw.table(table)
             # No draw's model is needed beside the next one's.
             vars(draw).pop("target", None)
 

@@ -259,6 +259,9 @@ def _gradient(tables: Tables) -> Choice:
 
 def _change(tables: Tables) -> Choice:
     what = "largest relative change of activations from source to target"
+    if tables.change and not any(np.ravel(value)[0] for value in tables.change.values()):
+        reason = "source and target have the same activations at every layer."
+        return Choice((), reason, "Give two models that differ, or use the middle layer.", FLAT)
     return _ranked(tables.change, "change", what, 1.0, tables.n_layers)
 
 
