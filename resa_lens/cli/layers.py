@@ -213,7 +213,7 @@ def recommend_layers(args: RecommendLayers) -> Outcome:
     from resa_lens.stages.attribution import measure_effects
     from resa_lens.stages.falsification import survivors_of
     from resa_lens.stages.insertion import measure_gains
-    from resa_lens.stages.layer_probes import measure_change, measure_gradient
+    from resa_lens.stages.layer_probes import measure_change, measure_gradient, worked
     from resa_lens.stages.recommendation import discover
 
     ctx, model = args.load()
@@ -222,8 +222,8 @@ def recommend_layers(args: RecommendLayers) -> Outcome:
         ctx, model, layers=args.explicit(model), allow_mismatch=args.allow_site_mismatch,
         causal=measure_effects(ctx, model, args.rule, args.corpus),
         insertion=measure_gains(ctx, target, model, args.corpus),
-        gradient=measure_gradient(ctx, target, args.corpus),
-        change=measure_change(ctx, model, target, args.corpus, args.sae.site),
+        gradient=measure_gradient(ctx, target, worked(args.corpus)),
+        change=measure_change(ctx, model, target, worked(args.corpus), args.sae.site),
         **args.pick("sae", "corpus", "count", "rule", "selector", "recipe", "saes"),
     )  # fmt: skip
     recommendation = discovery.recommendation.recommendation

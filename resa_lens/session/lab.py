@@ -189,7 +189,7 @@ class Lab(Scoring):
         from resa_lens.layers.selectors import SELECTORS
         from resa_lens.stages.attribution import measure_effects
         from resa_lens.stages.insertion import measure_gains
-        from resa_lens.stages.layer_probes import measure_change, measure_gradient
+        from resa_lens.stages.layer_probes import measure_change, measure_gradient, worked
         from resa_lens.stages.recommendation import RECIPES, recommend_run, sae_quality
         from resa_lens.texts.corpora import CorpusConfig
 
@@ -212,9 +212,9 @@ class Lab(Scoring):
         if selector == "insertion":
             gains = measure_gains(ctx, target or model, model, corpus)(saes, layers)
         if selector == "gradient-probe":
-            gradient = measure_gradient(ctx, target or model, corpus)(layers)
+            gradient = measure_gradient(ctx, target or model, worked(corpus))(layers)
         if selector == "activation-change" and target is not None:
-            change = measure_change(ctx, model, target, corpus, saes.site)(layers)
+            change = measure_change(ctx, model, target, worked(corpus), saes.site)(layers)
         run = recommend_run(
             ctx, model, counts.run, rule=rule, selector=selector, recipe=recipe, site=saes.site,
             quality=quality, causal=effects, insertion=gains, gradient=gradient, change=change,

@@ -1,7 +1,7 @@
 """What the selectors gradient-probe and activation-change read, measured on documents.
 
-Both look at documents with their worked steps where the records have them, from the training split,
-since that is what a tuning would be done on.
+A sweep measures both on the documents that it tunes on; where nothing is tuned yet, `worked` gives
+those with their worked steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure_gradient(
     Args:
         ctx: the workspace and who to tell.
         target: the model that would be tuned.
-        corpus: the documents.
+        corpus: the documents, in place of those of a tuning.
         targets: modules that would get adapters.
     """
 
@@ -90,14 +90,19 @@ def measure_probes(
     return tables
 
 
+def worked(corpus: CorpusConfig) -> CorpusConfig:
+    """Return a corpus whose documents hold their worked steps, where its records have them."""
+    return replace(corpus, thought_share=1.0)
+
+
 def documents(model: Model, corpus: CorpusConfig) -> list[Tensor]:
-    """Return a few batches of token ids of the training split, with worked steps where there are.
+    """Return a few batches of token ids of a corpus' training split.
 
     Args:
         model: whose tokenizer makes them.
-        corpus: where the records are from.
+        corpus: the documents.
     """
-    corpus = replace(fit_corpus(corpus, model), thought_share=1.0)
+    corpus = fit_corpus(corpus, model)
     records = split_records(corpora.read_records(corpus))[0]
     tokens = BATCHES * SEQUENCES * corpus.sequence
     return list(corpora.batches(model.tokenizer, records, corpus, tokens=tokens, batch=SEQUENCES))
