@@ -139,10 +139,19 @@ class RecommendLayers(Recommending, Ruled, Counting, WithSaesAt):
     """How a layer is recommended."""
 
     target_model: str | None = setting(
-        None, "For --selector insertion: the model that the SAEs are inserted into.",
+        None, "The model that would be tuned: activation-change needs it; insertion inserts into "
+        "it and gradient-probe measures on it, by default --model itself.",
         check=check_path,
     )  # fmt: skip
     second_model, one_shape = "target_model", True
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where a selector compares two models and one is missing."""
+        if self.selector == "activation-change" and self.target_model is None:
+            raise BadInputError(
+                "--selector activation-change compares the activations of --model with another "
+                "model's: name it with --target-model"
+            )
 
 
 @command("recommend-layers")
@@ -156,6 +165,7 @@ def recommend_layers(args: RecommendLayers) -> Outcome:
     from resa_lens.stages.attribution import measure_effects
     from resa_lens.stages.falsification import survivors_of
     from resa_lens.stages.insertion import measure_gains
+    from resa_lens.stages.layer_probes import measure_change, measure_gradient, worked
     from resa_lens.stages.recommendation import discover
 
     ctx, model = args.load()
@@ -164,6 +174,8 @@ def recommend_layers(args: RecommendLayers) -> Outcome:
         ctx, model, layers=args.explicit(model), allow_mismatch=args.allow_site_mismatch,
         causal=measure_effects(ctx, model, args.rule, args.corpus),
         insertion=measure_gains(ctx, target, model, args.corpus),
+        gradient=measure_gradient(ctx, target, worked(args.corpus)),
+        change=measure_change(ctx, model, target, worked(args.corpus), args.sae.site),
         **args.pick("sae", "corpus", "count", "rule", "selector", "recipe", "saes"),
     )  # fmt: skip
     recommendation = discovery.recommendation.recommendation

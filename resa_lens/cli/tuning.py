@@ -114,6 +114,10 @@ class Sweep(AtLayers, Ruled, Tuning):
         None, "Layers of the controls; by default a third and two thirds deep.", layers=check_layers
     )
     effects: bool = setting(True, "Measure causal effects, for the selectors causal and blend.")
+    probes: bool = setting(
+        False, "Measure gradients of fresh adapters and, with --source-model, the change of "
+        "activations, for the selectors gradient-probe and activation-change.",
+    )  # fmt: skip
     asking: EvalConfig = part(EvalConfig, "limit levels", "Questions", limit=500)
 
     def config(self, n_layers: int) -> SweepConfig:
@@ -131,7 +135,7 @@ class Sweep(AtLayers, Ruled, Tuning):
             layers=layers,
             controls=ALL_CONTROLS if "all" in names else tuple(dict.fromkeys(names)),
             control_layers=control_layers,
-            **self.pick("seeds", "rule", "effects", "start_check"),
+            **self.pick("seeds", "rule", "effects", "start_check", "probes"),
         )
 
 

@@ -13,10 +13,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy import stats as distributions
 from scipy.stats import rankdata
 
-from resa_lens import stats
 from resa_lens.errors import BadInputError
 from resa_lens.layers import (
     FLAT,
@@ -24,7 +22,8 @@ from resa_lens.layers import (
     MixtureFit,
     nearest_layer,
 )
-from resa_lens.layers.mixture import ALPHA, fit_mixture
+from resa_lens.layers.effects import Effect, above_zero, effects_of
+from resa_lens.layers.mixture import fit_mixture
 from resa_lens.layers.regret import Regret, Regrets, Scores, regret, regrets
 from resa_lens.models.hookpoints import describe_layer
 
@@ -44,9 +43,6 @@ __all__ = [
     "regrets_of_selectors",
 ]
 
-Effect = float | tuple[float, float] | tuple[float, float, float]
-"""Of a layer: a value, or a value beyond its control with its standard error and, where they are
-few, the degrees of freedom of that error."""
 TOP = 3  # a ranking's candidates: as many as the paper's mixture has
 NOT_TESTED = "not tested"
 
@@ -107,6 +103,12 @@ class Tables:
     """Effect of an intervention beyond its control; largest wins."""
     insertion: Mapping[int, Effect] | None = None
     """Change of accuracy with the SAE inserted and nothing tuned; largest wins."""
+    gradient: Mapping[int, Effect] | None = None
+    """Gradient energy of fresh adapters on the tuning data (`tuning.gradient_probe`); largest
+    wins."""
+    change: Mapping[int, Effect] | None = None
+    """Relative change of the site's activations from source to target
+    (`models.activation_change`); largest wins."""
 
     @cached_property
     def fit(self) -> MixtureFit:
@@ -123,6 +125,8 @@ class Tables:
             "quality": bool(self.quality),
             "causal": bool(self.causal),
             "insertion": bool(self.insertion),
+            "gradient-probe": bool(self.gradient),
+            "activation-change": bool(self.change),
         }
         has["blend"] = has["mixture"] or has["quality"] or has["causal"]
         return tuple(name for name in SELECTORS if has[name])
@@ -184,14 +188,20 @@ def _middle(tables: Tables) -> Choice:
 
 
 def _ranked(
-    table: Mapping[int, float] | None, name: str, what: str, sign: float, n_layers: int
+    table: Mapping[int, Effect] | None, name: str, what: str, sign: float, n_layers: int
 ) -> Choice:
-    """Ranks a table of one value per layer; sign -1 where the lowest wins."""
+    """Ranks a table by its values, without a test; sign -1 where the lowest wins."""
     if not table:
         raise BadInputError(f'selector "{name}" has no table: give {name} = {{layer: value}}')
-    ranked = sorted(table, key=lambda layer: (-sign * table[layer], layer))
-    reason = f"{describe_layer(ranked[0], n_layers)} has the {what}, {table[ranked[0]]:.4g}."
+    values = {layer: float(np.ravel(effect)[0]) for layer, effect in table.items()}
+    ranked = sorted(values, key=lambda layer: (-sign * values[layer], layer))
+    best = table[ranked[0]]
+    error = f" (standard error {best[1]:.2g})" if isinstance(best, Sequence) else ""
+    where = describe_layer(ranked[0], n_layers)
+    reason = f"{where} has the {what}, {values[ranked[0]]:.4g}{error}."
     step = "Repeat with other seeds: one value per layer carries no interval."
+    if error:
+        step = "Tune there beside the middle layer: a ranking is no test that tuning there helps."
     return Choice(tuple(ranked[:TOP]), reason, step)
 
 
@@ -201,17 +211,16 @@ def _quality(tables: Tables) -> Choice:
 
 
 def _causal(tables: Tables) -> Choice:
-    effects = _effects(tables.causal)
+    effects = effects_of(tables.causal)
     if effects is None:
-        plain = {layer: float(np.ravel(v)[0]) for layer, v in (tables.causal or {}).items()}
-        return _ranked(plain, "causal", "largest causal effect", 1.0, tables.n_layers)
+        return _ranked(tables.causal, "causal", "largest causal effect", 1.0, tables.n_layers)
     layers, values, errors, freedom = effects
     if not errors.any():
         reason = (
             "no layer has a counted feature, so no layer's causal effect is above its control's."
         )
         return Choice((), reason, "Count by another rule, or use the middle layer.", FLAT)
-    chosen, best, figures = _above_zero(layers, values, errors, freedom)
+    chosen, best, figures = above_zero(layers, values, errors, freedom)
     name = describe_layer(best, tables.n_layers)
     if not chosen:
         reason = f"no layer's causal effect is above its control's: the clearest, {name}, has"
@@ -224,12 +233,12 @@ def _causal(tables: Tables) -> Choice:
 
 
 def _insertion(tables: Tables) -> Choice:
-    effects = _effects(tables.insertion, "insertion")
+    effects = effects_of(tables.insertion, "insertion")
     if effects is None:
-        plain = {layer: float(np.ravel(v)[0]) for layer, v in (tables.insertion or {}).items()}
-        return _ranked(plain, "insertion", "largest gain by insertion", 1.0, tables.n_layers)
+        what = "largest gain by insertion"
+        return _ranked(tables.insertion, "insertion", what, 1.0, tables.n_layers)
     layers, *figures_of = effects
-    chosen, best, figures = _above_zero(layers, *figures_of)
+    chosen, best, figures = above_zero(layers, *figures_of)
     name = describe_layer(best, tables.n_layers)
     if not chosen:
         reason = f"no layer's SAE raises accuracy when it is inserted: the clearest, {name}, has"
@@ -243,46 +252,17 @@ def _insertion(tables: Tables) -> Choice:
     )  # fmt: skip
 
 
-def _above_zero(
-    layers: Sequence[int], values: np.ndarray, errors: np.ndarray, freedom: np.ndarray
-) -> tuple[list[int], int, str]:
-    """Return layers whose value is above zero, largest first, the clearest one, and its figures."""
-    t = np.divide(values, errors, out=np.zeros_like(values), where=errors > 0)
-    p = stats.holm(distributions.t.sf(t, freedom))
-    order = sorted(range(len(layers)), key=lambda i: (-values[i], layers[i]))
-    above = [i for i in order if p[i] <= ALPHA]
-    best = above[0] if above else int(p.argmin())
-    test = f"one-sided, Holm's correction for {len(layers)} layers"
-    figures = f"{values[best]:.3g} (standard error {errors[best]:.2g}, p = {p[best]:.2g}, {test})"
-    return [layers[i] for i in above], layers[best], figures
+def _gradient(tables: Tables) -> Choice:
+    what = "largest gradient energy of fresh adapters on the tuning data"
+    return _ranked(tables.gradient, "gradient", what, 1.0, tables.n_layers)
 
 
-def _effects(
-    table: Mapping[int, Effect] | None, name: str = "causal"
-) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray] | None:
-    """Layers, values, standard errors and their freedom, each [L]; None without standard errors."""
-    pairs = {layer: v for layer, v in (table or {}).items() if isinstance(v, Sequence)}
-    if not pairs:
-        return None
-    if missing := sorted(set(table or {}) - set(pairs)):
-        raise BadInputError(
-            f"{name}, layer {missing[0]} (0-based) has no standard error: give all or none"
-        )
-    for layer, pair in pairs.items():
-        if len(pair) not in (2, 3) or min(pair[2:], default=1.0) <= 0:
-            raise BadInputError(
-                f"{name}, layer {layer} (0-based): {pair} is no (effect, standard error), or these "
-                "with degrees of freedom above 0"
-            )
-        value, error = pair[:2]
-        if error < 0 or (error == 0 and value != 0):
-            raise BadInputError(
-                f"{name}, layer {layer} (0-based): standard error {error:g} of the effect "
-                f"{value:g}: give one above 0"
-            )
-    rows = [(*pair, np.inf)[:3] for pair in pairs.values()]
-    values, errors, freedom = np.array(rows, dtype=np.float64).T
-    return list(pairs), values, errors, freedom
+def _change(tables: Tables) -> Choice:
+    what = "largest relative change of activations from source to target"
+    if tables.change and not any(np.ravel(value)[0] for value in tables.change.values()):
+        reason = "source and target have the same activations at every layer."
+        return Choice((), reason, "Give two models that differ, or use the middle layer.", FLAT)
+    return _ranked(tables.change, "change", what, 1.0, tables.n_layers)
 
 
 def _blend(tables: Tables) -> Choice:
@@ -329,6 +309,8 @@ SELECTORS: dict[str, Callable[[Tables], Choice]] = {
     "causal": _causal,
     "blend": _blend,
     "insertion": _insertion,
+    "gradient-probe": _gradient,
+    "activation-change": _change,
 }
 
 
@@ -342,6 +324,8 @@ def recommend(
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, Effect] | None = None,
     insertion: Mapping[int, Effect] | None = None,
+    gradient: Mapping[int, Effect] | None = None,
+    change: Mapping[int, Effect] | None = None,
     draws: int = 1000,
 ) -> Recommendation:
     """Recommends layers from a table of feature counts.
@@ -356,6 +340,8 @@ def recommend(
         causal: {layer: effect}, or {layer: (effect beyond its control, standard error)} with or
             without the error's degrees of freedom, for "causal" and "blend".
         insertion: {layer: (change of accuracy with the SAE inserted, standard error)}.
+        gradient: {layer: gradient energy of fresh adapters}, for "gradient-probe".
+        change: {layer: relative change of activations}, for "activation-change".
         draws: of each null and of the bootstrap.
 
     Returns:
@@ -366,9 +352,10 @@ def recommend(
     """
     if selector not in SELECTORS:
         raise BadInputError(f'selector "{selector}" is unknown: give {", ".join(SELECTORS)}')
-    return _answer(
-        _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal, insertion)), selector
+    tables = Tables(
+        table, n_layers, recipe, seed, draws, quality, causal, insertion, gradient, change
     )
+    return _answer(_checked(tables), selector)
 
 
 def recommend_all(
@@ -380,10 +367,14 @@ def recommend_all(
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, Effect] | None = None,
     insertion: Mapping[int, Effect] | None = None,
+    gradient: Mapping[int, Effect] | None = None,
+    change: Mapping[int, Effect] | None = None,
     draws: int = 1000,
 ) -> dict[str, Recommendation]:
     """Recommends by every selector whose table is there; arguments as `recommend`."""
-    tables = _checked(Tables(table, n_layers, recipe, seed, draws, quality, causal, insertion))
+    tables = _checked(
+        Tables(table, n_layers, recipe, seed, draws, quality, causal, insertion, gradient, change)
+    )
     return {name: _answer(tables, name) for name in tables.existing}
 
 
@@ -395,6 +386,8 @@ def regrets_of_selectors(
     quality: Mapping[int, float] | None = None,
     causal: Mapping[int, Effect] | None = None,
     insertion: Mapping[int, Effect] | None = None,
+    gradient: Mapping[int, Effect] | None = None,
+    change: Mapping[int, Effect] | None = None,
     chosen: Mapping[str, int] | None = None,
     se: Mapping[int, float] | None = None,
     recipe: str = "robust",
@@ -410,6 +403,8 @@ def regrets_of_selectors(
         quality: as `recommend`.
         causal: as `recommend`.
         insertion: as `recommend`.
+        gradient: as `recommend`.
+        change: as `recommend`.
         chosen: {name: layer} to set beside them.
         se: {layer: standard error} of single scores.
         recipe: of the mixture.
@@ -419,8 +414,9 @@ def regrets_of_selectors(
     Returns:
         The regrets, and what each selector recommended.
     """
+    counted = counts or {}
     tables = _checked(
-        Tables(counts or {}, n_layers, recipe, seed, draws, quality, causal, insertion)
+        Tables(counted, n_layers, recipe, seed, draws, quality, causal, insertion, gradient, change)
     )
     made = {name: _answer(tables, name) for name in tables.existing}
     picks = {name: answer.recommended[0] for name, answer in made.items()}
@@ -434,7 +430,7 @@ def _checked(tables: Tables) -> Tables:
         raise BadInputError(f"n_layers {tables.n_layers}: a model has 1 layer or more")
     named = {
         "table": tables.features, "quality": tables.quality, "causal": tables.causal,
-        "insertion": tables.insertion,
+        "insertion": tables.insertion, "gradient": tables.gradient, "change": tables.change,
     }  # fmt: skip
     for name, values in named.items():
         for layer, value in (values or {}).items():

@@ -177,36 +177,51 @@ class Lab(Scoring):
         Args:
             counts: the counted features.
             rule: whose counts decide: "all" (strict), "any" or "either".
-            selector: "mixture", "most-features", "middle", "quality", "causal", "blend" or
-                "insertion"; the last four measure what they need.
+            selector: "mixture", "most-features", "middle", "quality", "causal", "blend",
+                "insertion", "gradient-probe" or "activation-change"; from "quality" on they
+                measure what they need.
             recipe: of the mixture, "robust" or "paper".
-            target: of the selector "insertion", the model that the SAEs are inserted into.
+            target: the model that would be tuned; "activation-change" needs it, "insertion"
+                inserts into it and "gradient-probe" measures on it, by default the counts' model.
             options: fields of `CorpusConfig`, for the measuring selectors.
+
+        Raises:
+            BadInputError: an unknown rule, selector or recipe, or no target where one is needed.
         """
+        from resa_lens.errors import BadInputError
         from resa_lens.features.exclusive import check_rule
         from resa_lens.layers.selectors import SELECTORS
         from resa_lens.stages.attribution import measure_effects
         from resa_lens.stages.insertion import measure_gains
+        from resa_lens.stages.layer_probes import measure_change, measure_gradient, worked
         from resa_lens.stages.recommendation import RECIPES, recommend_run, sae_quality
         from resa_lens.texts.corpora import CorpusConfig
 
         check_rule(rule)
         one_of("selector", selector, tuple(SELECTORS))
         one_of("recipe", recipe, RECIPES)
+        if selector == "activation-change" and target is None:
+            raise BadInputError(
+                'selector "activation-change" compares two models: give target = the other one'
+            )
         ctx = self._context(options)
         (corpus,) = filled("recommend", options, CorpusConfig(seed=ctx.seed, thought_share=None))
         model, saes = counts.model, counts.saes.run
         layers = [item.layer for item in counts.run.counts.layers]
-        quality = effects = gains = None
+        quality = effects = gains = gradient = change = None
         if selector in ("quality", "blend"):
             quality = sae_quality(model, saes, corpus, layers)
         if selector in ("causal", "blend"):
             effects = measure_effects(ctx, model, rule, corpus)(saes, counts.run)
         if selector == "insertion":
             gains = measure_gains(ctx, target or model, model, corpus)(saes, layers)
+        if selector == "gradient-probe":
+            gradient = measure_gradient(ctx, target or model, worked(corpus))(layers)
+        if selector == "activation-change" and target is not None:
+            change = measure_change(ctx, model, target, worked(corpus), saes.site)(layers)
         run = recommend_run(
             ctx, model, counts.run, rule=rule, selector=selector, recipe=recipe, site=saes.site,
-            quality=quality, causal=effects, insertion=gains,
+            quality=quality, causal=effects, insertion=gains, gradient=gradient, change=change,
         )  # fmt: skip
         return Recommendation(run, counts)
 

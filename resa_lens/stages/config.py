@@ -17,7 +17,10 @@ from resa_lens.texts.prompts import PHASES
 if TYPE_CHECKING:
     from resa_lens.features.interventions import Intervention
 
-Selector = Literal["mixture", "most-features", "middle", "quality", "causal", "blend", "insertion"]
+Selector = Literal[
+    "mixture", "most-features", "middle", "quality", "causal", "blend", "insertion",
+    "gradient-probe", "activation-change",
+]  # fmt: skip
 Recipe = Literal["robust", "paper"]
 Phase = Literal["prompt", "think", "answer"]
 ChangeKind = Literal["ablate", "scale", "clamp", "steer"]

@@ -42,6 +42,8 @@ MeasureEffects = Callable[[SaeRun, CountRun], Effects]
 """Effects of the counted features by layer: (beyond control, its standard error, its freedom)."""
 MeasureGains = Callable[[SaeRun, Sequence[int]], Effects]
 """Changes of accuracy with each layer's SAE inserted: (change, its standard error)."""
+MeasureLayers = Callable[[Sequence[int]], Effects]
+"""Values by layer that need no SAE: (value, its standard error)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def recommend_run(
     quality: Quality | None = None,
     causal: Effects | None = None,
     insertion: Effects | None = None,
+    gradient: Effects | None = None,
+    change: Effects | None = None,
 ) -> RecommendationRun:
     """Recommend layers from the counts of a rule, or read the finished recommendation.
 
@@ -79,16 +83,20 @@ def recommend_run(
             recommendation is made anew.
         causal: effects by layer, for the selectors causal and blend.
         insertion: changes of accuracy by layer, for the selector insertion.
+        gradient: gradient energies by layer, for the selector gradient-probe.
+        change: changes of activations by layer, for the selector activation-change.
     """
-    effects = {} if causal is None else {str(layer): causal[layer] for layer in sorted(causal)}
-    inserted = {str(layer): value for layer, value in sorted((insertion or {}).items())}
+    measured = {"causal": causal, "insertion": insertion, "gradient": gradient, "change": change}
     config: dict[str, Any] = {
         "rule": rule,
         "selector": selector,
         "recipe": recipe,
         "seed": ctx.seed,
-        **({"causal": effects} if causal is not None else {}),
-        **({"insertion": inserted} if insertion is not None else {}),
+        **{
+            name: {str(layer): table[layer] for layer in sorted(table)}
+            for name, table in measured.items()
+            if table is not None
+        },
     }
     stage = ctx.stage(
         RecommendationKind,
@@ -111,6 +119,8 @@ def recommend_run(
                 quality=quality.measure() if quality else None,
                 causal=causal,
                 insertion=insertion,
+                gradient=gradient,
+                change=change,
             )
         draft.results = {
             "recommended": list(answer.recommended),
@@ -178,6 +188,8 @@ def discover(
     anew: bool = False,
     causal: MeasureEffects | None = None,
     insertion: MeasureGains | None = None,
+    gradient: MeasureLayers | None = None,
+    change: MeasureLayers | None = None,
 ) -> Discovery:
     """Recommend layers for a model; SAEs that are missing are trained.
 
@@ -196,6 +208,8 @@ def discover(
         anew: train SAEs even where they are found.
         causal: measures the effects by layer, for the selectors causal (which needs it) and blend.
         insertion: measures what the SAEs do when inserted, for the selector insertion.
+        gradient: measures gradient energies by layer, for the selector gradient-probe.
+        change: measures changes of activations by layer, for the selector activation-change.
 
     Raises:
         BadInputError: an unknown rule, selector or recipe, or no effects for a selector that needs
@@ -210,7 +224,10 @@ def discover(
         raise BadInputError(f"rule {rule!r} is unknown; use {', '.join(RULES)}")
     if selector not in SELECTORS:
         raise BadInputError(f"selector {selector!r} is unknown; use {', '.join(SELECTORS)}")
-    measured = {"causal": causal, "insertion": insertion}
+    measured = {
+        "causal": causal, "insertion": insertion, "gradient-probe": gradient,
+        "activation-change": change,
+    }  # fmt: skip
     if selector in measured and measured[selector] is None:
         raise BadInputError(
             f"selector {selector!r} needs measured effects by layer; use mixture, most-features, "
@@ -250,6 +267,8 @@ def discover(
         else None,
         causal=causal(run, counts) if causal and selector in ("causal", "blend") else None,
         insertion=insertion(run, layers) if insertion and selector == "insertion" else None,
+        gradient=gradient(layers) if gradient and selector == "gradient-probe" else None,
+        change=change(layers) if change and selector == "activation-change" else None,
     )
     return Discovery(run, counts, recommendation)
 

@@ -38,6 +38,7 @@ from resa_lens.stages.adapters import (
 from resa_lens.stages.attribution import measure_effects
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.insertion import InsertionRun, gains, starting_point
+from resa_lens.stages.layer_probes import measure_probes
 from resa_lens.stages.recommendation import sae_quality
 from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import SaeRun, as_trained
@@ -84,6 +85,10 @@ class SweepConfig(Config):
         "First insert each SAE and tune nothing; the selector insertion reads it.",
         later=True,
     )
+    probes: bool = setting(
+        False, "Measure what gradient-probe and, with another source, activation-change read.",
+        later=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
             "rule": config.rule,
             "effects": config.effects,
             **({"start_check": True} if config.start_check else {}),
+            **({"probes": True} if config.probes else {}),
             "seed": ctx.seed,
         },
         data={
@@ -314,6 +320,7 @@ def _analyse(
         if config.effects
         else None
     )
+    probed = measure_probes(ctx, source, target, shared, layers) if config.probes else {}
     sweep = analyse(
         base=base.result,
         runs=runs,
@@ -325,6 +332,7 @@ def _analyse(
         quality=sae_quality(source, saes, shared.trigger, layers).measure(),
         causal=effects,
         insertion=gains(start) if start else None,
+        **probed,
         fvu={layer: row["fvu"] for layer, row in saes.quality.items() if layer in layers},
         seed=ctx.seed,
     )

@@ -49,6 +49,8 @@ def analyse(
     quality: Mapping[int, float],
     causal: Mapping[int, Effect] | None,
     insertion: Mapping[int, Effect] | None = None,
+    gradient: Mapping[int, Effect] | None = None,
+    change: Mapping[int, Effect] | None = None,
     fvu: Mapping[int, float],
     seed: int,
 ) -> SweepTables:
@@ -65,6 +67,8 @@ def analyse(
         quality: change of the loss with the SAE inserted, by layer.
         causal: effects by layer, for the selectors causal and blend.
         insertion: changes of accuracy with the SAE inserted, for the selector of that name.
+        gradient: gradient energies of fresh adapters, for the selector gradient-probe.
+        change: changes of activations from source to target, for activation-change.
         fvu: of the SAEs.
         seed: of all draws.
     """
@@ -93,6 +97,8 @@ def analyse(
         quality={layer: quality[layer] for layer in layers},
         causal=None if causal is None else {layer: causal[layer] for layer in layers},
         insertion=None if insertion is None else {layer: insertion[layer] for layer in layers},
+        gradient=None if gradient is None else {layer: gradient[layer] for layer in layers},
+        change=None if change is None else {layer: change[layer] for layer in layers},
         seed=seed,
     )
     flat = {layer: float(values.mean()) for layer, values in means.items()}

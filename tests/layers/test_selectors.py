@@ -66,7 +66,7 @@ def test_every_selector_answers():
     for name in SELECTORS:
         result = recommend(
             LUMP, n_layers=28, selector=name, quality={9: 0.2}, causal={9: 0.3},
-            insertion={9: 0.1}, draws=50,
+            insertion={9: 0.1}, gradient={9: 0.1}, change={9: 0.1}, draws=50,
         )  # fmt: skip
         assert result.recommended
         assert result.requested == name
@@ -86,6 +86,20 @@ def test_every_selector_answers():
 def test_bad_input(options, match):
     with pytest.raises(BadInputError, match=match):
         recommend(LUMP, **{"n_layers": 28, **options})
+
+
+@pytest.mark.parametrize(
+    ("selector", "table"), [("gradient-probe", "gradient"), ("activation-change", "change")]
+)
+def test_rivals_rank_their_tables_and_give_their_errors(selector: str, table: str) -> None:
+    values = {1: (0.5, 0.1), 2: (0.9, 0.02), 3: (0.7, 0.1), 4: (0.1, 0.1)}
+    best = recommend({}, n_layers=6, selector=selector, **{table: values})
+    assert (best.selector, best.recommended, best.verdict) == (selector, (2, 3, 1), "not tested")
+    assert "0.9 (standard error 0.02)" in best.reason
+    with pytest.raises(BadInputError, match=f"give {table} ="):
+        recommend(LUMP, n_layers=28, selector=selector)
+    made = recommend_all({1: 1}, n_layers=6, **{table: values}, draws=50)
+    assert selector in made
 
 
 # Effects and the blend ---------------------------------------------------------------------------
@@ -182,7 +196,7 @@ def test_few_layers_get_a_verdict(selector):
     table = {1: 4, 2: 90, 3: 5, 4: 1, 5: 2}
     result = recommend(
         table, n_layers=7, selector=selector, quality={3: 1.0}, causal={3: 1.0},
-        insertion={3: 1.0}, draws=50,
+        insertion={3: 1.0}, gradient={3: 1.0}, change={3: 1.0}, draws=50,
     )  # fmt: skip
     assert result.recommended
     if selector == "mixture":

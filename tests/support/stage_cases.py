@@ -381,7 +381,8 @@ def _insert(call: Call) -> Any:
 
 def _sweep(call: Call) -> Any:
     options = dict(call.options)
-    own = ("layers", "seeds", "controls", "control_layers", "rule", "effects", "start_check")
+    own = ("layers", "seeds", "controls", "control_layers", "rule", "effects", "start_check",
+           "probes")  # fmt: skip
     sweep = {name: options.pop(name) for name in own}
     options["eval_source"] = str(call.given.records)
     with patch("resa_lens.stages.sweep.saes_for", lambda *_, **__: call.run):
@@ -442,9 +443,10 @@ CASES = {
         Case(
             "recommendation", Recommendation, recommend_run, _recommend,
             {"rule": "all", "selector": "mixture", "recipe": "robust", "causal": None,
-             "insertion": None},
+             "insertion": None, "gradient": None, "change": None},
             {"rule": "any", "selector": "middle", "recipe": "paper", "causal": {3: 0.5},
-             "insertion": {3: (0.1, 0.02)}},
+             "insertion": {3: (0.1, 0.02)}, "gradient": {3: (0.1, 0.02)},
+             "change": {3: (0.1, 0.02)}},
             parts=MODEL | {"counts", "seed"},
         ),
         Case(
@@ -507,12 +509,13 @@ CASES = {
         Case(
             "sweep", Sweep, sweep_run, _sweep,
             {"layers": LAYERS, "seeds": 2, "controls": ("noise",), "control_layers": (LAYER,),
-             "rule": "all", "effects": True, "start_check": False,
+             "rule": "all", "effects": True, "start_check": False, "probes": False,
              "objective": Objective(), "lora": TuneConfig(rank=2),
              "trigger": CORPUS, "elicitation": CORPUS, "evaluation": EVAL, "sequence": None,
              "steps": 3},
             {"layers": (3, 4), "seeds": 1, "controls": ("pca",), "control_layers": (5,),
-             "rule": "any", "effects": False, "start_check": True, "sequence": 32, "steps": 4},
+             "rule": "any", "effects": False, "start_check": True, "probes": True, "sequence": 32,
+             "steps": 4},
             {"selector": "another", "reason": "another", "sae": SaeConfig(k=7),
              "allow_mismatch": True, "saes": "/elsewhere", "layer": "5"},
             frozenset({"saes", "data", "seed"}),

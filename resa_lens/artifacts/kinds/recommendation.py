@@ -39,6 +39,10 @@ class Settings(BaseModel):
     """Of ablating each layer's counted features, where the selector reads that."""
     insertion: dict[int, Effect] = Field(default_factory=dict)
     """Of inserting each layer's SAE, where the selector reads that."""
+    gradient: dict[int, Effect] = Field(default_factory=dict)
+    """Gradient energy of fresh adapters by layer, where the selector reads that."""
+    change: dict[int, Effect] = Field(default_factory=dict)
+    """Change of activations to the target by layer, where the selector reads that."""
 
 
 class LayerFeatures(BaseModel):
