@@ -4,15 +4,11 @@ One interface: a score takes the `Evidence` and gives, for every feature that is
 value, the value that its null expects, and a p-value.  Activations stay sparse: a feature's zeros
 are one block of equal values, counted and never stored.
 
-Tokens are not independent, so no null moves single tokens.  There are two designs, told apart by
-the labels:
-
-- phases (documents hold both groups): in every document the labels are rotated by an offset of
-  their own.  What a feature does along a document stays, with all its runs; the place of the
-  thoughts becomes chance.  Flipping the signs of per-document differences would be wrong here: a
-  rare feature falls into the shorter phase less often than into the longer one without any effect.
-- documents (each holds one group): labels are shuffled over documents, and the difference is
-  divided by its standard error over documents, since the two groups' lengths may differ.
+Tokens are not independent, so no null moves single tokens, and a text's thoughts stand at some
+positions rather than others, so the contrasts' nulls (`features.contrast_nulls`) compare within
+positions.  ReasonScore's null rotates the words' places in every document by an offset of its own:
+it keeps a feature's runs, not its positions, so ReasonScore alone also names features of positions
+near which the words use to stand.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ from scipy import sparse
 
 from resa_lens.errors import BadInputError
 from resa_lens.features.chance import rule_chance
+from resa_lens.features.contrast_nulls import NULLS, contrast_tails, row_blocks, split_labels
 from resa_lens.features.evidence import Evidence, Ints, Mask, shape_of
 from resa_lens.features.exclusive import RULES, exclusive_features
 from resa_lens.stats import (
@@ -38,7 +35,6 @@ from resa_lens.stats import (
     circular_shifts,
     holm,
     multinomial_draws,
-    permutation_draws,
 )
 
 ALPHA = 0.7
@@ -48,7 +44,6 @@ SMOOTHING = 0.5
 DRAWS = 1000
 CORRECTIONS = {"bh": benjamini_hochberg, "holm": holm}
 """Of p-values for all features tested: false discovery rate, or any false call at all."""
-_ROWS = 4096  # features multiplied at once with a few hundred draws
 
 
 @dataclass(frozen=True)
@@ -134,18 +129,14 @@ CONTRASTS = {
 def score_contrast(contrast: Contrast, evidence: Evidence, draws: int, seed: Seed) -> Scored:
     """Compute a contrast and its two-sided p-value.
 
-    What is tested is the difference of the two means, of which each score is a rising function; in
-    its standard errors where documents are shuffled.
+    What is tested is the difference of the two means, of which each score is a rising function,
+    beyond what positions and documents explain, in its standard error over documents.
     """
     phi = contrast.transform(evidence.acts)
     n, labels = np.float64(shape_of(phi)[1]), evidence.reasoning.astype(np.float64)
     total, squares = phi.sum(axis=1), phi.power(2).sum(axis=1)
-    if evidence.design == "phases":
-        chance = (evidence.by_document / evidence.lengths)[evidence.document]
-        tails = _shifted(phi, evidence, draws, seed)
-    else:
-        chance = np.full(labels.size, (evidence.by_document > 0).mean())
-        tails = _shuffled(phi, evidence, draws, seed)
+    chance = split_labels(evidence).expected
+    tails = contrast_tails(phi, evidence, draws, seed)
     value, null = (
         contrast.value(phi @ part, total, squares, part.sum(), n) for part in (labels, chance)
     )
@@ -166,52 +157,6 @@ def _per_document(phi: sparse.csr_array, evidence: Evidence) -> sparse.csr_array
     tokens = np.arange(evidence.document.size)
     belongs = sparse.csr_array((np.ones(tokens.size), (tokens, evidence.document)))
     return sparse.csr_array(phi @ belongs)
-
-
-def _row_blocks(rows: int) -> list[slice]:
-    return [slice(first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS)]
-
-
-def _shifted(phi: sparse.csr_array, evidence: Evidence, draws: int, seed: Seed) -> TailCounts:
-    """Rotate each document's labels; their number stays, so the sum decides."""
-    labels = evidence.reasoning.astype(np.float64)
-    tails = TailCounts(phi @ labels, draws)
-    for index in circular_shifts(evidence.lengths, draws, seed):
-        drawn = np.ascontiguousarray(labels[index].T)
-        for part in _row_blocks(shape_of(phi)[0]):
-            tails.add(phi[part] @ drawn, part)
-    return tails
-
-
-def _shuffled(phi: sparse.csr_array, evidence: Evidence, draws: int, seed: Seed) -> TailCounts:
-    """Shuffle labels over documents; the statistic is the difference in its standard errors."""
-    sums, lengths = _per_document(phi, evidence), evidence.lengths.astype(np.float64)
-    labels = (evidence.by_document > 0).astype(np.float64)
-
-    def studentised(part: slice, drawn: Floats) -> Floats:
-        rows = sums[part]
-        tables = (rows, rows.power(2), rows * lengths)
-        gap, variance = 0.0, 0.0
-        for sign, chosen in ((1.0, drawn), (-1.0, 1.0 - drawn)):
-            size = lengths @ chosen
-            value, square, cross = (table @ chosen for table in tables)
-            mean = value / size
-            gap = gap + sign * mean
-            # Sum over documents of (sum - mean x length)^2: what a document adds to the mean.
-            spread = square - 2 * mean * cross + mean**2 * (lengths**2 @ chosen)
-            variance = variance + np.maximum(spread, 1e-12 * square) / size**2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(variance > 0, gap / np.sqrt(variance), 0.0)
-
-    blocks = _row_blocks(shape_of(phi)[0])
-    tails = TailCounts(
-        np.concatenate([studentised(b, labels[:, None])[:, 0] for b in blocks]), draws
-    )
-    drawn = permutation_draws(labels, draws, seed).T
-    for first in range(0, draws, 256):
-        for part in blocks:
-            tails.add(studentised(part, drawn[:, first : first + 256]), part)
-    return tails
 
 
 # ReasonScore
@@ -255,7 +200,7 @@ def score_reason(evidence: Evidence, draws: int, seed: Seed) -> Scored:
         # Few draws at once: every word has its own product.
         for few in np.array_split(index, max(1, len(index) // 32)):
             drawn = masks[:, few]
-            for part in _row_blocks(shape_of(phi)[0]):
+            for part in row_blocks(shape_of(phi)[0]):
                 found = _reason(phi[part], drawn, activity)
                 tails.add(found, part)
                 null[part] += found.sum(axis=1)
@@ -349,6 +294,15 @@ SCORES: dict[str, Callable[[Evidence, int, Seed], Scored]] = {
     **{name: partial(score_contrast, contrast) for name, contrast in CONTRASTS.items()},
 }
 """Scores by name: evidence, draws of the null and a seed in, `Scored` out."""
+
+
+def null_of(name: str, design: str) -> str:
+    """Return in words what chance does in the null of a score."""
+    if name in RULES:
+        return "tags at random places of the prompt"
+    if name in CONTRASTS:
+        return NULLS[design]
+    return "words rotated within documents"
 
 
 def check_scores(names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from resa_lens.artifacts.kinds.scores import Scores
 from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.config import result_fields
 from resa_lens.errors import BadInputError
+from resa_lens.features.contrast_nulls import split_labels
 from resa_lens.features.evidence import (
     REASONING_WORDS,
     TINY_WORDS,
@@ -30,12 +31,14 @@ from resa_lens.features.evidence import (
 )
 from resa_lens.features.exclusive import RULES, CountConfig, TaggedPrompt, tag_prompt
 from resa_lens.features.scores import (
+    CONTRASTS,
     CORRECTIONS,
     SCORES,
     Scored,
     check_scores,
     check_words,
     intervals,
+    null_of,
 )
 from resa_lens.machine.hardware import MB
 from resa_lens.models.activations import stream_activations
@@ -51,6 +54,8 @@ from resa_lens.texts.phases import PHASES, phased_batches, phased_texts
 
 INTERVAL_DRAWS = 500
 LEVEL = 0.05
+LITTLE = 0.05
+"""Share of the labels' variance below which the contrasts have next to nothing to test."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,15 @@ def score_run(
         prompt = tag_prompt(model, config.count) if set(names) & set(RULES) else None
         scores: dict[int, dict[str, Scored]] = {}
         bounds: dict[tuple[int, str, int], list[float]] = {}
-        design, sizes = "", {}
+        design, sizes, informative = "", {}, 0.0
         many = "s" if len(places) > 1 else ""
         label = f"scores of {len(places)} layer{many}, {config.draws} draws of each null"
         stream = _evidence(model, run, places, batches, words, prompt, config.count)
         with ctx.bar(label, len(places)) as advance:
             for point, evidence in stream:
-                design, sizes = evidence.design, evidence.sizes(evidence.reasoning)
+                if not design:  # the text is every layer's
+                    design, sizes = evidence.design, evidence.sizes(evidence.reasoning)
+                    informative = split_labels(evidence).informative
                 seed = [ctx.seed, point.layer]
                 scores[point.layer] = {n: SCORES[n](evidence, config.draws, seed) for n in names}
                 for name, scored in scores[point.layer].items():
@@ -148,6 +155,12 @@ def score_run(
                     for feature, ci in zip(top.tolist(), drawn.tolist(), strict=True):
                         bounds[point.layer, name, feature] = ci
                 advance(1)
+        if informative < LITTLE and set(names) & set(CONTRASTS):
+            ctx.reporter.note(
+                "reasoning text stands at nearly the same positions of every document: position "
+                f"leaves {100 * informative:.1f} % of its variance, so the contrast scores can "
+                "hardly call a feature; give documents that differ, or --other-data"
+            )
         table = _table(scores, names, config.correction)
         summaries = [_summary(table, name, bounds, config) for name in names]
         draft.results = {
@@ -163,6 +176,8 @@ def score_run(
             {
                 "design": design,
                 **sizes,
+                "informative": informative,
+                "nulls": {name: null_of(name, design) for name in names},
                 "correction": config.correction,
                 "draws": config.draws,
                 "top": config.top,

@@ -17,6 +17,11 @@ from resa_lens.stats.equivalence import (
     equivalence_test,
     noninferiority_p,
 )
+from resa_lens.stats.exchange import (
+    centred_within,
+    position_exchanges,
+    positions_of,
+)
 from resa_lens.stats.multiple import (
     SelectionBias,
     benjamini_hochberg,
@@ -114,6 +119,7 @@ __all__ = [
     "best_of_noise",
     "bootstrap_mean_interval",
     "bootstrap_means",
+    "centred_within",
     "circular_shifts",
     "clopper_pearson",
     "compare_paired",
@@ -142,6 +148,8 @@ __all__ = [
     "percentile_interval",
     "permutation_draws",
     "permutation_p_value",
+    "position_exchanges",
+    "positions_of",
     "profile_correlation",
     "questions_with_seeds",
     "score_statistic",

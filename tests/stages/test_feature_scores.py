@@ -21,6 +21,7 @@ from resa_lens.artifacts.workspace import Workspace
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.features.chance import rule_chance
+from resa_lens.features.contrast_nulls import NULLS
 from resa_lens.features.evidence import TINY_WORDS
 from resa_lens.features.exclusive import CountConfig, count_features, tag_prompt
 from resa_lens.features.scores import SCORES
@@ -57,6 +58,10 @@ def test_every_score_of_every_active_feature_is_there(trained: Any) -> None:
     assert summary["design"] == "phases"
     assert summary["words"] == list(TINY_WORDS)
     assert summary["left_out"] == {}
+    assert summary["nulls"]["auc"] == NULLS["phases"]
+    assert set(summary["nulls"]) == set(SCORES)
+    # Questions and thoughts differ in length: position settles a part of the labels only.
+    assert 0.2 < summary["informative"] < 0.9
     table = pq.read_table(scored.artifact.file("scores.parquet"))
     assert table.schema.equals(SCORE_SCHEMA)
     frame = table.to_pandas()
@@ -115,7 +120,7 @@ def test_the_labels_are_the_phases(trained: Any) -> None:
 def test_whole_documents_against_the_same_without_steps(trained: Any) -> None:
     ctx, model, run = trained
     config = replace(
-        QUICK, other="no-steps", scores=("cohens_d", "reason_score"), tokens=12_000, draws=400
+        QUICK, other="no-steps", scores=("auc", "reason_score"), tokens=12_000, draws=400
     )
     summary = score_run(ctx, model, run, CorpusConfig(), config, [5]).summary
     assert summary["design"] == "documents"

@@ -42,6 +42,10 @@ class ScoreSummary(BaseModel):
     correction: str
     draws: int
     scores: list[ScoreTotals] = Field(min_length=1)
+    nulls: dict[str, str] = Field(default_factory=dict)
+    """By score, what chance does in its null; empty of artifacts of recipe 1."""
+    informative: float | None = None
+    """Share of the labels' variance that position (and document) leave to the contrasts."""
 
     def interval(self, score: str, layer: int, feature: int) -> tuple[float, float] | None:
         """Return the 95 % interval of a feature's score, where the run kept one."""
@@ -64,6 +68,7 @@ class Scores(Kind):
     title, titles = "feature scores", "feature scores"
     column = "Measured"
     command = ("score-features",)
+    recipe = 2  # the contrasts' nulls keep positions and documents
     lighter = "Fewer --text-tokens or --layers take less memory."
     Results = Results
     files = {  # noqa: RUF012 - declared once, never changed
