@@ -37,7 +37,8 @@ from resa_lens.machine.limits import (
     memory_errors,
     size_mb,
 )
-from resa_lens.models.host import Model, UnloadedModel, load_model, read_unloaded
+from resa_lens.models.host import Model, load_model
+from resa_lens.models.unloaded import UnloadedModel, read_unloaded
 from resa_lens.progress import SILENT, Advance, Reporter
 from resa_lens.publishing import put_back
 from resa_lens.saes.plan import Meter

@@ -58,7 +58,8 @@ def convert(args: Convert) -> Outcome:
 
     Example: resa-lens convert saes/layers.12.mlp out --to saelens
     """
-    from resa_lens.models.host import load_model, read_unloaded
+    from resa_lens.models.host import load_model
+    from resa_lens.models.unloaded import read_unloaded
     from resa_lens.saes.convert import convert as run
     from resa_lens.saes.hub import find_sae_folder
 

@@ -326,7 +326,7 @@ class AskedOf(Questions, SaeUse):
 
     def items(self) -> list[EvalItem]:
         """Return the questions, if the model can be asked them; nothing is loaded for it."""
-        from resa_lens.models.host import read_unloaded
+        from resa_lens.models.unloaded import read_unloaded
         from resa_lens.stages.scores import questions_for
 
         # A file of questions may have the columns of the data.

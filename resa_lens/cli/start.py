@@ -74,7 +74,7 @@ class Doctor(AdapterBase, Place, Output):
         """Read the data, and mark documents by the model's tokenizer."""
         if self.data is None or self.model is None:
             return None
-        from resa_lens.models.host import read_unloaded
+        from resa_lens.models.unloaded import read_unloaded
         from resa_lens.texts.preview import preview
 
         tokenizer = read_unloaded(self.model, self.base).tokenizer

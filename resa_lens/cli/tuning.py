@@ -18,7 +18,7 @@ from resa_lens.texts.config import check_data, check_source
 from resa_lens.tuning.config import Control, Objective, TuneConfig, check_controls
 
 if TYPE_CHECKING:
-    from resa_lens.stages.sweep import SweepConfig
+    from resa_lens.stages.sweep_jobs import SweepConfig
     from resa_lens.stages.tune_job import TuneJob
 
 
@@ -122,7 +122,7 @@ class Sweep(AtLayers, Ruled, Tuning):
 
     def config(self, n_layers: int) -> SweepConfig:
         """Return the configuration of the sweep over a model of so many layers."""
-        from resa_lens.stages.sweep import SweepConfig
+        from resa_lens.stages.sweep_jobs import SweepConfig
         from resa_lens.stages.tune_job import ALL_CONTROLS
 
         layers, control_layers = (
@@ -149,7 +149,8 @@ def sweep(args: Sweep) -> Outcome:
     """
     ctx = args.context()
     from resa_lens.stages.adapters import questions_of
-    from resa_lens.stages.sweep import jobs_of, sweep_run
+    from resa_lens.stages.sweep import sweep_run
+    from resa_lens.stages.sweep_jobs import jobs_of
 
     questions_of(ctx, args.job(args.model))
     check_data(args.corpus)

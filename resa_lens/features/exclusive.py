@@ -24,7 +24,8 @@ from resa_lens.features.config import check_rule as check_rule
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.bounds import check_length
 from resa_lens.models.hookpoints import Hookpoint
-from resa_lens.models.host import Model, UnloadedModel
+from resa_lens.models.host import Model
+from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode
 from resa_lens.texts import prompts
 from resa_lens.texts.chat import render_chats

@@ -11,24 +11,19 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -36,10 +31,9 @@ from resa_lens.errors import BadInputError
 from resa_lens.hashes import digest
 from resa_lens.models.adapters import attach_adapter
 from resa_lens.models.bounds import guard
-from resa_lens.models.bridge import boot, names, quiet
+from resa_lens.models.bridge import boot, names
 from resa_lens.models.files import (
     BUNDLED,
-    check_config,
     check_safetensors,
     context_of,
     find_folder,
@@ -55,6 +49,7 @@ from resa_lens.models.gguf import set_special_tokens
 from resa_lens.models.hookpoints import Names
 from resa_lens.models.patterns import check_patterns
 from resa_lens.models.twin import twin
+from resa_lens.models.unloaded import reading, source_of, tokenizer_of
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -215,7 +210,7 @@ def _load_plain(
     path: Path, device: str, dtype: torch.dtype
 ) -> tuple[Any, Any, str, dict[str, str]]:
     """Load a folder or .gguf file; return model, tokenizer and the hashes of what was loaded."""
-    source, options = _source(path)
+    source, options = source_of(path)
     quantization: dict[str, Any] = {}
     if options:
         weights, quantization = [path], {"quantization_config": GgufConfig(dequantize=True)}
@@ -228,7 +223,7 @@ def _load_plain(
         weights = weight_files(path)
         for file in weights:
             check_safetensors(file)
-    with _reading(path):
+    with reading(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -242,7 +237,7 @@ def _load_plain(
             **quantization,
         )
         model, info = loaded
-        tokenizer = _read_tokenizer(source, options)
+        tokenizer = tokenizer_of(source, options)
     check_patterns(tokenizer, path)
     # transformers fills absent weights at random and only warns.
     if difference := _first_difference(model, info):
@@ -259,97 +254,6 @@ def _load_plain(
         parts = {"special": digest(changed)}
     guard(model, tokenizer, str(path))
     return model.to(device).eval(), tokenizer, hash_files(weights), parts
-
-
-_UNREADABLE = (
-    OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError,
-    ImportError, struct.error, StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises on files of other kinds or with other contents."""
-
-
-def _unreadable(path: Path, error: BaseException) -> BadInputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if "trust_remote_code" in reason:
-        reason = "its auto_map names Python code of its own, which is not run"
-    return BadInputError(f"{path} cannot be loaded as a causal language model: {reason[:300]}")
-
-
-def _read_tokenizer(source: Path, options: Mapping[str, str]) -> Any:
-    # The file is what the model was trained with.  For some architectures (qwen2) AutoTokenizer
-    # puts its own pre-tokenizer in place of the file's and leaves out a beginning token.
-    if not options and (source / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(source)
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-
-
-@dataclass(frozen=True)
-class UnloadedModel:
-    """What a model's configuration and tokenizer say, before any of its weights is read."""
-
-    name: str
-    """What the user asked for."""
-    path: Path
-    """The folder or file; of an adapter those of its base."""
-    n_layers: int
-    d_model: int
-    context: int | None
-    """As `Model.context`."""
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; BadInputError where it is damaged."""
-        with _reading(self.path):
-            return _read_tokenizer(*_source(self.path))
-
-
-def read_unloaded(name: str, base: str | None = None) -> UnloadedModel:
-    """Read what a model is without its weights: layers, width, context, tokenizer.
-
-    Args:
-        name: as of `load_model`.
-        base: of an adapter folder, its base model.
-
-    Raises:
-        BadInputError: not found, damaged, or no causal language model.
-    """
-    path = find_folder(name)
-    if path.is_dir() and (path / "adapter_config.json").exists():
-        path = resolve_base(path, base)
-    source, options = _source(path)
-    with _reading(path):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        text = config.get_text_config()
-        layers, width = int(text.num_hidden_layers), int(text.hidden_size)
-        return UnloadedModel(name, path, layers, width, context_of(config))
-
-
-def _source(path: Path) -> tuple[Path, dict[str, str]]:
-    """Return the folder that transformers reads a model from, and the name of its .gguf file.
-
-    Raises:
-        BadInputError: neither a model folder nor a .gguf file.
-    """
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise BadInputError(f"{path} is a file of no known kind; use a folder or a .gguf file")
-        return path.parent, {"gguf_file": path.name}
-    if not (path / "config.json").exists():
-        raise BadInputError(
-            f"{path} has no config.json; a model folder holds config.json, *.safetensors and a "
-            "tokenizer"
-        )
-    check_config(path)
-    return path, {}
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with quiet():
-            yield
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
 
 
 def _first_difference(model: Any, info: dict[str, Any]) -> str | None:
@@ -456,14 +360,12 @@ def _twin_of(model: Model) -> tuple[Any, Any, str, dict[str, str]] | None:
     """Return what `_load_plain` returns, over the weights of a loaded model; None if it cannot."""
     if model.peft is not None:
         return None
-    path, source, options = _source(str(model.folder), None)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-            second = twin(model.model, config)
-            tokenizer = _read_tokenizer(source, **options)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
+    path = model.folder
+    source, options = source_of(path)
+    with reading(path):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        second = twin(model.model, config)
+        tokenizer = tokenizer_of(source, options)
     if second is None:
         return None
     if path.is_file():

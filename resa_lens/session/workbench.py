@@ -10,7 +10,8 @@ from typing import Any
 from resa_lens.artifacts.stage import Context
 from resa_lens.errors import BadInputError
 from resa_lens.models.hookpoints import parse_layers
-from resa_lens.models.host import Model, UnloadedModel
+from resa_lens.models.host import Model
+from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.session.discovery import SAEs
 from resa_lens.session.options import COMMON
 from resa_lens.session.scores import Tuned

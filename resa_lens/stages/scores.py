@@ -39,7 +39,8 @@ from resa_lens.evals.tasks import EvalItem, load_tasks, select
 from resa_lens.hashes import digest
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.needs import generation_mb
-from resa_lens.models.host import Model, UnloadedModel
+from resa_lens.models.host import Model
+from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.saes.checkpoint import machine
 from resa_lens.stats import PairedComparison, compare_paired
 from resa_lens.texts.records import Record, doubts

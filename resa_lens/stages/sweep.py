@@ -18,15 +18,14 @@ from typing import TypeVar
 from resa_lens.artifacts.artifact import Artifact, Parent
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
 from resa_lens.artifacts.stage import Context, Draft
-from resa_lens.config import Config, config_dict, setting
+from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.compare import run_scores
 from resa_lens.evals.run import ask
 from resa_lens.evals.tasks import EvalItem
-from resa_lens.features.config import RULES, CountConfig, Rule
+from resa_lens.features.config import RULES, CountConfig
 from resa_lens.files import read_json, run_lock, write_errors, write_json
 from resa_lens.hashes import digest
-from resa_lens.models.hookpoints import trainable_layers
 from resa_lens.models.host import Model
 from resa_lens.progress import Reporter
 from resa_lens.stages.adapters import (
@@ -50,56 +49,16 @@ from resa_lens.stages.scores import (
     questions_hash,
     read_result,
 )
+from resa_lens.stages.sweep_jobs import Job, SweepConfig, jobs_of
 from resa_lens.stages.sweep_page import PAGE, write_sweep_page
 from resa_lens.stages.sweep_tables import JobScores, analyse, write_tables
-from resa_lens.stages.tune_job import TuneJob, with_sequence
+from resa_lens.stages.tune_job import with_sequence
 from resa_lens.stages.tuning import score_adapter, score_base
 from resa_lens.texts import corpora
-from resa_lens.tuning.config import Control
-from resa_lens.tuning.sft import KINDS
 
 T = TypeVar("T")
 WAIT_S = 2.0
 """Between two looks at the jobs that another process is at."""
-
-
-@dataclass(frozen=True)
-class SweepConfig(Config):
-    """Which tunings: layers x seeds, and controls at some layers x seeds."""
-
-    tune: TuneJob
-    """What every job shares; layer, seed and control are the job's own."""
-    layers: tuple[int, ...] | None = None
-    """0-based; all but the first and the last where not given."""
-    seeds: int = setting(3, "So many seeds: adapters, dropout and order of the data.", min=1)
-    """Of adapters, dropout and the order of the data: `tune.lora.seed` and those after it."""
-    controls: tuple[Control, ...] = ()
-    control_layers: tuple[int, ...] | None = None
-    """Where controls stand in an SAE's place; a third and two thirds of the layers by default."""
-    rule: Rule = "all"
-    """Whose counts the selectors see."""
-    effects: bool = True
-    """Measure causal effects by layer, for the selectors causal and blend."""
-    start_check: bool = setting(
-        False,
-        "First insert each SAE and tune nothing; the selector insertion reads it.",
-        later=True,
-    )
-    probes: bool = setting(
-        False, "Measure what gradient-probe and, with another source, activation-change read.",
-        later=True,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """One tuning of a sweep."""
-
-    name: str
-    layer: int | None
-    """0-based; None where no SAE is used."""
-    seed: int
-    control: str | None = None
 
 
 @dataclass
@@ -135,31 +94,6 @@ class SweepRun:
     def page(self) -> Path:
         """The page that needs nothing else."""
         return self.artifact.path / PAGE
-
-
-def jobs_of(config: SweepConfig, n_layers: int) -> list[Job]:
-    """Return the jobs, seed by seed, so that a part of a sweep is a smaller sweep.
-
-    Raises:
-        BadInputError: a layer that the model does not have.
-    """
-    layers = config.layers if config.layers is not None else tuple(trainable_layers(n_layers))
-    at = config.control_layers
-    if at is None:
-        at = tuple(dict.fromkeys(layers[len(layers) * i // 3] for i in (1, 2)))
-    for layer in (*layers, *at):
-        if not 0 <= layer < n_layers:
-            raise BadInputError(f"layer {layer}: the model has 0 to {n_layers - 1} (0-based)")
-    first = config.tune.lora.seed
-    jobs = []
-    for seed in range(first, first + config.seeds):
-        jobs += [Job(f"L{layer:02d}-s{seed}", layer, seed) for layer in layers]
-        for name in config.controls:
-            if name in KINDS:
-                jobs.append(Job(f"{name}-s{seed}", None, seed, name))
-            else:
-                jobs += [Job(f"L{x:02d}-{name}-s{seed}", x, seed, name) for x in at]
-    return jobs
 
 
 def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:

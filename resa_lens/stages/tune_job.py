@@ -13,7 +13,8 @@ from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
 from resa_lens.models.bounds import check_shapes
 from resa_lens.models.hookpoints import parse_layer
-from resa_lens.models.host import Model, read_unloaded
+from resa_lens.models.host import Model
+from resa_lens.models.unloaded import read_unloaded
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.controls import CONTROLS, MATCHED
 from resa_lens.stages.recommendation import discover, newest_recommendation, recommended_saes

@@ -19,7 +19,8 @@ from resa_lens.evals.engines import GenerationConfig
 from resa_lens.evals.run import EvalConfig
 from resa_lens.stages.adapters import adapter_run
 from resa_lens.stages.merge import merge_model
-from resa_lens.stages.sweep import SweepConfig, sweep_run
+from resa_lens.stages.sweep import sweep_run
+from resa_lens.stages.sweep_jobs import SweepConfig
 from resa_lens.stages.tune_job import TuneJob
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)

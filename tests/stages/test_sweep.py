@@ -28,7 +28,8 @@ from resa_lens.saes.train import SaeConfig
 from resa_lens.stages import sweep as sweeps
 from resa_lens.stages.saes import SaeRun
 from resa_lens.stages.scores import load_eval_items
-from resa_lens.stages.sweep import SweepConfig, jobs_of, sweep_run
+from resa_lens.stages.sweep import sweep_run
+from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.loop import TuneConfig

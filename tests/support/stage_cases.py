@@ -61,7 +61,8 @@ from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.saes import SaeRun
 from resa_lens.stages.scores import eval_run, load_eval_items
 from resa_lens.stages.stability import stability_run
-from resa_lens.stages.sweep import SweepConfig, sweep_run
+from resa_lens.stages.sweep import sweep_run
+from resa_lens.stages.sweep_jobs import SweepConfig
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.loop import TuneConfig
