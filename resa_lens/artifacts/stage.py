@@ -97,8 +97,7 @@ class Context:
                     scale=scale,
                 )  # fmt: skip
             usual = 1 if model.d_model <= NARROW else max(1, torch.get_num_threads())
-            threads = self.threads or usual
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads := self.threads or usual)
             self.reporter.note(
                 f"model {model.slug}: {model.n_layers} layers x {model.d_model}, {model.dtype} on "
                 f"{model.device} ({model.reason}), {threads} thread{'s' if threads > 1 else ''}"

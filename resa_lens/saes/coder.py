@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
-from resa_lens.models.host import quiet
+from resa_lens.models.bridge import quiet
 from resa_lens.saes.kernels import pair_dots, row_starts, weighted_rows
 from resa_lens.saes.select import Active, Encoder, above, batch_topk, half_precision, topk
 

@@ -23,8 +23,9 @@ from resa_lens.files import named_path
 from resa_lens.hashes import digest
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.limits import check_disk, memory_errors
+from resa_lens.models.bridge import quiet
 from resa_lens.models.files import find_folder, hash_files, resolve_base, weight_files
-from resa_lens.models.host import DTYPES, Model, load_model, quiet
+from resa_lens.models.host import DTYPES, Model, load_model
 from resa_lens.publishing import put_back
 
 _TOKENIZER_PATTERNS = (

@@ -60,12 +60,12 @@ def _alike(theirs: Callable[..., Any], size: int) -> bool:
     ramp = torch.linspace(-3, 2, 5 * 3 * size)
     heads = ramp.view(1, 5, 3, size)
     angles = ramp[: 3 * size].view(1, 3, size)
-    given = (heads[:, :4], heads[:, 4:], angles.cos(), angles.sin())
+    inputs = (heads[:, :4], heads[:, 4:], angles.cos(), angles.sin())
     try:
-        expected = theirs(*given)
+        expected = theirs(*inputs)
     except (TypeError, ValueError, RuntimeError):
         return False
-    return all(map(torch.equal, _apply()(*given), expected))
+    return all(map(torch.equal, _apply()(*inputs), expected))
 
 
 def _apply() -> Callable[..., tuple[Tensor, Tensor]]:
