@@ -205,11 +205,12 @@ def count_features(
     config = config or CountConfig()
     prompt = tag_prompt(model, config)
     ids = torch.tensor([prompt.ids])
-    for point in coders:
-        check_features(model, point, (), coders)
     layers = []
     batch = next(iter(stream_activations(model, [ids], list(coders))))
-    for point, coder in sorted(coders.items()):
+    for point in sorted(coders):
+        # One at a time: those of all layers of a large model are ten gigabytes.
+        coder = coders[point]
+        check_features(model, point, (), {point: coder})
         x: Float[Tensor, "position d_model"] = batch.acts[point][0].float()
         acts = encode(coder, x)
         options: dict[str, Any] = {
@@ -226,4 +227,5 @@ def count_features(
             )
             shared = {rule: len(set(loose[rule]) - set(features[rule])) for rule in RULES}
         layers.append(LayerCount(point.layer, features, seen, shared))
+        del coder
     return FeatureCounts(prompt, tuple(layers), config)

@@ -30,8 +30,9 @@ from resa_lens.models.activations import (
 )
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
-from resa_lens.saes.coder import SparseCoder, decode, encode
+from resa_lens.saes.coder import SparseCoder, decode, encode, encoder_of
 from resa_lens.saes.quality import measure_fvu
+from resa_lens.saes.select import Encoder
 
 KNOWN_LIMIT = 1.0
 """An SAE that explains less than the mean does has learnt nothing of this place."""
@@ -122,10 +123,11 @@ def check_fit(
                     f"{fvus[point]:.2f} on a probe text): train it on more (--tokens)"
                 )
             continue
-        better = held.better(point, coder)
+        encoder = encoder_of(coder)
+        better = held.better(point, coder, encoder)
         if fvus[point] <= FVU_LIMIT and better is None:
             continue
-        text = _reason(model, point, fvus[point], held.best(point, coder, better))
+        text = _reason(model, point, fvus[point], held.best(point, coder, better, encoder))
         if not allow_mismatch:
             raise BadInputError(text)
         first = text.splitlines()
@@ -172,39 +174,60 @@ class Places:
         self.acts = {point: torch.cat(rows) for point, rows in parts.items()}
         self._variances: dict[tuple[Hookpoint, int], tuple[float, float]] = {}
 
-    def measure(self, coder: SparseCoder, point: Hookpoint, tokens: int) -> Rival:
-        """Return how the SAE does at the place, on so many of the tokens."""
+    def measure(
+        self, coder: SparseCoder, point: Hookpoint, tokens: int, encoder: Encoder | None = None
+    ) -> Rival:
+        """Return how the SAE does at the place, on so many of the tokens.
+
+        Args:
+            coder: the SAE.
+            point: the place.
+            tokens: of the probe.
+            encoder: the SAE's `encoder_of`, where it is at hand: to make one casts all weights.
+        """
         x = self._part(point, tokens)
-        error = (x - decode(coder, encode(coder, x, exact=False))).pow(2).sum().item()
+        acts = encode(coder, x, exact=False, prepared=encoder)
+        error = (x - decode(coder, acts)).pow(2).sum().item()
         key = point, x.shape[0]
         if key not in self._variances:
             self._variances[key] = variances(x)
         whole, rest = self._variances[key]
         return Rival(point, error / max(whole, 1e-12), error / max(rest, 1e-12))
 
-    def better(self, point: Hookpoint, coder: SparseCoder) -> Rival | None:
+    def better(
+        self, point: Hookpoint, coder: SparseCoder, encoder: Encoder | None = None
+    ) -> Rival | None:
         """Return the place that fits the SAE better than its own, or None."""
+        encoder = encoder or encoder_of(coder)
         near = [point, *rivals(point, self.model.n_layers, self.model.names.sites)]
-        found = [self.measure(coder, other, NEAR_TOKENS) for other in near]
+        found = [self.measure(coder, other, NEAR_TOKENS, encoder) for other in near]
         winners = [r for r in found[1:] if r.beats(found[0], NEAR_MARGIN)]
         if not winners:
-            found = [self.measure(coder, other, self.scan) for other in self.points]
+            found = [self.measure(coder, other, self.scan, encoder) for other in self.points]
             own = found[self.points.index(point)]
             winners = [r for r in found if r.beats(own, FAR_MARGIN)]
         return min(winners, key=lambda r: r.score, default=None)
 
-    def best(self, point: Hookpoint, coder: SparseCoder, better: Rival | None) -> Rival | None:
+    def best(
+        self,
+        point: Hookpoint,
+        coder: SparseCoder,
+        better: Rival | None,
+        encoder: Encoder | None = None,
+    ) -> Rival | None:
         """Search all places for the one that an SAE which does not fit belongs to.
 
         Args:
             point: where it was put.
             coder: the SAE.
             better: a place that fits better, already found.
+            encoder: as of `measure`.
 
         Returns:
             The place, or None where it fits nowhere.
         """
-        found = [self.measure(coder, other, self.search) for other in self.points]
+        encoder = encoder or encoder_of(coder)
+        found = [self.measure(coder, other, self.search, encoder) for other in self.points]
         own = found[self.points.index(point)]
         fits = [r for r in found if r.beats(own, FAR_MARGIN)]
         if not fits and better is not None:

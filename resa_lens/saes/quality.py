@@ -399,6 +399,8 @@ def loss_change(
         with model.bridge.hooks(fwd_hooks=[hook]):
             inserted = sum(_loss(model.bridge(ids.to(model.device)), ids) for ids in batches)
         changes[point] = (inserted - plain) / max(1, len(batches))
+        # The next one may be loaded now.
+        del coder, hook
     return changes
 
 

@@ -79,9 +79,10 @@ def count_run(
 
     def work(draft: Draft) -> None:
         # Encoders alone: half of the files.
-        draft.expect(sum(saes.size_mb(places).values()) / 2, 0)
+        sizes = saes.size_mb(places).values()
+        draft.expect((sum(sizes) if control else 2 * max(sizes)) / 2, 0)
         with ctx.metered():
-            coders = saes.coders(model, layers, decoder=False)
+            coders = saes.each(model, layers, decoder=False)
             if control:
                 coders = {p: random_coder(coder, ctx.seed) for p, coder in coders.items()}
             counts = count_features(model, coders, config)

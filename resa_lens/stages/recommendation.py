@@ -157,7 +157,7 @@ def sae_quality(model: Model, saes: SaeRun, corpus: CorpusConfig, layers: Sequen
     def measure() -> dict[int, float]:
         probe = probe_batches(model, records, corpus)
         with packed(model, fit_corpus(corpus, model)):
-            changes = loss_change(model, saes.coders(model, layers), probe)
+            changes = loss_change(model, saes.each(model, layers), probe)
         return {point.layer: change for point, change in changes.items()}
 
     return Quality(digest([corpora.hash_records(records), result_fields(corpus)]), measure)

@@ -27,7 +27,7 @@ from resa_lens.saes.checkpoint import Checkpoints
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.kernels import kernel_path
 from resa_lens.saes.plan import Plan, plan_training
-from resa_lens.saes.train import SaeConfig, keep_pretrained, train_saes
+from resa_lens.saes.train import SaeConfig, TrainedSaes, keep_pretrained, train_saes
 from resa_lens.saes.world import ALONE, World
 from resa_lens.stages.own_thoughts import expected_seconds, with_own_thoughts
 from resa_lens.stages.saes import (
@@ -113,6 +113,7 @@ class _Job:
     source: Parent | None
     """The SAEs that the training begins with."""
     initial: Mapping[Hookpoint, SparseCoder] | None
+    """Loaded when they are looked up, and not kept."""
 
     @property
     def steps(self) -> int:
@@ -154,7 +155,7 @@ def _job(
                 f"mode {config.mode!r} begins with SAEs; pass their folder or hub id with --saes"
             )
         given = open_saes(ctx, model, named_path(source, "SAEs"), config.site, only=layers)
-        initial = given.coders(model, layers)
+        initial = given.each(model, layers)
         parent = given.parent(layers)
         first = next(iter(initial.values()))
         for what, value, has in (
@@ -299,8 +300,9 @@ def _groups(
     groups = [tuple(group) for group in read_json(file)] if file.exists() else []
     if job.config.mode == "pretrained":
         assert job.initial is not None
-        tensors = (t for coder in job.initial.values() for t in coder.state_dict().values())
-        draft.expect(0, sum(t.nbytes for t in tensors) / MB)
+        first = next(iter(job.initial.values()))
+        each = sum(t.nbytes for t in first.state_dict().values()) / MB
+        draft.expect(2 * each, len(job.layers) * each)
         return [job.layers]
     left = [layer for number, group in enumerate(groups or [job.layers])
             for layer in group if not (work / f"group-{number}" / FIGURES).exists()]  # fmt: skip
@@ -347,7 +349,7 @@ def _train_group(
     steps = job.steps
     if job.config.mode == "pretrained":
         assert job.initial is not None
-        trained = keep_pretrained(model, points, job.initial, job.held_out())
+        trained = _keep_each(job, points, place, save=world.rank == 0 or spread_layers)
         steps = 0
     else:
         trained = train_saes(
@@ -386,6 +388,23 @@ def _train_group(
                 shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return found
+
+
+def _keep_each(job: _Job, points: Sequence[Hookpoint], place: Path, *, save: bool) -> TrainedSaes:
+    """Measure and copy SAEs as they are, one at a time: of a large model each is a gigabyte."""
+    assert job.initial is not None
+    parts: list[TrainedSaes] = []
+    held_out = job.held_out()
+    for point in points:
+        part = keep_pretrained(job.model, [point], {point: job.initial[point]}, held_out)
+        if save:
+            with write_errors(place):
+                part.coders[point].save_to_disk(place / SAES / point.sparsify)
+        parts.append(replace(part, coders={}))
+        del part
+    quality = tuple(row for part in parts for row in part.quality)
+    seconds = sum(part.seconds for part in parts)
+    return replace(parts[0], quality=quality, seconds=seconds)
 
 
 def _read_group(place: Path) -> dict[str, Any] | None:

@@ -35,6 +35,34 @@ FIT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
+class EachCoder(Mapping[Hookpoint, SparseCoder]):
+    """Coders that are loaded when they are looked up and not kept; see `SaeRun.each`."""
+
+    run: SaeRun
+    model: Model
+    points: tuple[Hookpoint, ...]
+    decoder: bool = True
+
+    def __getitem__(self, point: Hookpoint) -> SparseCoder:
+        """Load the coder of a place."""
+        if point not in self.points:
+            raise KeyError(point)
+        return self.run.coders(self.model, [point.layer], decoder=self.decoder)[point]
+
+    def __iter__(self) -> Iterator[Hookpoint]:
+        """Go through the places."""
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        """Return the number of places."""
+        return len(self.points)
+
+    def __contains__(self, point: object) -> bool:
+        """Say whether a place has a coder, without loading it."""
+        return point in self.points
+
+
+@dataclass(frozen=True)
 class SaeRun:
     """SAEs in a folder of sparsify's layout, and what is known of them."""
 
@@ -57,6 +85,8 @@ class SaeRun:
     """Folders that are not named by sparsify's rule."""
     resumed_at_tokens: int = 0
     """Where this call went on with a killed run; 0 if it began anew."""
+    checked: frozenset[int] = frozenset()
+    """Layers that were held to their places when the SAEs were opened; `warnings` says how."""
 
     @property
     def site(self) -> str:
@@ -125,6 +155,20 @@ class SaeRun:
             )
             for p in wanted
         }
+
+    def each(
+        self, model: Model, layers: Sequence[int] | None = None, *, decoder: bool = True
+    ) -> Mapping[Hookpoint, SparseCoder]:
+        """Return the coders of `coders` as a mapping that loads one whenever it is looked up.
+
+        It keeps none: in a loop over its items one is alive, and the next one while it loads.
+        """
+        points = [p for p in self.points if layers is None or p.layer in layers]
+        if missing := sorted(set(layers or ()) - {p.layer for p in points}):
+            raise BadInputError(
+                f"{self.folder} has no SAE at {describe_layer(missing[0], model.n_layers)}"
+            )
+        return EachCoder(self, model, tuple(points), decoder)
 
     def size_mb(self, layers: Sequence[int]) -> dict[int, float]:
         """Return what the SAE of each layer takes, by its files."""
@@ -292,6 +336,7 @@ def open_saes(
         run,
         quality=run.quality or quality,
         warnings=tuple(warnings),
+        checked=frozenset(layers),
     )
 
 

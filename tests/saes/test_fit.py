@@ -13,6 +13,7 @@ from resa_lens.errors import BadInputError
 from resa_lens.models.activations import ordinary, special_ids
 from resa_lens.models.hookpoints import Hookpoint, parse_hookpoint
 from resa_lens.models.host import Model
+from resa_lens.saes import coder as coder_module
 from resa_lens.saes import fit, quality
 from resa_lens.saes.baselines import random_weights_model
 from resa_lens.saes.coder import SparseCoder, new_coder
@@ -81,6 +82,22 @@ def test_every_sae_is_refused_at_the_other_site(coders: Coders, places: Places) 
         best = places.best(other_site(point), coder, better)
         assert best is not None
         assert best.point == point
+
+
+def test_an_encoder_is_cast_once_for_all_places(
+    tiny: Model, coders: Coders, probe: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model a cast is a quarter of a CPU second, and there are some hundred places."""
+    casts: list[int] = []
+    real = coder_module.half_precision
+    monkeypatch.setattr(
+        coder_module, "half_precision", lambda *args: (casts.append(1), real(*args))[1]
+    )
+    point, coder = next(iter(coders.items()))
+    check_fit(tiny, {point: coder}, probe)
+    assert len(casts) == 1
+    check_fit(tiny, {other_site(point): coder}, probe, allow_mismatch=True)
+    assert len(casts) == 2
 
 
 @pytest.mark.parametrize("move", [1, -1, 5])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
+from resa_lens.features.config import CountConfig
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.progress import SILENT
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.formats import save_coder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages import saes as module
+from resa_lens.stages.counts import count_run
+from resa_lens.stages.recommendation import sae_quality
+from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.saes import SaeRun, find_saes, open_saes
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
@@ -155,3 +161,42 @@ def test_saes_on_the_asked_data_come_before_newer_ones(
     assert half != tiny_run
     assert reused("tiny", 0.5) == half
     assert reused("tiny", 0.0) == tiny_run
+
+
+def test_layers_are_loaded_one_after_the_other(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting, the selectors' quality and mode pretrained: bytes of the SAEs that are alive."""
+    layers = range(2, 5)
+    for layer in layers:
+        save_coder(coder(layer), tmp_path / "s" / f"layers.{layer}.mlp", "sparsify")
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    peaks: list[int] = []
+    real = module.load_coder
+
+    def load(*args: Any, **options: Any) -> Any:
+        alive.add(loaded := real(*args, **options))
+        peaks.append(sum(t.nbytes for part in alive for t in part.state_dict().values()))
+        return loaded
+
+    monkeypatch.setattr(module, "load_coder", load)
+    monkeypatch.setattr(module, "FIT_BYTES", 1)
+    # Untrained SAEs fit nowhere.
+    monkeypatch.setattr(module, "check_fit", lambda *_, **__: ({}, []))
+    ctx = Context(Workspace(tmp_path / "w"))
+    run = opened(tmp_path / "s", tiny, tmp_path)
+    one = sum(t.nbytes for t in coder(2).state_dict().values())
+    for work in (
+        lambda: count_run(ctx, tiny, run, CountConfig(), None),
+        lambda: sae_quality(tiny, run, CorpusConfig(), layers).measure(),
+        lambda: train_run(
+            ctx, tiny, list(layers), SaeConfig(mode="pretrained"), CorpusConfig(),
+            source=str(tmp_path / "s"),
+        ),
+    ):  # fmt: skip
+        gc.collect()
+        peaks.clear()
+        work()
+        assert len(peaks) >= len(layers)
+        # One, and the next one while it is loaded.
+        assert max(peaks) <= 2 * one
