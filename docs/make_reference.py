@@ -169,8 +169,8 @@ def _cell(text: str) -> str:
 
 
 FRONT = (
-    "lab", "scoring", "workbench", "plain", "results", "discovery", "features", "insertion",
-    "scores", "options",
+    "lab", "scoring", "probing", "workbench", "plain", "results", "discovery", "features",
+    "interventions", "insertion", "scores", "sweeps", "options",
 )  # fmt: skip
 """Modules of the front door, in the order in which a reader needs them."""
 ELSEWHERE = (

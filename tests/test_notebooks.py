@@ -19,7 +19,9 @@ from nbclient import NotebookClient
 from safetensors.numpy import load_file
 from typer.main import get_command
 
+from benchmarks.insertion_experiment import contrast
 from resa_lens.resources import data_path
+from resa_lens.stats import holm
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -178,10 +180,14 @@ def test_the_readme_names_every_notebook_and_no_other():
 IMPORT = re.compile(r"(?m)^(import|from) ")
 
 
-def test_quick_start_needs_one_import_beside_json():
-    code = [c.source for c in nbformat.read(QUICK, as_version=4).cells if c.cell_type == "code"]
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_the_front_door_and_little_else(notebook):
+    """JSON for its test, tables of pandas, and `import resa_lens as rl`."""
+    code = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
     assert sum(len(IMPORT.findall(cell)) for cell in code) <= 3
     assert not any(IMPORT.search(cell) for cell in code[1:])
+    assert "import resa_lens as rl" in code[0]
+    assert not re.search(r"(?m)^from resa_lens", code[0])
 
 
 def check_quick_start(found: dict[str, Any], place: Path) -> None:
@@ -354,8 +360,7 @@ def test_anatomy_of_a_counted_feature(written, execute):
 @pytest.mark.slow
 def test_anatomy_where_nothing_is_counted(written, execute):
     """The strict rule counts nothing on the bundled model; no other takes its place."""
-    few = "EvalConfig(limit=8)"
-    executed = execute(ANATOMY, written, considered='("all",)', questions=few)
+    executed = execute(ANATOMY, written, considered='("all",)', limit="8")
     found = values(executed)
     check_anatomy(found, written)
     assert found["totals"]["all"] == 0
@@ -380,7 +385,7 @@ def test_tuning_and_its_controls(demo, written, execute):
     assert found["layer"] == demo.result["recommendation"]["recommended"][0]
     assert found["base"] == [demo.result["tune"]["base"][key] for key in ("accuracy", "n")]
     # With the identity, or nothing, the two distributions are one: to the bit.
-    assert found["start"]["identity"] == found["start"]["nothing"] == [0.0, 0.0]
+    assert found["start"]["identity"] == found["start"]["none"] == [0.0, 0.0]
     (fvu, kl), (noise_fvu, noise_kl) = found["start"]["SAE"], found["start"]["noise"]
     assert noise_fvu == pytest.approx(fvu, rel=1e-4)
     assert kl > 0 < noise_kl
@@ -395,8 +400,34 @@ def test_tuning_and_its_controls(demo, written, execute):
     # An adapter of zeros is the base model.
     assert found["changed"]["identity"] == 0
     check_sweeps(found)
-    assert drawn(executed) == 5
+    check_insertion(found)
+    assert drawn(executed) == 7
     assert quiet(executed)
+
+
+def check_insertion(found: dict[str, Any]) -> None:
+    """The test at a tiny shape, and the registered contrasts against the registered analysis."""
+    assert list(found["verdicts"]) == list(found["insertion"]) == [str(found["layer"])]
+    files = sorted(data_path("experiment/insertion").glob("draw-*.json"))
+    stored = {file.stem: json.loads(file.read_text()) for file in files}
+    for draw, cells in stored.items():
+        accuracy = {name: 100 * cell["accuracy"] for name, cell in cells.items() if "n" in cell}
+        # A cell that a draw lacks is no number.
+        shown = {name: value for name, value in found["cells"][draw].items() if value == value}
+        assert shown == pytest.approx(accuracy)
+    for name in ("A - B", "A - C", "C - base"):
+        first, second = name.split(" - ")
+        row = contrast(name, [
+            100 * (cells[first]["accuracy"] - cells[second]["accuracy"])
+            for cells in stored.values()
+        ])  # fmt: skip
+        shown = found["contrasts"][name]
+        assert shown["n"] == len(stored)
+        assert [shown["mean"], *shown["ci"]] == pytest.approx([row.mean, *row.ci])
+        assert shown["p"] == pytest.approx(row.p_value)
+        assert shown["inside"] == (row.p_equivalent < 0.05)
+    primary = [found["contrasts"][name]["p"] for name in ("A - B", "A - C")]
+    assert list(found["holm"].values()) == pytest.approx(list(holm(primary)))
 
 
 def check_sweeps(found: dict[str, Any]) -> None:

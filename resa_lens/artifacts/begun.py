@@ -73,8 +73,8 @@ def restore_run(work: Path, device: str, threads: int | None, exact: bool) -> tu
     states = list(records(work))
     for number, (place, state) in enumerate(states, 1):
         # The last is nearest to what is kept: answers may have other threads than their process.
-        asked = threads if number == len(states) else None
-        begun = check_machine(state, place, device, asked) or begun
+        usable = threads if number == len(states) else None
+        begun = check_machine(state, place, device, usable) or begun
         if device.startswith("cuda") and exact and state.get("deterministic") is False:
             raise BadInputError(
                 f"the run in {place} began without --deterministic: it cannot become exact.\n"

@@ -49,7 +49,7 @@ def read_prices(path: Path | None = None) -> list[Price]:
         BadInputError: no such file, a column is missing, or a price is not a number of 0 or more.
     """
     path = path or data_path("prices.csv")
-    made = []
+    prices = []
     for number, row in enumerate(read_rows(path), start=1):
         if missing := {"device", "usd_per_hour"} - {k for k, v in row.items() if v is not None}:
             raise BadInputError(f"{path}, row {number} has no {sorted(missing)[0]}")
@@ -63,8 +63,8 @@ def read_prices(path: Path | None = None) -> list[Price]:
                 "number of 0 or more"
             )
         rest = (str(row.get(key) or "not said") for key in ("source", "date"))
-        made.append(Price(str(row["device"]).strip(), price, *rest))
-    return made
+        prices.append(Price(str(row["device"]).strip(), price, *rest))
+    return prices
 
 
 def one_price(usd_per_hour: float) -> list[Price]:
@@ -87,9 +87,9 @@ def price_of(hardware: str, device: str, prices: Sequence[Price]) -> Price | Non
     def plain(name: str) -> str:
         return " ".join(name.casefold().removeprefix("nvidia ").split())
 
-    for wanted in (hardware, device):
+    for device_name in (hardware, device):
         for price in prices:
-            if wanted and plain(price.device) == plain(wanted):
+            if device_name and plain(price.device) == plain(device_name):
                 return price
     return None
 
@@ -146,7 +146,7 @@ def spent(path: str, manifest: Manifest) -> Spent:
         counted = sum(n for n in counted.values() if isinstance(n, int))  # by phase
     tokens = counted if isinstance(counted, int) else None
     processes = manifest.results.get("processes", 1)
-    held = {
+    cost = {
         "seconds": manifest.seconds,
         "peak_rss_mb": manifest.peak_memory_mb,
         "device": manifest.device.split(":")[0],
@@ -154,16 +154,16 @@ def spent(path: str, manifest: Manifest) -> Spent:
         "energy_not_readable": ["not recorded"],
         **manifest.cost,
     }
-    if not isinstance(held.get("tokens"), int):
-        held["tokens"] = tokens
+    if not isinstance(cost.get("tokens"), int):
+        cost["tokens"] = tokens
     # A run that was killed and went on: what came before the last call was not metered.
-    if manifest.cost and manifest.seconds > 1.05 * held["seconds"] + 1:
-        held |= {"seconds": manifest.seconds, "joules": {}}
-        held["energy_not_readable"] = [
-            *held["energy_not_readable"],
+    if manifest.cost and manifest.seconds > 1.05 * cost["seconds"] + 1:
+        cost |= {"seconds": manifest.seconds, "joules": {}}
+        cost["energy_not_readable"] = [
+            *cost["energy_not_readable"],
             "not metered before a kill",
         ]
-    return Spent(path, manifest.kind, held)
+    return Spent(path, manifest.kind, cost)
 
 
 def costs_of(workspace: Workspace, adapter: str | None) -> tuple[list[Spent], list[str]]:
@@ -238,8 +238,10 @@ def lineage_costs(
     adapted = hashlib.sha256(f"{base}{own}".encode()).hexdigest()
     runs = workspace.artifacts(Eval, problems=problems)
     of_adapter = [run for run in runs if run.weights == adapted]
-    asked = [_question_of(run.manifest) for run in of_adapter]
-    of_base = [run for run in runs if run.weights == base and _question_of(run.manifest) in asked]
+    questions = [_question_of(run.manifest) for run in of_adapter]
+    of_base = [
+        run for run in runs if run.weights == base and _question_of(run.manifest) in questions
+    ]
     return [spent(a.relative, a.manifest) for a in (*chain.values(), *of_base, *of_adapter)]
 
 
@@ -286,8 +288,8 @@ def in_papers_columns(items: Sequence[Spent], prices: Sequence[Price]) -> dict[s
 
 def used_prices(items: Sequence[Spent], prices: Sequence[Price]) -> list[Price]:
     """Return the prices that the artifacts' devices have, each once."""
-    found = (price_of(i.cost.get("hardware", ""), i.cost["device"], prices) for i in items)
-    return list(dict.fromkeys(price for price in found if price is not None))
+    used = (price_of(i.cost.get("hardware", ""), i.cost["device"], prices) for i in items)
+    return list(dict.fromkeys(price for price in used if price is not None))
 
 
 def unpriced(items: Sequence[Spent], prices: Sequence[Price]) -> list[str]:

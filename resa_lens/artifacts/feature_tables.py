@@ -135,17 +135,17 @@ class Groups:
         score: str | None = None,
     ) -> list[int]:
         """Return the row groups that can hold a layer, some of its features, a score."""
-        held = np.ones(len(self.low), dtype=bool)
+        mask = np.ones(len(self.low), dtype=bool)
         if layer is not None:
-            held = (self.low[:, 0] <= layer) & (layer <= self.high[:, 0])
+            mask = (self.low[:, 0] <= layer) & (layer <= self.high[:, 0])
         if features is not None:
-            wanted = np.asarray(features)
-            near = (self.low[:, 1, None] <= wanted) & (wanted <= self.high[:, 1, None])
+            indices = np.asarray(features)
+            near = (self.low[:, 1, None] <= indices) & (indices <= self.high[:, 1, None])
             # A group with more than one layer says nothing of the features of each.
-            held &= near.any(1) | (self.low[:, 0] != self.high[:, 0])
+            mask &= near.any(1) | (self.low[:, 0] != self.high[:, 0])
         if score is not None:
-            held &= [ends is None or ends[0] <= score <= ends[1] for ends in self.scores]
-        return np.flatnonzero(held).tolist()
+            mask &= [ends is None or ends[0] <= score <= ends[1] for ends in self.scores]
+        return np.flatnonzero(mask).tolist()
 
     def read(self, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """Read row groups, in full or some columns.
@@ -153,12 +153,12 @@ class Groups:
         Raises:
             BadInputError: the file is damaged, or another one since it was opened.
         """
-        wanted = self.schema.names if columns is None else list(columns)
+        names = self.schema.names if columns is None else list(columns)
         try:
-            with pq.ParquetFile(self.file, metadata=self.metadata) as held:
-                found = held.read_row_groups(list(groups), wanted)
+            with pq.ParquetFile(self.file, metadata=self.metadata) as stream:
+                rows = stream.read_row_groups(list(groups), names)
             if _written(self.file) == self.written:
-                return found
+                return rows
             raise BadInputError(f"{self.file} was written anew while it was read; read it again")
         except (pa.ArrowException, OSError) as error:
             raise _damaged(self.file) from error
@@ -169,9 +169,9 @@ class Groups:
         Raises:
             BadInputError: the file is damaged.
         """
-        found = self.read(self.of(layer, [feature]))
+        rows = self.read(self.of(layer, [feature]))
         mine = (pc.field("layer") == layer) & (pc.field("feature") == feature)
-        return found.filter(mine).to_pylist()
+        return rows.filter(mine).to_pylist()
 
 
 def open_groups(file: Path, schema: pa.Schema) -> Groups:
@@ -186,8 +186,8 @@ def open_groups(file: Path, schema: pa.Schema) -> Groups:
     """
     try:
         written = _written(file)
-        with pq.ParquetFile(file) as held:
-            metadata, own = held.metadata, held.schema_arrow
+        with pq.ParquetFile(file) as statistics:
+            metadata, own = statistics.metadata, statistics.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file) from error
     for field in schema:
@@ -202,8 +202,8 @@ def open_groups(file: Path, schema: pa.Schema) -> Groups:
     def ends(name: str) -> list[tuple[Any, Any] | None]:
         if name not in places:
             return [None] * len(groups)
-        held = [group.column(places[name]).statistics for group in groups]
-        return [(s.min, s.max) if s is not None and s.has_min_max else None for s in held]
+        statistics = [group.column(places[name]).statistics for group in groups]
+        return [(s.min, s.max) if s is not None and s.has_min_max else None for s in statistics]
 
     # Where nothing is known, a group can hold anything.
     both = [[pair or (0, 2**31 - 1) for pair in ends(name)] for name in ("layer", "feature")]
@@ -213,8 +213,8 @@ def open_groups(file: Path, schema: pa.Schema) -> Groups:
 
 
 def _written(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size
+    state = file.stat()
+    return state.st_mtime_ns, state.st_size
 
 
 def read_feature(
@@ -241,9 +241,9 @@ def edges_of(schema: pa.Schema, where: Path) -> list[float]:
     Raises:
         BadInputError: it holds none.
     """
-    held = (schema.metadata or {}).get(EDGES)
+    edges = (schema.metadata or {}).get(EDGES)
     try:
-        return [float(edge) for edge in (held or b"").decode().split(",")]
+        return [float(edge) for edge in (edges or b"").decode().split(",")]
     except ValueError as error:
         raise BadInputError(
             f"{where} says nothing of its histogram's bins; --force makes it anew"

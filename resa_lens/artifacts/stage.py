@@ -184,10 +184,10 @@ class Context:
             "data": dict(data or {}),
             "parents": {part: parent.identity for part, parent in (parents or {}).items()},
         }
-        shown = dict(settings) if settings is not None else _shown(config)
+        visible = dict(settings) if settings is not None else _shown(config)
         paths = [parent.path for parent in (parents or {}).values() if parent.path]
         return Stage(
-            self, kind, model, name, ingredients, shown, dict(data or {}),
+            self, kind, model, name, ingredients, visible, dict(data or {}),
             tuple(dict.fromkeys(paths)), noun or kind.title,
         )  # fmt: skip
 

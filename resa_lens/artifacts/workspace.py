@@ -148,7 +148,7 @@ class Workspace:
             TakenError: another process wrote the same meanwhile; the workspace is as that left it.
             RunFailedError: the disk is full, or another write error; the workspace is as before.
         """
-        beside = KINDS[manifest.kind].beside if manifest.kind in KINDS else ()
+        companions = KINDS[manifest.kind].beside if manifest.kind in KINDS else ()
         began = time.monotonic()
         # A folder that is no workspace may hold other programs' files of such names.
         inside = Path(self.relative(folder)).parts[0] in {kind.folder for kind in KINDS.values()}
@@ -162,7 +162,7 @@ class Workspace:
             manifest.files = {
                 str(file.relative_to(temporary)): file_hash(file, cached=False)
                 for file in sorted(temporary.rglob("*"))
-                if file.is_file() and file.name not in beside
+                if file.is_file() and file.name not in companions
             }
             write_json(temporary / MANIFEST, sealed(manifest))
 

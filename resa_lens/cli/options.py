@@ -174,8 +174,8 @@ def _is_path(kind: Any) -> bool:
 def _help(about: Mapping[str, Any], kind: Any) -> str:
     # That a number is positive and no absurd one goes without saying.
     telling = "over" in about or about.get("min", 1) > 1 or about.get("max", MOST) <= 100
-    shown = kind in (int, float) and telling
-    return f"{about['help']} ({range_of(about)})" if shown else about["help"]
+    limited = kind in (int, float) and telling
+    return f"{about['help']} ({range_of(about)})" if limited else about["help"]
 
 
 @cache
@@ -272,12 +272,12 @@ def running() -> Running:
 
 
 def _recorded(name: str, values: Mapping[str, Any]) -> Running:
-    words, arguments, given = ["resa-lens", name], [], {}
+    words, arguments, changes = ["resa-lens", name], [], {}
     for key, option in options_of(CLASSES[name]).items():
         value = values.get(key)
         if key in NOT_RECORDED or value is None or value == option.default:
             continue
-        given[option.label.lstrip("-")] = value
+        changes[option.label.lstrip("-")] = value
         if option.about.get("argument"):
             arguments += value if isinstance(value, list) else [value]
         elif isinstance(value, bool):
@@ -289,7 +289,7 @@ def _recorded(name: str, values: Mapping[str, Any]) -> Running:
                 words += [f"{option.label}={text}"] if text[:1] == "-" else [option.label, text]
     if any(str(word).startswith("-") for word in arguments):
         arguments.insert(0, "--")
-    return Running([*words, *map(str, arguments)], given)
+    return Running([*words, *map(str, arguments)], changes)
 
 
 def command(name: str) -> Callable[[Callable[[Any], Outcome]], Callable[[Any], Outcome]]:

@@ -35,7 +35,7 @@ def read_settings(file: str, options: Mapping[str, Option]) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise BadInputError(f"--config {file} holds no options; write for example `tokens: 20000`")
     known = {option.label.lstrip("-").replace("_", "-"): option for option in options.values()}
-    made: dict[str, Any] = {}
+    words: dict[str, Any] = {}
     for name, value in values.items():
         option = known.get(str(name).replace("_", "-"))
         if option is None:
@@ -45,8 +45,8 @@ def read_settings(file: str, options: Mapping[str, Option]) -> dict[str, Any]:
                 f"{near[0]!r}"
             )
         if value is not None:
-            made[option.key] = _word(file, str(name), option, value)
-    return made
+            words[option.key] = _word(file, str(name), option, value)
+    return words
 
 
 def _word(file: str, name: str, option: Option, value: Any) -> Any:
@@ -54,7 +54,7 @@ def _word(file: str, name: str, option: Option, value: Any) -> Any:
     several = str(bare(option.kind)[0]).startswith(("list", "tuple"))
     values = value if several and isinstance(value, list) else [value]
     if flag != isinstance(value, bool) or not all(isinstance(v, str | int | float) for v in values):
-        wanted = "true or false" if flag else "one value" + (", or a list" if several else "")
-        raise BadInputError(f"--config {file}: {name} is {value!r:.60}; give {wanted}")
+        form = "true or false" if flag else "one value" + (", or a list" if several else "")
+        raise BadInputError(f"--config {file}: {name} is {value!r:.60}; give {form}")
     words = [str(v) for v in values]
     return value if flag else words if several else words[0]

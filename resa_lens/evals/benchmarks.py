@@ -182,8 +182,8 @@ def data_files(folder: Path, benchmark: Benchmark) -> list[Path]:
     """
     files = sorted(file for pattern in _PATTERNS for file in folder.rglob(pattern))
     files = files or sorted(folder.rglob("*.json"))
-    for wanted in (benchmark.subset, benchmark.split):
-        named = [f for f in files if wanted in str(f.relative_to(folder))]
+    for part in (benchmark.subset, benchmark.split):
+        named = [f for f in files if part in str(f.relative_to(folder))]
         files = named or files
     if not files:
         raise BadInputError(
@@ -192,9 +192,9 @@ def data_files(folder: Path, benchmark: Benchmark) -> list[Path]:
         )
     # data/train-00000-of-00002.parquet and its like are one table.
     if len({file.name.split("-00")[0] for file in files}) > 1:
-        shown = ", ".join(str(file.relative_to(folder)) for file in files[:4])
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:4])
         raise BadInputError(
-            f"{benchmark.name}: {folder} holds several files ({shown}); "
+            f"{benchmark.name}: {folder} holds several files ({names}); "
             f"pass one, for example {benchmark.name}={files[0]}"
         )
     return files

@@ -130,8 +130,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, the paired comparison's own at the top."""
-        made = asdict(self)
-        return {"base": made.pop("base"), "other": made.pop("other"), **made.pop("paired"), **made}
+        values = asdict(self)
+        return {
+            "base": values.pop("base"),
+            "other": values.pop("other"),
+            **values.pop("paired"),
+            **values,
+        }
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,9 @@ class Comparisons:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with each paired comparison's own beside its run."""
-        made = asdict(self)
-        rows = [{**row.pop("paired"), **row} for row in made.pop("runs")]
-        return {**made, "runs": rows}
+        values = asdict(self)
+        rows = [{**row.pop("paired"), **row} for row in values.pop("runs")]
+        return {**values, "runs": rows}
 
 
 def run_scores(name: str, rows: Sequence[Mapping[str, Any]]) -> RunScores:
@@ -195,20 +200,20 @@ def run_scores(name: str, rows: Sequence[Mapping[str, Any]]) -> RunScores:
         BadInputError: no samples, or not the same number for every question.
     """
     column = "task" if len({row.get("task") for row in rows}) > 1 else "family"
-    found: dict[Question, list[Mapping[str, Any]]] = defaultdict(list)
+    by_question: dict[Question, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         key = Question(row["id"], row["question"], row["gold"], row[column], row["level"])
-        found[key].append(row)
-    if not found:
+        by_question[key].append(row)
+    if not by_question:
         raise BadInputError(f"run {name} holds no samples; score it again")
-    order = sorted(found, key=lambda q: (q.id, q.question, q.gold))
-    most = max(len(samples) for samples in found.values())
-    if short := [q.id for q in order if len(found[q]) < most]:
+    order = sorted(by_question, key=lambda q: (q.id, q.question, q.gold))
+    most = max(len(samples) for samples in by_question.values())
+    if short := [q.id for q in order if len(by_question[q]) < most]:
         raise BadInputError(
             f"run {name} lacks samples: {len(short)} of {len(order)} questions have fewer than "
             f"{most}, question {short[0]} first; run its eval again, it goes on where it stopped"
         )
-    samples = [sorted(found[q], key=lambda row: row["sample"]) for q in order]
+    samples = [sorted(by_question[q], key=lambda row: row["sample"]) for q in order]
     return RunScores(
         name,
         tuple(order),
@@ -240,11 +245,11 @@ def check_paired(runs: Sequence[RunScores]) -> None:
 
 def _places(run: RunScores, column: str) -> dict[Any, list[int]]:
     """{task or level: places of its questions}, sorted; questions without one are left out."""
-    found: dict[Any, list[int]] = defaultdict(list)
+    places: dict[Any, list[int]] = defaultdict(list)
     for place, question in enumerate(run.questions):
         if (value := getattr(question, column)) is not None:
-            found[value].append(place)
-    return {value: found[value] for value in sorted(found)}
+            places[value].append(place)
+    return {value: places[value] for value in sorted(places)}
 
 
 def _share(values: Floats, seed: int, draws: int = DRAWS) -> Share:
@@ -412,12 +417,12 @@ def compare_many(
     ranked = tuple(
         RankedRun(
             run.name,
-            found,
+            pair,
             float(p),
             stats.paired_interval(row, together, draws, seed)[0],
             stats.equivalence_test(base.means, run.means, margin, draws=draws, seed=seed),
         )
-        for run, found, p, row in zip(others, paired, corrected, differences, strict=True)
+        for run, pair, p, row in zip(others, paired, corrected, differences, strict=True)
     )
     everyone = [base, *others]
     table = np.array([run.means for run in everyone])[:, None]

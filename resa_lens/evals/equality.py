@@ -46,12 +46,12 @@ def same_answers(prediction: str, gold: str, algebra: Algebra) -> bool:
         gold: the right one.
         algebra: decides on expressions.
     """
-    found, target = read_value(prediction), read_value(gold)
-    if found is None or target is None:
+    answer, target = read_value(prediction), read_value(gold)
+    if answer is None or target is None:
         return False
     if squeezed(tidy(prediction)) == squeezed(tidy(gold)):
         return True
-    return _same(found, target, algebra)
+    return _same(answer, target, algebra)
 
 
 def _same(a: Value, b: Value, algebra: Algebra) -> bool:

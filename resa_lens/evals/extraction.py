@@ -122,8 +122,8 @@ def final_part(text: str) -> tuple[str, bool]:
     ends = [match.end() for match in _THOUGHT.finditer(text)]
     opened = THINK_OPEN in text or _CHANNEL in text
     tail = _SPECIAL.sub("", text[ends[-1] :] if ends else text)
-    said = bool(tail.strip()) and (bool(ends) or not opened)
-    return (tail if said else _SPECIAL.sub("", text))[-MAX_TEXT:], said
+    complete = bool(tail.strip()) and (bool(ends) or not opened)
+    return (tail if complete else _SPECIAL.sub("", text))[-MAX_TEXT:], complete
 
 
 def boxed(text: str) -> list[tuple[int, str]]:
@@ -133,7 +133,7 @@ def boxed(text: str) -> list[tuple[int, str]]:
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """Return (start, end, content) of every box, in the order in which they end."""
-    found: list[tuple[int, int, str]] = []
+    boxes: list[tuple[int, int, str]] = []
     opened: list[tuple[int, int] | None] = []
     for match in _BRACE.finditer(text):
         token = match.group()
@@ -144,8 +144,8 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
         elif token == "}" and opened:  # noqa: S105
             box = opened.pop()
             if box is not None:
-                found.append((box[0], match.end(), text[box[1] : match.start()]))
-    return found
+                boxes.append((box[0], match.end(), text[box[1] : match.start()]))
+    return boxes
 
 
 def last_box(text: str) -> str | None:
@@ -201,14 +201,14 @@ def extract_answer(text: str, extraction: Extraction = "resa") -> str | None:
     Raises:
         RunFailedError: the process that reads for `lighteval` does not start.
     """
-    tail, said = final_part(text)
+    tail, complete = final_part(text)
     if extraction == "boxed":
         return last_box(tail)
     if extraction == "lighteval":
-        return JUDGE.extract(tail) if said else None
+        return JUDGE.extract(tail) if complete else None
     if marked := marked_answer(tail):
         return marked
-    return spoken_answer(_EMPTY_MARK.sub("", tail)) if said else None
+    return spoken_answer(_EMPTY_MARK.sub("", tail)) if complete else None
 
 
 def plain(text: str) -> str:

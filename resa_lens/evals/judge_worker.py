@@ -81,8 +81,8 @@ class Comparer:
         from math_verify import parse, verify
 
         target = parse(f"\\boxed{{{gold}}}", parsing_timeout=self.timeout)
-        found = parse(f"\\boxed{{{prediction}}}", parsing_timeout=self.timeout)
-        return bool(verify(target, found, timeout_seconds=self.timeout))
+        parsed = parse(f"\\boxed{{{prediction}}}", parsing_timeout=self.timeout)
+        return bool(verify(target, parsed, timeout_seconds=self.timeout))
 
     def verify_text(self, text: str, gold: str) -> bool:
         """Return math-verify's verdict on a whole text, with its own extraction."""
@@ -110,8 +110,8 @@ class Comparer:
             if letters
             else [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
         )
-        found = parse(text, configs, parsing_timeout=self.timeout)
-        return str(found[-1]) if found else None
+        parsed = parse(text, configs, parsing_timeout=self.timeout)
+        return str(parsed[-1]) if parsed else None
 
     def equal(self, prediction: str, gold: str) -> bool:
         """Return whether two expressions are equal for all values of their variables."""

@@ -78,15 +78,15 @@ def extract_letter(text: str, extraction: Extraction = "resa") -> str | None:
         text: a generated text.
         extraction: by whose rules.
     """
-    tail, said = final_part(text)
+    tail, complete = final_part(text)
     if extraction == "boxed":
         return _first(last_box(tail) or "")
     if extraction == "lighteval":
-        return _harness_letter(tail) if said else None
+        return _harness_letter(tail) if complete else None
     marked = marked_answer(tail)
     if marked and (letter := _first(marked) or _spoken(marked)):
         return letter
-    return _spoken(tail) if said else None
+    return _spoken(tail) if complete else None
 
 
 def _first(answer: str) -> str | None:
@@ -109,15 +109,15 @@ def _first(answer: str) -> str | None:
 
 def _spoken(text: str) -> str | None:
     text = plain(text)
-    found = [
+    matches = [
         letter
         for cue in (_CUE, _CHOSEN)
         for match in cue.finditer(text)
         if not NEGATION.search(match.group()) and not _refused(text, match.start())
         and (letter := _first(text[match.end() : match.end() + 400].lstrip()))
     ]  # fmt: skip
-    if found:
-        return found[-1]
+    if matches:
+        return matches[-1]
     correct = [
         match[1]
         for match in _CORRECT.finditer(text)

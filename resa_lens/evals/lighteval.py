@@ -148,8 +148,8 @@ def _doc(task: str, query: str, gold: str, choice: bool, specific: dict[str, Any
 
 def benchmark_doc(benchmark: Benchmark, line: dict[str, Any], task_name: str = "") -> Any:
     """Return a row of a benchmark as lighteval's document: what our own engines ask."""
-    asked = question_of(benchmark, line)
-    return _doc(task_name, asked.query, asked.gold, benchmark.kind == "choice", {})
+    question = question_of(benchmark, line)
+    return _doc(task_name, question.query, question.gold, benchmark.kind == "choice", {})
 
 
 def benchmark_task(benchmark: Benchmark, samples: int = 1) -> Any:
@@ -369,7 +369,7 @@ def _compared(
     return {
         "harness": f"lighteval {version('lighteval')}",
         "metric": METRIC,
-        "accuracy": float(np.mean([v for found in values.values() for v in found[METRIC]])),
+        "accuracy": float(np.mean([v for metrics in values.values() for v in metrics[METRIC]])),
         "differing": len(differing),
         "only_lighteval": sum(row[METRIC] for row in differing),
         "only_resa_lens": sum(row[OURS] for row in differing),

@@ -275,15 +275,15 @@ def evaluate(
         BadInputError: as `ask`.
         RunFailedError: grading fails, see `grading.grade`.
     """
-    asked = ask(items, config, tokenizer)
+    questions = ask(items, config, tokenizer)
     began = time.perf_counter()
     generations = engine.generate(
-        [one.prompt for one in asked],
+        [one.prompt for one in questions],
         config.generation,
-        None if progress is None else lambda done: progress(done, len(asked)),
-        streams=[one.stream for one in asked],
+        None if progress is None else lambda done: progress(done, len(questions)),
+        streams=[one.stream for one in questions],
     )
-    return score(asked, generations, extraction=config.extraction, began=began)
+    return score(questions, generations, extraction=config.extraction, began=began)
 
 
 def score(

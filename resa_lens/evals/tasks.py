@@ -74,9 +74,9 @@ def parse_tasks(text: str) -> list[TaskSpec]:
 
 
 def _parse_task(text: str) -> TaskSpec:
-    found = _OPTIONS.fullmatch(text)
-    assert found is not None  # it matches every text
-    name, options = found[1], dict(o.split("=", 1) for o in found[2].split(":") if o)
+    match = _OPTIONS.fullmatch(text)
+    assert match is not None  # it matches every text
+    name, options = match[1], dict(o.split("=", 1) for o in match[2].split(":") if o)
     if not name:
         raise BadInputError(f"task {text!r} has no name; use {_choices()}")
     place = None
@@ -239,15 +239,15 @@ def _benchmark_items(name: str, place: str | None, seed: int) -> list[EvalItem]:
     benchmark = BENCHMARKS[name]
     items = []
     for index, row in enumerate(benchmark_rows(benchmark, place)):
-        asked = question_of(benchmark, row, seed)
+        question = question_of(benchmark, row, seed)
         items.append(
             EvalItem(
                 id=f"{name}-{index}",
-                question=asked.text,
-                answer=asked.gold,
+                question=question.text,
+                answer=question.gold,
                 family=word_of(row.get(benchmark.family)) or None if benchmark.family else None,
                 level=level_of(row.get(benchmark.level)) if benchmark.level else None,
-                query=asked.query,
+                query=question.query,
                 choice=benchmark.kind == "choice",
             )
         )

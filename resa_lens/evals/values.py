@@ -204,8 +204,8 @@ def _union(text: str) -> Value | None:
 
 def _related(text: str) -> Value | None:
     hidden = mask(text)
-    if len(found := list(_IN.finditer(hidden))) == 1 and text[: found[0].start()].strip():
-        return _read(text[found[0].end() :])
+    if len(matches := list(_IN.finditer(hidden))) == 1 and text[: matches[0].start()].strip():
+        return _read(text[matches[0].end() :])
     signs = [_SPELLED.get(m.group(), m.group()) for m in _RELATION.finditer(hidden)]
     if not signs:
         return None

@@ -40,8 +40,8 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
         edges: of the bins, one more than there are bins; equal steps on a log axis, or nearly so.
         counts: tokens in each bin; empty bins at both ends are left out.
     """
-    held = [place for place, count in enumerate(counts) if count]
-    first, last = (held[0], held[-1]) if held else (0, 0)
+    filled = [place for place, count in enumerate(counts) if count]
+    first, last = (filled[0], filled[-1]) if filled else (0, 0)
     kept = list(range(max(0, first - 1), min(len(counts), last + 2)))
     bounds = [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)]
     figure = go.Figure(
@@ -60,10 +60,10 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
     marks = [place for place in marks if place % every == 0]
     figure.update_xaxes(tickvals=marks, ticktext=[f"{edges[place]:.2g}" for place in marks])
     figure.update_yaxes(rangemode="tozero")
-    made = _layout(
+    drawn = _layout(
         figure, "Activation where it fires", "activation, log scale", "tokens", legend=False
     )
-    return made.update_layout(hovermode="closest", height=320)
+    return drawn.update_layout(hovermode="closest", height=320)
 
 
 def phases_figure(
@@ -96,7 +96,7 @@ def phases_figure(
         )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(rangemode="tozero")
-    made = _layout(
+    drawn = _layout(
         figure,
         "Density by phase",
         "% of the phase's tokens",
@@ -104,7 +104,7 @@ def phases_figure(
         f"95 % of the whole, over {documents} documents",
         legend=False,
     )
-    return made.update_layout(hovermode="closest", height=320)
+    return drawn.update_layout(hovermode="closest", height=320)
 
 
 def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float) -> go.Figure:
@@ -142,11 +142,11 @@ def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float)
     figure.update_yaxes(
         type="category", categoryorder="array", categoryarray=[TRIALS[kind] for kind in kinds][::-1]
     )
-    made = _layout(
+    drawn = _layout(
         figure,
         "Where it fires",
         "% of the trials",
         "",
         "95 % intervals; dashed: from here it counts as firing",
     )
-    return made.update_layout(hovermode="closest", height=400, legend_y=-0.3)
+    return drawn.update_layout(hovermode="closest", height=400, legend_y=-0.3)

@@ -52,21 +52,21 @@ def on_one_axis(
     """
     upper: Any = above.layout  # properties made while running, which no type checker sees
     lower: Any = below.layout
-    made: Any = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
-    _layout(made, title, "", "")
+    figure: Any = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    _layout(figure, title, "", "")
     for row, (part, layout) in enumerate(((above, upper), (below, lower)), start=1):
-        made.add_traces(list(part.data), rows=row, cols=1)
+        figure.add_traces(list(part.data), rows=row, cols=1)
         suffix = "" if row == 1 else "2"
         for kind in ("shapes", "annotations"):
             moved = [_moved(mark, suffix) for mark in getattr(layout, kind)]
-            made.update_layout({kind: [*getattr(made.layout, kind), *moved]})
+            figure.update_layout({kind: [*getattr(figure.layout, kind), *moved]})
         axis = layout.yaxis
-        made.update_yaxes(
+        figure.update_yaxes(
             title_text=axis.title.text, range=axis.range, rangemode=axis.rangemode,
             dtick=axis.dtick, row=row, col=1,
         )  # fmt: skip
     marks = [_moved(s, "2") for s in upper.shapes if s.type == "line" and s.x0 == s.x1]
-    made.update_layout(shapes=[*made.layout.shapes, *marks])
+    figure.update_layout(shapes=[*figure.layout.shapes, *marks])
     shift, last = int(one_based), max(layers)
     traces: list[Any] = [*above.data, *below.data]
     places = [float(x) for trace in traces for x in trace.x] + [last + shift]
@@ -74,20 +74,20 @@ def on_one_axis(
     ticks = {float(layer + shift): str(layer + shift) for layer in named}
     if beyond := [x for x in places if x > last + shift + 0.9]:
         ticks[sum(beyond) / len(beyond)] = "no layer"
-    made.update_xaxes(
+    figure.update_xaxes(
         range=[min(places) - 0.6, max(places) + 0.6],
         tickmode="array",
         tickvals=list(ticks),
         ticktext=list(ticks.values()),
     )
-    made.update_xaxes(title_text=_axis(one_based), row=2, col=1)
+    figure.update_xaxes(title_text=_axis(one_based), row=2, col=1)
     # At the figure's foot: below two axes its place in shares of their height would vary with it.
-    made.update_layout(
+    figure.update_layout(
         height=740,
         legend={"yref": "container", "y": 0.005, "yanchor": "bottom"},
         bargap=upper.bargap,
     )
-    return made
+    return figure
 
 
 def _moved(mark: Any, suffix: str) -> dict[str, Any]:
@@ -107,16 +107,16 @@ def sae_figure(figures: Mapping[str, Mapping[int, float]], *, one_based: bool = 
         figures: {name: {0-based layer: value}}; without values there is no panel.
         one_based: numbering of the axis.
     """
-    shown = {name: values for name, values in figures.items() if values}
-    rows, layers = max(1, len(shown)), max(map(len, shown.values()), default=0)
-    made: Any = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.07)
+    known = {name: values for name, values in figures.items() if values}
+    rows, layers = max(1, len(known)), max(map(len, known.values()), default=0)
+    figure: Any = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.07)
     title = "SAE quality on held-out sequences"
-    _over_layers(made, layers, one_based, title, "", legend=False)
-    made.update_xaxes(title_text="")
-    made.update_xaxes(title_text=_axis(one_based), row=rows)
+    _over_layers(figure, layers, one_based, title, "", legend=False)
+    figure.update_xaxes(title_text="")
+    figure.update_xaxes(title_text=_axis(one_based), row=rows)
     colours = (PURPLE, BLUE, GREY)
-    for row, ((name, values), colour) in enumerate(zip(shown.items(), colours, strict=False), 1):
-        made.add_scatter(
+    for row, ((name, values), colour) in enumerate(zip(known.items(), colours, strict=False), 1):
+        figure.add_scatter(
             x=[layer + one_based for layer in sorted(values)],
             y=[values[layer] for layer in sorted(values)],
             mode="lines+markers",
@@ -125,8 +125,8 @@ def sae_figure(figures: Mapping[str, Mapping[int, float]], *, one_based: bool = 
             row=row,
             col=1,
         )
-        made.update_yaxes(title_text=_plain(name), rangemode="tozero", row=row)
-    return made.update_layout(height=210 + 150 * rows)
+        figure.update_yaxes(title_text=_plain(name), rangemode="tozero", row=row)
+    return figure.update_layout(height=210 + 150 * rows)
 
 
 def recovered_figure(

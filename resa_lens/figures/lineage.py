@@ -48,8 +48,8 @@ def layout(
     rows: dict[tuple[str, int], float] = {}
 
     def wanted(item: tuple[str, int]) -> float:
-        found = [rows[parent] for parent in above.get(item, ()) if parent in rows]
-        return sum(found) / len(found) if found else float("inf")
+        parent_rows = [rows[parent] for parent in above.get(item, ()) if parent in rows]
+        return sum(parent_rows) / len(parent_rows) if parent_rows else float("inf")
 
     for held in items:
         below = 0.0
@@ -185,9 +185,9 @@ def _cut(text: str) -> str:
 def _curve(path: Sequence[Point], steps: int = 16) -> list[Point]:
     """A line through the points that leaves and meets each of them level."""
     path = [(path[0][0] + _EDGE, path[0][1]), *path[1:-1], (path[-1][0] - _EDGE, path[-1][1])]
-    made = [path[0]]
+    points = [path[0]]
     for (x0, y0), (x1, y1) in pairwise(path):
         for step in range(1, steps + 1):
             t = step / steps
-            made.append((x0 + (x1 - x0) * t, y0 + (y1 - y0) * t**3 * (6 * t * t - 15 * t + 10)))
-    return made
+            points.append((x0 + (x1 - x0) * t, y0 + (y1 - y0) * t**3 * (6 * t * t - 15 * t + 10)))
+    return points

@@ -360,9 +360,9 @@ def scores_figure(
         )
     figure.update_yaxes(range=[-3, 103], tickvals=list(range(0, 101, 20)))
     figure.update_layout(scattermode="group", scattergap=0.35)
-    made = _layout(figure, "Accuracy with 95 % intervals", "", "accuracy, %")
+    drawn = _layout(figure, "Accuracy with 95 % intervals", "", "accuracy, %")
     # On a narrow screen the groups' names stand upright, where the legend would be.
-    return made.update_layout(
+    return drawn.update_layout(
         legend={"y": 1.02, "yanchor": "bottom"}, margin_b=40, margin_t=84, showlegend=True
     )
 
@@ -395,17 +395,17 @@ def dose_response_figure(doses: Sequence[Mapping[str, Any]], title: str) -> go.F
         line={"color": BLUE},
         error_y=_to_ends(points, ends),
     )
-    beside = [(row["strength"], row["control"]) for row in doses if row["control"]]
+    controls = [(row["strength"], row["control"]) for row in doses if row["control"]]
     figure.add_scatter(
-        x=[strength for strength, control in beside for _ in control["each"]],
-        y=[100 * each for _, control in beside for each in control["each"]],
+        x=[strength for strength, control in controls for _ in control["each"]],
+        y=[100 * each for _, control in controls for each in control["each"]],
         mode="markers",
         name="random features, each set",
         marker={"color": GREY, "symbol": "circle-open", "size": 8},
     )
     figure.add_scatter(
-        x=[strength for strength, _ in beside],
-        y=[100 * control["effect"]["difference"] for _, control in beside],
+        x=[strength for strength, _ in controls],
+        y=[100 * control["effect"]["difference"] for _, control in controls],
         mode="markers",
         name="random features, mean",
         marker={"color": ORANGE, "symbol": "diamond", "size": 10},

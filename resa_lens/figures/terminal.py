@@ -25,18 +25,18 @@ def draw(whole: Grid) -> Table:
     from rich.text import Text
 
     # Square brackets are markup where no Text says that they are text.
-    made = Table(title=Text(whole.title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(whole.title), title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(whole.columns):
         # A folded path can still be copied; a cut one cannot.
         name = column.removeprefix("<")
         kept = name in WHOLE
-        made.add_column(
+        table.add_column(
             name, justify="left" if index == 0 or name != column else "right", no_wrap=kept,
             overflow="ellipsis" if kept else "fold",
         )  # fmt: skip
     for row in whole.rows:
-        made.add_row(*("" if value is None else Text(local(str(value))) for value in row))
-    return made
+        table.add_row(*("" if value is None else Text(local(str(value))) for value in row))
+    return table
 
 
 def _needed(column: Any) -> int:

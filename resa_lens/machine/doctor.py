@@ -90,13 +90,13 @@ def diagnose(workspace: str | None = None) -> Diagnosis:
     findings += _processor()
     available = machine.available_mb()
     findings.append(_memory(available))
-    devices, said = _devices()
-    findings += said
-    engines, said = _engines()
-    findings += said
+    devices, notes = _devices()
+    findings += notes
+    engines, notes = _engines()
+    findings += notes
     findings += _hub()
-    free, said = _workspace(workspace)
-    findings += said
+    free, notes = _workspace(workspace)
+    findings += notes
     return Diagnosis(tuple(findings), tuple(devices), engines, available, free)
 
 
@@ -144,27 +144,27 @@ def _installed(name: str) -> str | None:
 def _packages() -> list[Finding]:
     """The core's packages against what is asked for and what was tested."""
     tested = tested_versions()
-    found = []
+    findings = []
     for needed, extra in _requirements():
         if extra:
             continue
         version, pin = _installed(needed.name), tested.get(_canonical(needed.name))
-        wanted = f"=={pin}" if pin else str(needed.specifier)
-        remedy = f"pip install '{needed.name}{wanted}'"
+        requirement = f"=={pin}" if pin else str(needed.specifier)
+        remedy = f"pip install '{needed.name}{requirement}'"
         if version is None:
-            found.append(Finding("packages", needed.name, "missing", PROBLEM, remedy))
+            findings.append(Finding("packages", needed.name, "missing", PROBLEM, remedy))
         elif not needed.specifier.contains(version, prereleases=True):
-            said = f"{version}, outside {needed.specifier}"
-            found.append(Finding("packages", needed.name, said, PROBLEM, remedy))
+            message = f"{version}, outside {needed.specifier}"
+            findings.append(Finding("packages", needed.name, message, PROBLEM, remedy))
         elif pin and version.partition("+")[0] != pin:
-            said = f"{version}; tested with {pin}"
-            found.append(Finding("packages", needed.name, said, NOTE, remedy))
+            message = f"{version}; tested with {pin}"
+            findings.append(Finding("packages", needed.name, message, NOTE, remedy))
         else:
-            found.append(Finding("packages", needed.name, version))
-    if not found:
+            findings.append(Finding("packages", needed.name, version))
+    if not findings:
         what = "resa-lens is not installed here, only run from its folder"
-        found.append(Finding("packages", "resa-lens", what, NOTE, "pip install -e ."))
-    return found
+        findings.append(Finding("packages", "resa-lens", what, NOTE, "pip install -e ."))
+    return findings
 
 
 def _extras() -> list[Finding]:
@@ -173,24 +173,24 @@ def _extras() -> list[Finding]:
     for needed, extra in _requirements():
         if extra and needed.name != "resa-lens" and _installed(needed.name) is None:
             missing[extra].append(needed.name)
-    found = []
+    findings = []
     for extra, what in EXTRAS.items():
         name = f"extra {extra}"
         lacking = missing[extra]
         if not lacking:
-            found.append(Finding("extras", name, f"installed: {what}"))
+            findings.append(Finding("extras", name, f"installed: {what}"))
             continue
         if extra in APART:
             engine, folder = APART[extra]
             if _environment(folder):
-                found.append(Finding("extras", name, f"in {folder}: {what}"))
+                findings.append(Finding("extras", name, f"in {folder}: {what}"))
                 continue
             remedy = f"benchmarks/install_engine.sh {engine} {folder}"
         else:
             remedy = f"pip install 'resa-lens[{extra}]'"
-        said = f"missing: {', '.join(lacking)} ({what})"
-        found.append(Finding("extras", name, said, NOTE, remedy))
-    return found
+        message = f"missing: {', '.join(lacking)} ({what})"
+        findings.append(Finding("extras", name, message, NOTE, remedy))
+    return findings
 
 
 def _environment(folder: str) -> Path | None:
@@ -200,16 +200,16 @@ def _environment(folder: str) -> Path | None:
 
 
 def _bundled() -> list[Finding]:
-    found = []
+    findings = []
     for relative, what in (("tiny-reasoner", "bundled model"), ("tiny", "bundled questions")):
         try:
             data_path(relative)
         except BadInputError:
             remedy = "install resa-lens again, or use a full checkout"
-            found.append(Finding("installation", what, "missing", PROBLEM, remedy))
+            findings.append(Finding("installation", what, "missing", PROBLEM, remedy))
         else:
-            found.append(Finding("installation", what, relative))
-    return found
+            findings.append(Finding("installation", what, relative))
+    return findings
 
 
 def _processor() -> list[Finding]:
@@ -217,11 +217,11 @@ def _processor() -> list[Finding]:
     cores = machine.cores()
     has = ", ".join(instructions) or "none of those that matter here"
     bf16 = {"avx512_bf16", "amx_bf16", "bf16"} & set(instructions)
-    said = has if bf16 else f"{has}; without bfloat16 in the CPU, wide SAEs train more slowly"
+    message = has if bf16 else f"{has}; without bfloat16 in the CPU, wide SAEs train more slowly"
     threads = os.environ.get("OMP_NUM_THREADS")
     return [
         Finding("machine", "CPU", f"{name}, {cores} core(s)"),
-        Finding("machine", "instructions", said),
+        Finding("machine", "instructions", message),
         Finding(
             "machine", "threads",
             f"{threads} (OMP_NUM_THREADS)" if threads
@@ -231,12 +231,12 @@ def _processor() -> list[Finding]:
 
 
 def _memory(available: float) -> Finding:
-    said = f"{available / 1024:.1f} GB free"
+    message = f"{available / 1024:.1f} GB free"
     if available >= LEAST_MEMORY_MB:
-        return Finding("machine", "memory", said)
+        return Finding("machine", "memory", message)
     takes = f"`resa-lens demo` takes about {LEAST_MEMORY_MB / 1000:.1f} GB"
     remedy = f"end other programs, or raise ulimit -v: {takes}"
-    return Finding("machine", "memory", said, PROBLEM, remedy)
+    return Finding("machine", "memory", message, PROBLEM, remedy)
 
 
 def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
@@ -247,59 +247,61 @@ def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
     if driver is None:
         return [], [cpu, Finding("devices", "cuda", "no NVIDIA driver on this machine")]
     if build.endswith("+cpu"):
-        said = f"NVIDIA driver {driver}, but torch {build} is the build without CUDA"
+        message = f"NVIDIA driver {driver}, but torch {build} is the build without CUDA"
         remedy = f"pip install torch=={build.partition('+')[0]} (the build with CUDA)"
-        return [], [cpu, Finding("devices", "cuda", said, NOTE, remedy)]
+        return [], [cpu, Finding("devices", "cuda", message, NOTE, remedy)]
     import torch
 
     if not torch.cuda.is_available():
-        said = f"NVIDIA driver {driver}, but torch {torch.__version__} finds no device"
+        message = f"NVIDIA driver {driver}, but torch {torch.__version__} finds no device"
         remedy = "update the driver to one for CUDA " + str(torch.version.cuda)
-        return [], [cpu, Finding("devices", "cuda", said, NOTE, remedy)]
-    devices, found = [], [cpu]
+        return [], [cpu, Finding("devices", "cuda", message, NOTE, remedy)]
+    devices, findings = [], [cpu]
     for index in range(torch.cuda.device_count()):
-        held = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(index)
         free, total = (value / machine.MB for value in torch.cuda.mem_get_info(index))
         devices.append(
-            {"device": f"cuda:{index}", "name": held.name, "free_mb": round(free, 1),
-             "memory_mb": round(total, 1), "capability": f"{held.major}.{held.minor}"}
+            {"device": f"cuda:{index}", "name": properties.name, "free_mb": round(free, 1),
+             "memory_mb": round(total, 1), "capability": f"{properties.major}.{properties.minor}"}
         )  # fmt: skip
-        said = (
-            f"{held.name}, {free / 1024:.1f} of {total / 1024:.1f} GB free, "
-            f"compute capability {held.major}.{held.minor}"
+        message = (
+            f"{properties.name}, {free / 1024:.1f} of {total / 1024:.1f} GB free, "
+            f"compute capability {properties.major}.{properties.minor}"
         )
-        found.append(Finding("devices", f"cuda:{index}", said))
+        findings.append(Finding("devices", f"cuda:{index}", message))
     triton = _installed("triton")
     if triton:
-        found.append(Finding("devices", "Triton kernels", triton))
+        findings.append(Finding("devices", "Triton kernels", triton))
     else:
-        found.append(
+        findings.append(
             Finding("devices", "Triton kernels", "missing: SAEs train on slower kernels", NOTE,
                     "pip install triton")
         )  # fmt: skip
-    return devices, found
+    return devices, findings
 
 
 def _engines() -> tuple[dict[str, bool], list[Finding]]:
     """The engines that score a model: here, or in an environment of their own."""
     hf = all(_installed(name) for name in ("torch", "transformers"))
-    usable, found = {"hf": hf}, []
+    usable, findings = {"hf": hf}, []
     state, remedy = (OK, "") if hf else (PROBLEM, "pip install resa-lens")
-    found.append(Finding("engines", "hf", "usable" if hf else "missing", state, remedy))
+    findings.append(Finding("engines", "hf", "usable" if hf else "missing", state, remedy))
     for extra, (engine, folder) in APART.items():
         place = _environment(folder)
         if importlib.util.find_spec(engine):
             usable[engine] = True
-            found.append(Finding("engines", engine, f"usable, {_installed(engine) or 'installed'}"))
+            findings.append(
+                Finding("engines", engine, f"usable, {_installed(engine) or 'installed'}")
+            )
         elif place:
             usable[engine] = True
-            said = f"usable as {place}/bin/resa-lens eval --engine {engine}"
-            found.append(Finding("engines", engine, said))
+            message = f"usable as {place}/bin/resa-lens eval --engine {engine}"
+            findings.append(Finding("engines", engine, message))
         else:
             usable[engine] = False
-            said = f"not usable: see extra {extra}"
-            found.append(Finding("engines", engine, said, NOTE))
-    return usable, found
+            message = f"not usable: see extra {extra}"
+            findings.append(Finding("engines", engine, message, NOTE))
+    return usable, findings
 
 
 def _hub() -> list[Finding]:
@@ -309,33 +311,33 @@ def _hub() -> list[Finding]:
     cache = Path(constants.HF_HUB_CACHE)
     try:
         models = sorted(p.name for p in cache.glob("models--*"))
-        said = f"{cache}: {len(models)} model(s)"
+        message = f"{cache}: {len(models)} model(s)"
     except OSError as error:
-        said = f"{cache} cannot be read: {error.strerror}"
+        message = f"{cache} cannot be read: {error.strerror}"
     offline = constants.is_offline_mode()
     mode = "on: only models in the cache are found" if offline else "off"
-    return [Finding("hub", "cache", said), Finding("hub", "offline mode", mode)]
+    return [Finding("hub", "cache", message), Finding("hub", "offline mode", mode)]
 
 
 def _workspace(given: str | None) -> tuple[float, list[Finding]]:
     root = workspace_folder(given)
     place = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(place).free / machine.MB
-    said = str(root) if root.exists() else f"{root} (to be made)"
+    message = str(root) if root.exists() else f"{root} (to be made)"
     try:
         check_writable(root)
     except BadInputError as error:
         remedy = "choose another folder with --workspace or RESA_LENS_WORKSPACE"
-        found = [Finding("workspace", "folder", str(error), PROBLEM, remedy)]
+        findings = [Finding("workspace", "folder", str(error), PROBLEM, remedy)]
     else:
-        found = [Finding("workspace", "folder", said)]
+        findings = [Finding("workspace", "folder", message)]
     room = f"{free / 1024:.1f} GB free"
     if free < LEAST_DISK_MB:
         remedy = "free some, or choose another disk with --workspace"
-        found.append(Finding("workspace", "disk", room, PROBLEM, remedy))
+        findings.append(Finding("workspace", "disk", room, PROBLEM, remedy))
     else:
-        found.append(Finding("workspace", "disk", room))
-    return free, found
+        findings.append(Finding("workspace", "disk", room))
+    return free, findings
 
 
 def needs_here(diagnosis: Diagnosis, shape: Shape, latents: int | None = None) -> Needs:

@@ -39,7 +39,7 @@ class Counter:
 
 def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     """Return the CPU packages' (and their memory's) counters, or why there are none."""
-    found, reason = [], "no RAPL counters here"
+    counters, reason = [], "no RAPL counters here"
     for folder in sorted(root.glob("*rapl:*")) if root.is_dir() else ():
         try:
             name = (folder / "name").read_text().strip()
@@ -53,8 +53,8 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
             denied = isinstance(error, PermissionError)
             reason = "RAPL counters need root's permission" if denied else f"RAPL: {error}"
             continue
-        found.append(counter)
-    return found, "" if found else reason
+        counters.append(counter)
+    return counters, "" if counters else reason
 
 
 def _microjoules(folder: Path) -> Callable[[], float]:

@@ -46,7 +46,7 @@ def limits() -> Iterator[None]:
             text = f"{most} files may be open at once, and these are not enough; raise ulimit -n"
         elif code == errno.ENAMETOOLONG:
             text = f"a name or path is too long: {text[:60]}...; use a shorter one"
-        elif isinstance(error, MemoryError) or any(said in text for said in _MEMORY):
+        elif isinstance(error, MemoryError) or any(phrase in text for phrase in _MEMORY):
             text = _addresses("this needs more")
         elif type(error).__name__ == "PanicException":
             text = f"a compiled library gave up: {text[:120]}"

@@ -137,30 +137,30 @@ def meter(device: str = "cpu", *, devices: int = 1, tokens: int | None = None) -
     if device.startswith("cuda"):
         import torch
 
-        found, reason = gpu_counters(str(torch.cuda.get_device_properties(device).uuid))
-        counters = [*counters, *found]
+        gpu, reason = gpu_counters(str(torch.cuda.get_device_properties(device).uuid))
+        counters = [*counters, *gpu]
         unreadable += (f"gpu: {reason}",) if reason else ()
-    made = Meter(device, counters, unreadable, tokens, devices)
+    running = Meter(device, counters, unreadable, tokens, devices)
     for outer in _OPEN:
         if outer.on_gpu:
             outer.fold_cuda()
-    made.start()
-    _OPEN.append(made)
+    running.start()
+    _OPEN.append(running)
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(INTERVAL_S):
-            made.look()
+            running.look()
 
     watcher = threading.Thread(target=watch, name="cost-meter", daemon=True)
     watcher.start()
     try:
-        yield made
+        yield running
     finally:
         done.set()
         watcher.join()
-        made.stop()
-        _OPEN.remove(made)
+        running.stop()
+        _OPEN.remove(running)
 
 
 def _resident_mb() -> float:

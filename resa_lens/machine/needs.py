@@ -95,8 +95,8 @@ class Needs:
             "train-saes": self.train_one_mb,
             "tune": self.tune_mb,
         }
-        found = {stage: need <= self.available_mb for stage, need in stages.items()}
-        return {**found, "disk": self.saes_disk_mb + self.adapter_disk_mb <= self.free_disk_mb}
+        room = {stage: need <= self.available_mb for stage, need in stages.items()}
+        return {**room, "disk": self.saes_disk_mb + self.adapter_disk_mb <= self.free_disk_mb}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values and which stages fit."""
@@ -169,8 +169,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
     try:
         with safe_open(file, framework="numpy") as stream:
             for key in stream.keys():  # noqa: SIM118 - not a dict
-                held = stream.get_slice(key)
-                yield key, tuple(held.get_shape()), str(held.get_dtype())
+                piece = stream.get_slice(key)
+                yield key, tuple(piece.get_shape()), str(piece.get_dtype())
     except (SafetensorError, OSError) as error:
         raise BadInputError(
             f"{file} is corrupt or truncated ({error}); copy or download it again"
@@ -211,8 +211,8 @@ def _adapted(tensors: Iterator[tuple[str, tuple[int, ...]]]) -> int:
     """Parameters of a LoRA of rank `RANK` on the attention's projections."""
     total = 0
     for key, shape in tensors:
-        found = re.search(r"(\w+)\.weight$", key)
-        module = _GGUF_TARGETS.get(found[1], found[1]) if found else ""
+        match = re.search(r"(\w+)\.weight$", key)
+        module = _GGUF_TARGETS.get(match[1], match[1]) if match else ""
         if module in TARGETS and len(shape) == 2:
             total += RANK * sum(shape)
     return total
@@ -272,8 +272,8 @@ def needs_of(
     gpu = device.startswith("cuda")
     each = 2 if gpu else 4
     # On a GPU the process' own memory is the machine's, not the device's.
-    held = (0.0 if gpu else PROCESS_MB) + shape.parameters * each / MB
-    load = held + (0.0 if gpu else shape.loading_mb)
+    model_mb = (0.0 if gpu else PROCESS_MB) + shape.parameters * each / MB
+    load = model_mb + (0.0 if gpu else shape.loading_mb)
     count = latents_of(shape.width) if latents is None else latents
     sae = 2 * count * shape.width * 4 / MB
     trained = max(1, shape.layers - 2) if shape.layers > 2 else shape.layers
@@ -290,10 +290,10 @@ def needs_of(
         load_mb=load,
         latents=count,
         sae_mb=sae,
-        count_mb=max(load, held + trained * sae / 2),
-        train_mb=max(load, held + trained * (STATE_COPIES * sae + acts) + step),
-        train_one_mb=max(load, held + STATE_COPIES * sae + acts + step),
-        tune_mb=max(load, held + sae + adapters + activations_mb(shape, SEQUENCE, each)),
+        count_mb=max(load, model_mb + trained * sae / 2),
+        train_mb=max(load, model_mb + trained * (STATE_COPIES * sae + acts) + step),
+        train_one_mb=max(load, model_mb + STATE_COPIES * sae + acts + step),
+        tune_mb=max(load, model_mb + sae + adapters + activations_mb(shape, SEQUENCE, each)),
         saes_disk_mb=trained * sae,
         adapter_disk_mb=shape.adapted * 4 / MB,
         available_mb=available_mb,

@@ -153,17 +153,17 @@ def _misfit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> str |
     """Say which LoRA matrix has no place in the model, or another width than its module."""
     modules = dict(model.named_modules())
     for key, shape in sorted(shapes.items()):
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if found is None:
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
             continue
         # With an adapter on it, the weight is the layer's inside.
-        module = modules.get(f"{found[1]}.base_layer") or modules.get(found[1])
+        module = modules.get(f"{match[1]}.base_layer") or modules.get(match[1])
         weight = getattr(module, "weight", None)
         if weight is None:
-            return f"tensor {key} {shape} has no place, the model has no module {found[1]}"
+            return f"tensor {key} {shape} has no place, the model has no module {match[1]}"
         # GPT-2's Conv1D holds its weight as [in, out].
         rows, columns = tuple(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1][:2]
-        needed = (shape[0], columns) if found[2] == "A" else (rows, *shape[1:])
+        needed = (shape[0], columns) if match[2] == "A" else (rows, *shape[1:])
         if shape != needed:
             return f"tensor {key} is {shape}, the model needs {needed}"
     return None

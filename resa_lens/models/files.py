@@ -231,12 +231,12 @@ def bundled_checkpoints(name: str) -> list[Path]:
 
 def _bundled_checkpoint(name: str) -> Path:
     """Return the folder of `tiny-reasoner-rl/step-<update>`."""
-    model, _, wanted = name.partition("/")
+    model, _, checkpoint = name.partition("/")
     folders = {folder.name: folder for folder in bundled_checkpoints(model)}
-    if wanted not in folders:
-        held = f"it has {', '.join(folders)}" if folders else "it has none"
-        raise BadInputError(f"model {name!r}: {model} has no checkpoint {wanted!r}; {held}")
-    return folders[wanted]
+    if checkpoint not in folders:
+        names = f"it has {', '.join(folders)}" if folders else "it has none"
+        raise BadInputError(f"model {name!r}: {model} has no checkpoint {checkpoint!r}; {names}")
+    return folders[checkpoint]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def resolve_base(folder: Path, base: str | None) -> Path:
     if base:
         return find_folder(base)
     named = config.get("base_model_name_or_path") or ""
-    wanted = trained_on(folder)
+    weights_hash = trained_on(folder)
     candidates = [named] if named else []
     candidates += list(BUNDLED)
     candidates += [str(p.parent) for p in sorted(folder.parent.glob("*/config.json"))]
@@ -290,13 +290,13 @@ def resolve_base(folder: Path, base: str | None) -> Path:
             files = [path] if path.is_file() else weight_files(path)
         except BadInputError:
             continue
-        if wanted is None:
+        if weights_hash is None:
             if candidate == named:
                 return path
-        elif hash_files(files) == wanted:
+        elif hash_files(files) == weights_hash:
             return path
     raise BadInputError(
         f"adapter {folder}: its base {named!r} was not found"
-        + (f" (weights hash {wanted[:8]})" if wanted else "")
+        + (f" (weights hash {weights_hash[:8]})" if weights_hash else "")
         + "; pass the base model with --base"
     )

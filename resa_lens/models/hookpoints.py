@@ -177,8 +177,8 @@ class Names:
 
 def _layer(form: str, name: str) -> int | None:
     """Return the layer in a name of a form with {n}; None where it is of another form."""
-    found = re.fullmatch(re.escape(form).replace(r"\{n\}", r"(\d+)"), name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(re.escape(form).replace(r"\{n\}", r"(\d+)"), name)
+    return int(match[1]) if match else None
 
 
 def _module(blocks: str, layer: int | str, module: str) -> str:
@@ -233,10 +233,10 @@ def parse_layer(text: str | int, n_layers: int) -> int:
         BadInputError: not a layer, or outside the model.
     """
     text = str(text).strip()
-    found = re.fullmatch(r"(\d{1,4})(st|nd|rd|th)?", text)
-    if not found:
+    match = re.fullmatch(r"(\d{1,4})(st|nd|rd|th)?", text)
+    if not match:
         raise BadInputError(f"layer {text!r} is not a layer; use 12 (0-based) or 13th (1-based)")
-    layer = int(found[1]) - (1 if found[2] else 0)
+    layer = int(match[1]) - (1 if match[2] else 0)
     if not 0 <= layer < n_layers:
         raise BadInputError(
             f"layer {text!r} is out of range: the model has {n_layers} layers, "

@@ -265,8 +265,8 @@ def _first_difference(model: Any, info: dict[str, Any]) -> str | None:
         return f"{missing[0]} is missing"
     layers = int(model.config.get_text_config().num_hidden_layers)
     for name in sorted(info["unexpected_keys"]):
-        found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
-        if found and int(found[1]) >= layers:
+        match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
+        if match and int(match[1]) >= layers:
             return f"{name} has no place in {layers} layers"
     return None
 
@@ -383,14 +383,14 @@ def _adapter_folder(name: str) -> Path:
 
 def _scales(scale: float | Sequence[float], adapters: int) -> list[float]:
     """Return one finite factor for each adapter."""
-    given = [scale] if isinstance(scale, int | float) else list(scale)
-    factors = given * adapters if len(given) == 1 else given
+    numbers = [scale] if isinstance(scale, int | float) else list(scale)
+    factors = numbers * adapters if len(numbers) == 1 else numbers
     if len(factors) != adapters:
         raise BadInputError(
-            f"{len(given)} scales for {adapters} adapters; give one for all, or one each"
+            f"{len(numbers)} scales for {adapters} adapters; give one for all, or one each"
         )
-    if not adapters and given not in ([], [1.0]):
-        raise BadInputError(f"scale {given[0]} has no adapter to act on; name one with --adapter")
+    if not adapters and numbers not in ([], [1.0]):
+        raise BadInputError(f"scale {numbers[0]} has no adapter to act on; name one with --adapter")
     if wrong := [factor for factor in factors if not math.isfinite(factor)]:
         raise BadInputError(f"scale {wrong[0]} is not a finite number; use 0 (off) to 1 (as it is)")
     return [float(factor) for factor in factors]
@@ -400,6 +400,6 @@ def _adapted_name(names: Sequence[str], attached: Sequence[Attached]) -> str:
     """Return the adapter's own name where it is the only one, as it was trained; else a sum."""
     if len(attached) == 1 and attached[0].scale == 1:
         return names[0]
-    shown = [f"{a.scale:g}*{a.folder.name}" if a.scale != 1 else a.folder.name for a in attached]
+    labels = [f"{a.scale:g}*{a.folder.name}" if a.scale != 1 else a.folder.name for a in attached]
     # It becomes a part of folder names, whose length is limited.
-    return " + ".join(shown) if len(shown) < 3 else f"{shown[0]} + {len(shown) - 1} more"
+    return " + ".join(labels) if len(labels) < 3 else f"{labels[0]} + {len(labels) - 1} more"

@@ -46,8 +46,8 @@ def check_patterns(tokenizer: Any, path: Path) -> None:
             text = (run * length)[: length - 1] + END
             most = START_S + length * PACE_S
             # Twice: the first one may have met something else, such as a collection of garbage.
-            if all((taken := _seconds(backend, text, path)) > most for _ in range(2)):
-                raise _refused(path, f"takes {taken:.1f} s for {length} characters")
+            if all((seconds := _seconds(backend, text, path)) > most for _ in range(2)):
+                raise _refused(path, f"takes {seconds:.1f} s for {length} characters")
             length *= 2
 
 

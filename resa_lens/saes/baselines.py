@@ -169,14 +169,14 @@ def match_fvu(
     Raises:
         BadInputError: the control is perfect or not finite here, so no blend reaches the target.
     """
-    wanted = target if isinstance(target, int | float) else fvu_on(target, x)
+    fvu = target if isinstance(target, int | float) else fvu_on(target, x)
     own = fvu_on(inner, x)
-    if not (math.isfinite(own) and own > 0 and math.isfinite(wanted)):
+    if not (math.isfinite(own) and own > 0 and math.isfinite(fvu)):
         raise BadInputError(
-            f"a control with FVU {own:.3g} cannot be blended to FVU {wanted:.3g}; "
+            f"a control with FVU {own:.3g} cannot be blended to FVU {fvu:.3g}; "
             "use another sample of activations"
         )
-    return Blend(inner, math.sqrt(wanted / own))
+    return Blend(inner, math.sqrt(fvu / own))
 
 
 def random_coder(coder: SparseCoder, seed: int) -> Coder:
@@ -185,16 +185,16 @@ def random_coder(coder: SparseCoder, seed: int) -> Coder:
     Its FVU is its own, usually above 1: the projections on many directions overlap.
     """
     assert coder.num_latents is not None
-    made = new_coder(coder.d_in, coder.num_latents, coder.cfg.k, seed=seed)
+    random = new_coder(coder.d_in, coder.num_latents, coder.cfg.k, seed=seed)
     drawn = torch.randn(coder.num_latents, coder.d_in, generator=_generator(seed))
     drawn /= drawn.norm(dim=1, keepdim=True)
-    assert made.W_dec is not None
+    assert random.W_dec is not None
     with torch.no_grad():
-        made.W_dec.copy_(drawn)
-        made.encoder.weight.copy_(drawn)
-        made.encoder.bias.zero_()
-        made.b_dec.copy_(coder.b_dec)
-    return made.to(coder.device).requires_grad_(False)
+        random.W_dec.copy_(drawn)
+        random.encoder.weight.copy_(drawn)
+        random.encoder.bias.zero_()
+        random.b_dec.copy_(coder.b_dec)
+    return random.to(coder.device).requires_grad_(False)
 
 
 def shuffled_coder(coder: SparseCoder, seed: int) -> SparseCoder:
@@ -205,10 +205,10 @@ def shuffled_coder(coder: SparseCoder, seed: int) -> SparseCoder:
     cycle = torch.randperm(count, generator=_generator(seed))
     place = torch.empty_like(cycle)
     place[cycle] = cycle.roll(1)
-    made = deepcopy(coder).requires_grad_(False)
-    assert made.W_dec is not None
-    made.W_dec.copy_(coder.W_dec[place.to(coder.W_dec.device)])
-    return made
+    shuffled = deepcopy(coder).requires_grad_(False)
+    assert shuffled.W_dec is not None
+    shuffled.W_dec.copy_(coder.W_dec[place.to(coder.W_dec.device)])
+    return shuffled
 
 
 @torch.no_grad()
@@ -219,18 +219,18 @@ def pca(x: Float[Tensor, "row d_in"], target: SparseCoder | Replacement | float)
     target's on the rows.  On other rows it is larger the fewer rows there were for each dimension.
     A target that explains less than the mean is reached by lengthening the error of rank 0.
     """
-    wanted = target if isinstance(target, int | float) else fvu_on(target, x)
+    fvu = target if isinstance(target, int | float) else fvu_on(target, x)
     mean = x.double().mean(0)
     centred = x.double() - mean
     values, vectors = torch.linalg.eigh(centred.mT @ centred)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     left = values.sum() - torch.cat([values.new_zeros(1), cumulative_sum(values, 0)])
-    allowed = wanted * values.sum()
+    allowed = fvu * values.sum()
     # The last whole component is the one after which more is left than allowed.
     whole = int((left > allowed).sum())
-    if whole == 0 and wanted > 1:
+    if whole == 0 and fvu > 1:
         nothing = Pca(mean.float(), x.new_zeros(0, x.shape[1]).float(), x.new_zeros(0).float())
-        return match_fvu(nothing, wanted, x)
+        return match_fvu(nothing, fvu, x)
     rank = min(whole, values.numel())
     weights = torch.ones(rank, dtype=torch.double, device=x.device)
     if rank:
@@ -257,16 +257,16 @@ def baselines(
     Returns:
         By name: noise, pca, shuffled, random, and random_weights if it is given.
     """
-    wanted = fvu_on(coder, sample)
-    made: dict[str, Replacement] = {
+    fvu = fvu_on(coder, sample)
+    replacements: dict[str, Replacement] = {
         "noise": Noise(coder, seed),
-        "pca": pca(sample, wanted),
-        "shuffled": match_fvu(shuffled_coder(coder, seed), wanted, sample),
-        "random": match_fvu(random_coder(coder, seed), wanted, sample),
+        "pca": pca(sample, fvu),
+        "shuffled": match_fvu(shuffled_coder(coder, seed), fvu, sample),
+        "random": match_fvu(random_coder(coder, seed), fvu, sample),
     }
     if random_weights is not None:
-        made["random_weights"] = match_fvu(random_weights, wanted, sample)
-    return made
+        replacements["random_weights"] = match_fvu(random_weights, fvu, sample)
+    return replacements
 
 
 def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -> Model:
@@ -288,16 +288,16 @@ def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -
     source: Any = model.model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=source.dtype)
+        network: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=source.dtype)
     if weights == "matched":
-        _match_moments(made, source, seed)
-    made = made.to(model.device).eval()
+        _match_moments(network, source, seed)
+    network = network.to(model.device).eval()
     return Model(
         name=f"{model.name.rstrip('/').split('/')[-1]}-random-{weights}-{seed}",
-        model=made,
+        model=network,
         tokenizer=model.tokenizer,
         folder=model.folder,
-        weights_hash=_hash_state(made),
+        weights_hash=_hash_state(network),
         device=model.device,
         dtype=model.dtype,
         reason=model.reason,
@@ -308,10 +308,10 @@ def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -
 @torch.no_grad()
 def _match_moments(made: Any, source: Any, seed: int) -> None:
     # A model that was hooked has another name for some parts (notes/hosting.md).
-    held = {n.replace("._original_component", ""): p for n, p in source.named_parameters()}
+    originals = {n.replace("._original_component", ""): p for n, p in source.named_parameters()}
     generator = _generator(seed)
     for name, parameter in made.named_parameters():
-        trained = held[name].float()
+        trained = originals[name].float()
         if trained.ndim < 2:
             parameter.copy_(trained)
             continue

@@ -46,8 +46,8 @@ STATE = "state.json"
 
 def newest(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / STATE).exists()]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    checkpoints = [p for p in folder.glob("checkpoint-*") if (p / STATE).exists()]
+    return max(checkpoints, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -130,17 +130,17 @@ class Checkpoints:
         Raises:
             BadInputError: the checkpoint was written by another number of processes, or damaged.
         """
-        held = newest(self.folder)
-        if held is None:
+        checkpoint = newest(self.folder)
+        if checkpoint is None:
             return 0
-        state = read_json(held / STATE)
+        state = read_json(checkpoint / STATE)
         if state["processes"] != self.world.size:
             raise BadInputError(
-                f"{held} was written by {state['processes']} processes, this is {self.world.size}; "
-                "go on with as many, or start anew with --force"
+                f"{checkpoint} was written by {state['processes']} processes, this is "
+                f"{self.world.size}; go on with as many, or start anew with --force"
             )
         for point, trainer in trainers.items():
-            file = held / f"{point.sparsify}.safetensors"
+            file = checkpoint / f"{point.sparsify}.safetensors"
             try:
                 with safe_open(file, framework="pt") as stream:
                     for name, value in trainer.tensors().items():

@@ -89,10 +89,10 @@ class Coder(SparseCoder):
 
     def config(self) -> dict[str, Any]:
         """Return what cfg.json holds."""
-        held = {**self.cfg.to_dict(), "d_in": self.d_in}
+        values = {**self.cfg.to_dict(), "d_in": self.d_in}
         each = isinstance(self.threshold, Tensor)
         threshold = "each" if each else self.threshold
-        return {**held, "threshold": threshold} if self.cfg.activation != "topk" else held
+        return {**values, "threshold": threshold} if self.cfg.activation != "topk" else values
 
     def save_to_disk(self, path: Path | str) -> None:
         """Write cfg.json and sae.safetensors (encoder.weight, encoder.bias, W_dec, b_dec)."""
@@ -130,10 +130,10 @@ def assemble(
         k=k,
     )
     # On the meta device nothing is allocated or drawn: the tensors are put in as they are.
-    made = Coder(d_in, cfg, "meta", decoder="W_dec" in tensors, threshold=threshold)
-    held = {name: nn.Parameter(value.to(device), False) for name, value in tensors.items()}
-    made.load_state_dict(held, assign=True)
-    return made.requires_grad_(False)
+    coder = Coder(d_in, cfg, "meta", decoder="W_dec" in tensors, threshold=threshold)
+    parameters = {name: nn.Parameter(value.to(device), False) for name, value in tensors.items()}
+    coder.load_state_dict(parameters, assign=True)
+    return coder.requires_grad_(False)
 
 
 def new_coder(
@@ -211,8 +211,8 @@ def encode(
     """
     encoder = prepared or encoder_of(coder, exact=exact)
     centred = x.to(encoder.weight.dtype) - coder.b_dec
-    found = ACTIVATIONS[coder.cfg.activation].infer(encoder, centred, coder)
-    return SparseActs(*found, x.shape[0], coder.num_latents)
+    acts = ACTIVATIONS[coder.cfg.activation].infer(encoder, centred, coder)
+    return SparseActs(*acts, x.shape[0], coder.num_latents)
 
 
 @torch.no_grad()
@@ -244,5 +244,5 @@ def reconstruct(
 ) -> Float[Tensor, "*shape d_in"]:
     """Return x~ = W_dec z + b_dec in the dtype of x; gradients flow to x unless disabled."""
     flat = x.reshape(-1, x.shape[-1]).to(coder.dtype)
-    made: Any = _Reconstruct.apply(flat, coder)
-    return made.reshape(x.shape).to(x.dtype)
+    output: Any = _Reconstruct.apply(flat, coder)
+    return output.reshape(x.shape).to(x.dtype)

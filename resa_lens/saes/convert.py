@@ -89,36 +89,36 @@ def convert(
     if form not in FORMATS:
         raise BadInputError(f"format {form!r} is unknown; use {', '.join(FORMATS)}")
     _check_target(source, target, force)
-    found = find_coders(source, names)
+    coders = find_coders(source, names)
     if layers is not None:
-        found = {f: p for f, p in found.items() if p is not None and p.layer in layers}
-        if missing := sorted(set(layers) - {p.layer for p in found.values() if p}):
+        coders = {f: p for f, p in coders.items() if p is not None and p.layer in layers}
+        if missing := sorted(set(layers) - {p.layer for p in coders.values() if p}):
             raise BadInputError(f"{source} has no SAE at layer {missing[0]} (0-based)")
-    by_hookpoint(found)
-    check_disk(target.absolute().parent, _announce(found, reporter) / MB, "converting")
-    single = len(found) == 1 and source in found
+    by_hookpoint(coders)
+    check_disk(target.absolute().parent, _announce(coders, reporter) / MB, "converting")
+    single = len(coders) == 1 and source in coders
     largest = 0.0
-    with filled(target) as temporary, reporter.bar(f"converting to {form}", len(found)) as advance:
-        for folder, point in found.items():
+    with filled(target) as temporary, reporter.bar(f"converting to {form}", len(coders)) as advance:
+        for folder, point in coders.items():
             coder = load_coder(folder, allow_pickle=allow_pickle, cast=cast, k=k)
             if coder.stored != "float32":
                 reporter.note(f"{folder}: {coder.stored} turned into float32")
             name = names.sparsify(point) if point else folder.name
             place = temporary if single else temporary / name
             save_coder(coder, place, form, point, names)
-            found_difference = difference(coder, load_coder(place, allow_pickle=True))
+            apart = difference(coder, load_coder(place, allow_pickle=True))
             # Not a number must not pass, as it would through max().
-            if not found_difference <= LIMIT:
+            if not apart <= LIMIT:
                 raise RunFailedError(
-                    f"{target} would differ from {folder} by {found_difference:.3g} (limit "
+                    f"{target} would differ from {folder} by {apart:.3g} (limit "
                     f"{LIMIT:g}); nothing was written"
                 )
-            largest = max(largest, found_difference)
+            largest = max(largest, apart)
             advance(1)
     return Converted(
         target,
-        tuple(sorted({detect(folder) for folder in found})),
-        tuple(names.sparsify(point) if point else None for point in found.values()),
+        tuple(sorted({detect(folder) for folder in coders})),
+        tuple(names.sparsify(point) if point else None for point in coders.values()),
         ROWS,
         largest,
     )
@@ -135,8 +135,8 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
                 f"target {target} exists; choose another, or replace a folder with --force"
             )
         ours = {name for module in FORMATS.values() for name in module.FILES}
-        held = (p for p in sorted(target.rglob("*")) if p.is_symlink() or not p.is_dir())
-        if (other := next((p for p in held if p.name not in ours), None)) is not None:
+        files = (p for p in sorted(target.rglob("*")) if p.is_symlink() or not p.is_dir())
+        if (other := next((p for p in files if p.name not in ours), None)) is not None:
             raise BadInputError(
                 f"target {target} holds {other.relative_to(target)}, which is no SAE's file; "
                 "--force replaces SAEs alone; choose another target"

@@ -114,9 +114,9 @@ def check_fit(
     measured = measured or measure_fvu(model, coders, probe)
     fvus = {point: fvu for point, (fvu, _) in measured.items()}
     warnings = []
-    held = None if known else Places(model, probe)
+    places = None if known else Places(model, probe)
     for point, coder in coders.items():
-        if held is None:
+        if places is None:
             if not fvus[point] <= KNOWN_LIMIT:
                 warnings.append(
                     f"the SAE for {_place(model, point)}, explains less than the mean (FVU "
@@ -124,10 +124,10 @@ def check_fit(
                 )
             continue
         encoder = encoder_of(coder)
-        better = held.better(point, coder, encoder)
+        better = places.better(point, coder, encoder)
         if fvus[point] <= FVU_LIMIT and better is None:
             continue
-        text = _reason(model, point, fvus[point], held.best(point, coder, better, encoder))
+        text = _reason(model, point, fvus[point], places.best(point, coder, better, encoder))
         if not allow_mismatch:
             raise BadInputError(text)
         first = text.splitlines()
@@ -200,12 +200,12 @@ class Places:
         """Return the place that fits the SAE better than its own, or None."""
         encoder = encoder or encoder_of(coder)
         near = [point, *rivals(point, self.model.n_layers, self.model.names.sites)]
-        found = [self.measure(coder, other, NEAR_TOKENS, encoder) for other in near]
-        winners = [r for r in found[1:] if r.beats(found[0], NEAR_MARGIN)]
+        fits = [self.measure(coder, other, NEAR_TOKENS, encoder) for other in near]
+        winners = [r for r in fits[1:] if r.beats(fits[0], NEAR_MARGIN)]
         if not winners:
-            found = [self.measure(coder, other, self.scan, encoder) for other in self.points]
-            own = found[self.points.index(point)]
-            winners = [r for r in found if r.beats(own, FAR_MARGIN)]
+            fits = [self.measure(coder, other, self.scan, encoder) for other in self.points]
+            own = fits[self.points.index(point)]
+            winners = [r for r in fits if r.beats(own, FAR_MARGIN)]
         return min(winners, key=lambda r: r.score, default=None)
 
     def best(
@@ -227,12 +227,12 @@ class Places:
             The place, or None where it fits nowhere.
         """
         encoder = encoder or encoder_of(coder)
-        found = [self.measure(coder, other, self.search, encoder) for other in self.points]
-        own = found[self.points.index(point)]
-        fits = [r for r in found if r.beats(own, FAR_MARGIN)]
+        measured = [self.measure(coder, other, self.search, encoder) for other in self.points]
+        own = measured[self.points.index(point)]
+        fits = [r for r in measured if r.beats(own, FAR_MARGIN)]
         if not fits and better is not None:
             # Of two neighbours the better one wins by less.
-            fits = [r for r in found if r.score < own.score] or [better]
+            fits = [r for r in measured if r.score < own.score] or [better]
         best = min(fits, key=lambda r: r.score, default=None)
         return best if best is not None and best.fvu <= NAMED_LIMIT else None
 

@@ -47,21 +47,21 @@ def find_sae_folder(name: str, points: Sequence[Hookpoint] | None = None) -> Pat
     # What is at hand first: a cache must serve without a network.
     for local in (True, False):
         try:
-            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
         except HFValidationError as error:
             raise BadInputError(f"SAEs {name!r} are not a valid hub id: {error}") from error
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = type(error).__name__
             continue
         # A snapshot may come back that lacks what was asked for, or half of it.
-        lacking = [p.sparsify for p in points or () if not _whole(found / p.sparsify)]
+        lacking = [p.sparsify for p in points or () if not _whole(folder / p.sparsify)]
         if not lacking:
-            return found
+            return folder
         reason = f"{lacking[0]} is not there"
-    wanted = f" --include '{lacking[0]}/*'" if lacking else ""
+    option = f" --include '{lacking[0]}/*'" if lacking else ""
     raise BadInputError(
         f"SAEs {name!r} are not in the local hub cache and could not be fetched ({reason}).\n"
-        f"Where there is a network run `hf download {name}{wanted}`, copy the folder here and pass "
+        f"Where there is a network run `hf download {name}{option}`, copy the folder here and pass "
         "its path."
     )
 

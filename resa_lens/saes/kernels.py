@@ -104,10 +104,10 @@ def pair_dots_gather(
         torch.arange(a.shape[0], device=a.device), starts.diff(), output_size=latents.numel()
     )
     piece = max(1, GATHER_BYTES // (2 * a.shape[1] * a.element_size()))
-    found = [
+    dots = [
         (a[r] * b[m]).sum(1) for r, m in zip(rows.split(piece), latents.split(piece), strict=True)
     ]
-    return torch.cat(found) if found else a.new_zeros(0)
+    return torch.cat(dots) if dots else a.new_zeros(0)
 
 
 def weighted_rows(

@@ -92,26 +92,26 @@ class Meter:
     @contextmanager
     def peak(self) -> Iterator[list[float]]:
         """Collect the highest reading while the block runs, as the list's only element."""
-        found = [self.now()]
+        sizes = [self.now()]
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-            yield found
-            found[0] = torch.cuda.max_memory_allocated(self.device) / MB
+            yield sizes
+            sizes[0] = torch.cuda.max_memory_allocated(self.device) / MB
             return
         stop = threading.Event()
 
         def watch() -> None:
             while not stop.wait(0.001):
-                found[0] = max(found[0], self.now())
+                sizes[0] = max(sizes[0], self.now())
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield found
+            yield sizes
         finally:
             stop.set()
             watcher.join()
-            found[0] = max(found[0], self.now())
+            sizes[0] = max(sizes[0], self.now())
 
 
 def state_mb(config: SaeConfig, d_model: int) -> float:
@@ -153,11 +153,11 @@ def plan_training(
         # The first pass allocates and warms up; the second is timed.
         next(stream_activations(model, [part], points))
         began = time.perf_counter()
-        held = next(stream_activations(model, [part], points))
+        sample = next(stream_activations(model, [part], points))
         forward_seconds = time.perf_counter() - began
-    x = held.acts[points[len(points) // 2]].flatten(0, 1).float().clone()
-    acts = part.numel() * model.d_model * next(iter(held.acts.values())).element_size() / MB
-    del held
+    x = sample.acts[points[len(points) // 2]].flatten(0, 1).float().clone()
+    acts = part.numel() * model.d_model * next(iter(sample.acts.values())).element_size() / MB
+    del sample
     trainers = new_trainers(points[:1], model.d_model, config, steps, device=model.device)
     trainer = trainers[points[0]]
     half = None

@@ -126,17 +126,17 @@ def measure_quality(
             # What stands before the hook is as it was, so the reconstruction is that of the clean
             # activations: no second encoding.
             if isinstance(coder, SparseCoder):
-                found = encode(coder, flat)
-                made = decode(coder, found)
+                latents = encode(coder, flat)
+                output = decode(coder, latents)
             else:
-                found, made = None, substitute(coder, flat)
-            inserted = _replaced(model, ids, point, made.reshape(x.shape).to(x.dtype))
+                latents, output = None, substitute(coder, flat)
+            inserted = _replaced(model, ids, point, output.reshape(x.shape).to(x.dtype))
             ablated = _replaced(model, ids, point, torch.zeros_like(x))
             tallies[point].add(
                 batch,
                 flat,
-                made,
-                found,
+                output,
+                latents,
                 torch.stack(
                     [losses, _losses(inserted, ids), _losses(ablated, ids), _kl(clean, inserted)]
                 ),
@@ -275,21 +275,21 @@ class _Tally:
         owners: Int[Tensor, " predicted"],
         figures: Float[Tensor, "figure predicted"],
     ) -> None:
-        held = self.predicted[phase]
+        entry = self.predicted[phase]
         numbers, place = owners[mask].unique(return_inverse=True)
         sums = torch.zeros(len(numbers), 1 + len(figures), dtype=torch.double)
         ones = torch.ones(1, int(mask.sum()), dtype=torch.double)
         sums.index_add_(0, place, torch.cat([ones, figures[:, mask]]).mT)
         for number, row in zip(numbers.tolist(), sums, strict=True):
-            held[number] = held[number] + row if number in held else row
+            entry[number] = entry[number] + row if number in entry else row
 
     def quality(self) -> Quality:
-        made = {
+        phases = {
             name: self._figures([phase])
             for phase, name in enumerate(PHASES)
             if self.variance[phase].n
         }
-        return Quality({**made, ALL: self._figures(list(range(len(PHASES))))})
+        return Quality({**phases, ALL: self._figures(list(range(len(PHASES))))})
 
     def _figures(self, phases: list[int]) -> PhaseQuality:
         variance = sum((self.variance[p] for p in phases), _Variance())
@@ -371,14 +371,14 @@ def measure_fvu(
         for point, coder in coders.items():
             x = batch.acts[point].flatten(0, 1).float()
             x = x[ordinary(batch.ids, special).to(x.device)]
-            found = encode(coder, x)
-            sums[point].add(x, decode(coder, found))
-            active[point] += found.values.numel()
+            acts = encode(coder, x)
+            sums[point].add(x, decode(coder, acts))
+            active[point] += acts.values.numel()
     return {
-        point: (held.error / max(held.variance, 1e-12), active[point] / held.n)
-        if held.n
+        point: (tally.error / max(tally.variance, 1e-12), active[point] / tally.n)
+        if tally.n
         else (math.nan, math.nan)
-        for point, held in sums.items()
+        for point, tally in sums.items()
     }
 
 

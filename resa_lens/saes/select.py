@@ -81,10 +81,10 @@ def topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
         x: activations less b_dec.
         k: of each row.
     """
-    wanted = k if encoder.half is None else k + margin(k)
+    candidates = k if encoder.half is None else k + margin(k)
     parts = []
     for first, piece, pre in _products(encoder, x):
-        rows, latents, values = _largest(pre, min(wanted, pre.shape[1]))
+        rows, latents, values = _largest(pre, min(candidates, pre.shape[1]))
         if encoder.half is not None:
             values = _exact(encoder, piece, rows, latents)
         if rows.numel() > k * piece.shape[0] or encoder.half is not None:
@@ -100,7 +100,7 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
     order, or two processes would differ from one.
     """
     total = k * x.shape[0]
-    held: Active | None = None
+    kept: Active | None = None
     # A lower bound of the last place, from what was seen so far.
     limit = 0.0
     for first, piece, pre in _products(encoder, x):
@@ -110,13 +110,13 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
         reach = sure if off is None else pre.float() + off
         rows, latents = ((reach >= limit) & (reach > 0)).nonzero(as_tuple=True)
         values = pre[rows, latents] if off is None else _exact(encoder, piece, rows, latents)
-        found = Active(rows + first, latents, values)
-        held = found if held is None else _join([held, found], x)
-        last = kth_largest(held.values, total)
-        held, limit = _at_least(held, last), max(limit, last)
-    if held is None:
+        active = Active(rows + first, latents, values)
+        kept = active if kept is None else _join([kept, active], x)
+        last = kth_largest(kept.values, total)
+        kept, limit = _at_least(kept, last), max(limit, last)
+    if kept is None:
         return _join([], x)
-    return _take(held, (held.values > 0).nonzero()[:, 0])
+    return _take(kept, (kept.values > 0).nonzero()[:, 0])
 
 
 def _kth_of(values: Float[Tensor, "row latent"], k: int) -> float:

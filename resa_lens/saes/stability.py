@@ -152,7 +152,7 @@ def _compare(point: Hookpoint, a: SparseCoder, b: SparseCoder, threshold: float)
             f"the SAEs at {point.sparsify} have widths {a.d_in} and {b.d_in}: compare two "
             "trainings on one model"
         )
-    found = best_cosines(a.W_dec, b.W_dec)
+    cosines = best_cosines(a.W_dec, b.W_dec)
 
     def matched(best: Tensor, others: int) -> Matched:
         hits, n = int((best > threshold).sum()), best.numel()
@@ -160,5 +160,5 @@ def _compare(point: Hookpoint, a: SparseCoder, b: SparseCoder, threshold: float)
         return Matched(hits / n, n, wilson_interval(hits, n), null, best.mean().item())
 
     return Stability(
-        matched(found[0], b.W_dec.shape[0]), matched(found[1], a.W_dec.shape[0]), threshold
+        matched(cosines[0], b.W_dec.shape[0]), matched(cosines[1], a.W_dec.shape[0]), threshold
     )

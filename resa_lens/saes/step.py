@@ -127,14 +127,16 @@ def forward_step(
         index = dead.nonzero()[:, 0]
         among = Encoder(weight[index], bias[index], half and (half[0][index], half[1][index]))
         heuristic = max(1, x.shape[1] // 2)
-        found = topk(among, centred, min(heuristic, n_dead))
-        found = Active(found.rows, index[found.latents], found.values)
-        rows = weighted_rows(W_dec, row_starts(found.rows, n_rows), found.latents, found.values)
+        revived = topk(among, centred, min(heuristic, n_dead))
+        revived = Active(revived.rows, index[revived.latents], revived.values)
+        rows = weighted_rows(
+            W_dec, row_starts(revived.rows, n_rows), revived.latents, revived.values
+        )
         off = rows - error
         scale = min(n_dead / heuristic, 1.0)
         auxk = scale * world.sum_(off.pow(2).sum()) / variance
         # The error is a constant here: AuxK may not pull at the living latents.
-        terms.append(_term(found, off.mul_(2 * loss.auxk_alpha * scale / variance), W_dec, False))
+        terms.append(_term(revived, off.mul_(2 * loss.auxk_alpha * scale / variance), W_dec, False))
     fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device)
     fired[active.latents] = True
     return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms))
@@ -146,10 +148,10 @@ def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Ac
         return ACTIVATIONS[activation].train(encoder, centred, k)
     # The largest of all ranks' rows may lie with one rank.
     total = world.rows(centred)
-    found = batch_topk(encoder, centred, min(coder.num_latents, -(-k * total // centred.shape[0])))
-    values = torch.cat([part.to(centred.device) for part in world.gather(found.values.cpu())])
-    kept = found.values >= kth_largest(values, k * total)
-    return Active(*(part[kept] for part in found))
+    active = batch_topk(encoder, centred, min(coder.num_latents, -(-k * total // centred.shape[0])))
+    values = torch.cat([part.to(centred.device) for part in world.gather(active.values.cpu())])
+    kept = active.values >= kth_largest(values, k * total)
+    return Active(*(part[kept] for part in active))
 
 
 def _term(

@@ -129,10 +129,10 @@ class LayerTrainer:
         if self.loss.auxk_alpha and self.fvus:
             dead = self.since_fired >= self.window
         encoder = self.params["encoder.weight"], self.params["encoder.bias"]
-        found = forward_step(
+        figures = forward_step(
             coder, x, self.loss, half=half_precision(*encoder, half), dead=dead, world=world
         )
-        fvu = found.fvu.item()
+        fvu = figures.fvu.item()
         self.fvus.append(fvu)
         if not math.isfinite(fvu):
             return fvu
@@ -142,12 +142,12 @@ class LayerTrainer:
             number, self.steps, self.config.learning_rate, self.config.schedule, self.config.warmup
         )
         self.optimizer.begin(rate)
-        for name, gradient in gradients(coder, found, world):
+        for name, gradient in gradients(coder, figures, world):
             self.optimizer.update(name, gradient)
         rows = world.rows(x)
         self.tokens += rows
         self.since_fired += rows
-        self.since_fired[found.fired] = 0
+        self.since_fired[figures.fired] = 0
         if coder.cfg.activation == "batchtopk":
             self.last = x
         return fvu
@@ -211,7 +211,7 @@ def new_trainers(
 ) -> dict[Hookpoint, LayerTrainer]:
     """Return a trainer for each hookpoint, deterministic by the configuration's seed."""
     assert config.latents is not None
-    made = {}
+    by_point = {}
     for point in points:
         coder = new_coder(
             d_model,
@@ -223,8 +223,10 @@ def new_trainers(
         )
         if initial is not None:
             coder.load_state_dict(initial[point].state_dict())
-        made[point] = LayerTrainer(coder, config, steps, started=initial is not None, world=world)
-    return made
+        by_point[point] = LayerTrainer(
+            coder, config, steps, started=initial is not None, world=world
+        )
+    return by_point
 
 
 def train_saes(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from resa_lens.features.exclusive import TaggedPrompt
+    from resa_lens.layers.alignment import Alignment
     from resa_lens.layers.audit import Audit as AuditFindings
     from resa_lens.models.host import Model
     from resa_lens.saes.coder import SparseCoder
@@ -59,6 +60,28 @@ class SAEs(Result):
         """
         (coder,) = self.run.coders(self.model, [layer]).values()
         return coder
+
+    def activations(self, layer: int, ids: Sequence[int]) -> pd.DataFrame:
+        """Return the active latents of a layer's SAE (0-based) along one text.
+
+        Args:
+            layer: the layer.
+            ids: the text's token ids, for example `counts.prompt.ids`.
+
+        Returns:
+            A row for each active latent of each token: `position`, `feature`, `activation`.
+        """
+        import torch
+
+        from resa_lens.models.activations import stream_activations
+        from resa_lens.models.hookpoints import Hookpoint
+        from resa_lens.saes.coder import encode
+
+        point = Hookpoint(layer, self.site)
+        (batch,) = stream_activations(self.model, [torch.tensor([list(ids)])], [point])
+        acts = encode(self.sae(layer), batch.acts[point][0].float())
+        columns = {"position": acts.rows, "feature": acts.latents, "activation": acts.values}
+        return pd.DataFrame({name: column.tolist() for name, column in columns.items()})
 
     def table(self) -> pd.DataFrame:
         """Return the quality of each layer's SAE on held-out text.
@@ -110,6 +133,12 @@ class Counts(Result):
     def prompt(self) -> TaggedPrompt:
         """The prompt's tokens, and which of them belong to the tags."""
         return self.run.counts.prompt
+
+    @property
+    def tag_positions(self) -> list[int]:
+        """The positions of the prompt's tokens that belong to the tags."""
+        spans = (*self.prompt.open_spans, *self.prompt.close_spans)
+        return sorted(place for span in spans for place in span)
 
     def features(self, layer: int, rule: str = "all") -> tuple[int, ...]:
         """Return the latents that a rule counts at a layer (0-based)."""
@@ -165,6 +194,17 @@ class Mixture(Result):
         """Return mean, weight and standard deviation of each component, in layers (0-based)."""
         columns = ["mean", "weight", "std"]
         return pd.DataFrame([vars(part) for part in self.run.components], columns=columns)
+
+    def align(self, other: Mixture, **options: Any) -> Alignment:
+        """Ask whether this mixture's means lie closer to another's than chance puts them.
+
+        Args:
+            other: its means stay, while this profile is shuffled and fitted again.
+            options: draws and seed of `resa_lens.layers.alignment.align`.
+        """
+        from resa_lens.layers.alignment import align
+
+        return align(self.run, other.run, **options)
 
     def _sentences(self) -> list[str]:
         fit = self.run
@@ -263,6 +303,18 @@ class Audit(Result):
             for part in self.run.variance
         ]  # fmt: skip
         return pd.DataFrame(rows).set_index("score")
+
+    def misfits(self) -> list[str]:
+        """Return a sentence for each row that fits neither reading: what comes nearest to it."""
+        from resa_lens.layers.audit import describe_nearest
+        from resa_lens.layers.granularity import NEITHER
+
+        table = self.run.table
+        return [
+            f"{table.row_names[row]}: {describe_nearest(table, row, verdict)}"
+            for row, verdict in enumerate(self.run.test.rows)
+            if verdict.verdict == NEITHER
+        ]
 
     def _sentences(self) -> list[str]:
         from resa_lens.layers.findings import summary

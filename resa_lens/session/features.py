@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,40 @@ class Falsification(Result):
         return verdict_figure(by_layer)
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Excerpts of documents with a feature's activation at each token, the strongest first."""
+
+    excerpts: list[dict[str, Any]]
+    """Each with `tokens`, `acts`, `value` at its peak, `position`, `start` and `phase`."""
+
+    def __repr__(self) -> str:
+        """Return a line for each excerpt, its peak in brackets."""
+        lines = []
+        for excerpt in self.excerpts:
+            tokens = list(excerpt["tokens"])
+            peak = excerpt["position"] - excerpt["start"]
+            tokens[peak] = f"[{tokens[peak]}]"
+            lines.append(f"{excerpt['value']:.2f}, {excerpt['phase']}: {''.join(tokens)!r}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the excerpts with the activation as colour and a frame around the peak."""
+        rows = []
+        for excerpt in self.excerpts:
+            top, parts = max(excerpt["acts"]), []
+            pairs = zip(excerpt["tokens"], excerpt["acts"], strict=True)
+            for place, (token, value) in enumerate(pairs):
+                style = f"background:rgba(230,120,0,{0.8 * value / top:.2f})"
+                if place == excerpt["position"] - excerpt["start"]:
+                    style += ";outline:2px solid"
+                parts.append(f'<span style="{style}">{html.escape(token)}</span>')
+            note = f"{excerpt['value']:.2f}, {html.escape(excerpt['phase'])}"
+            text = f"<code>{''.join(parts)}</code>"
+            rows.append(f"<tr><td>{note}</td><td style='text-align:left'>{text}</td></tr>")
+        return f"<table>{''.join(rows)}</table>"
+
+
 @dataclass(frozen=True, repr=False)
 class Activity(Result):
     """How often, how strongly and where every feature fires over documents."""
@@ -80,6 +115,14 @@ class Activity(Result):
         from resa_lens.stages.activity import feature_page
 
         return feature_page(self.saes.model, self.saes.run, self.run, layer, feature)
+
+    def examples(self, layer: int, feature: int) -> Examples:
+        """Return the documents in which a feature is strongest, for a notebook in colour.
+
+        Raises:
+            BadInputError: as `feature`.
+        """
+        return Examples(self.feature(layer, feature)["examples"])
 
     def _sentences(self) -> list[str]:
         tokens = ", ".join(f"{count} {phase}" for phase, count in self.run.tokens.items())

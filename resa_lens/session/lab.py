@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from resa_lens.artifacts.artifact import KINDS, Artifact
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.models.host import Model
@@ -14,7 +15,9 @@ from resa_lens.progress import SILENT, ConsoleReporter, PrintedReporter
 from resa_lens.session.discovery import Counts, Recommendation, SAEs
 from resa_lens.session.features import Activity, Falsification
 from resa_lens.session.options import filled
+from resa_lens.session.probing import Probing
 from resa_lens.session.scoring import Scoring
+from resa_lens.session.sweeps import Sweep
 from resa_lens.session.workbench import Layers, layers_of, one_of, place_of
 
 
@@ -48,7 +51,7 @@ def open_lab(
     return Lab(Context(place, reporter, seed, device, dtype, False, threads, deterministic))
 
 
-class Lab(Scoring):
+class Lab(Scoring, Probing):
     """A workspace with the stages as methods; what is there already is read, not made again.
 
     >>> counts = lab.count_features(model, saes)
@@ -295,3 +298,28 @@ class Lab(Scoring):
             generations=generations, max_new_tokens=max_new_tokens, memory_limit_mb=memory_limit_mb,
         )  # fmt: skip
         return Activity(run, saes)
+
+    def artifacts(self, kind: str | None = None) -> list[Artifact]:
+        """Return what the workspace holds, the newest first; nothing is made or changed.
+
+        >>> [item.manifest.kind for item in lab.artifacts("counts")][:1]
+        ['counts']
+
+        Args:
+            kind: "saes", "counts", "recommendation", "adapter", "eval", "sweep" or another kind;
+                all by default.
+        """
+        kinds = tuple(KINDS)
+        if kind is not None:
+            one_of("kind", kind, kinds)
+        return self.workspace.artifacts(None if kind is None else KINDS[kind])
+
+    def sweeps(self) -> list[Sweep]:
+        """Return the finished sweeps of the workspace, the one with the most layers first.
+
+        >>> import resa_lens as rl
+        >>> len(rl.open(rl.data_path("workspace"), quiet=True).sweeps()[0].table())
+        12
+        """
+        sweeps = [Sweep(artifact) for artifact in self.artifacts("sweep")]
+        return sorted(sweeps, key=lambda sweep: -len(sweep.tables.layers))

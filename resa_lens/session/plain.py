@@ -12,6 +12,7 @@ from resa_lens.session.discovery import Audit, Mixture
 if TYPE_CHECKING:
     import pandas as pd
 
+    from resa_lens.layers.selectors import Recommendation as LayerChoice
     from resa_lens.saes.coder import SparseCoder
 
 
@@ -50,6 +51,32 @@ def fit_mixture(
     return Mixture(fit(values, **options))
 
 
+def recommend(
+    table: Mapping[int, float] | pd.Series, *, n_layers: int | None = None, **options: Any
+) -> LayerChoice:
+    """Recommend layers from a table of feature counts; where they support none, the middle one.
+
+    >>> import resa_lens as rl
+    >>> choice = rl.recommend({layer: 6 for layer in range(1, 27)}, draws=50)
+    >>> choice.recommended, choice.selector
+    ((12,), 'middle')
+
+    Args:
+        table: {0-based layer: features}, or a pandas Series indexed by layer.
+        n_layers: layers of the model; by default the last in the table and one more, which is left
+            out as the first is.
+        options: selector, recipe, quality, causal, insertion, draws and seed of
+            `resa_lens.layers.selectors.recommend`.
+
+    Raises:
+        BadInputError: an unknown selector, or a layer that the model does not have.
+    """
+    from resa_lens.layers.selectors import recommend as choose
+
+    counts: dict[Any, Any] = dict(table.items())
+    return choose(counts, n_layers=n_layers or max(counts) + 2, **options)
+
+
 def audit(
     table: pd.DataFrame | str | Path,
     *,
@@ -85,6 +112,71 @@ def audit(
         rows = table.to_dict("records")
         read = checkpoint_table(rows, Path("the table"), group=group, questions=questions)
     return Audit(audits.audit(read, **options))
+
+
+def possible_counts(percentage: str, questions: int) -> list[int]:
+    """Return the numbers of right answers that print as a percentage, of so many questions.
+
+    >>> import resa_lens as rl
+    >>> rl.possible_counts("36.03", 272), rl.possible_counts("36.03", 198)
+    ([98], [])
+
+    Args:
+        percentage: as it is printed; its digits count.
+        questions: of the benchmark.
+
+    Raises:
+        BadInputError: it is no number.
+    """
+    from decimal import Decimal, InvalidOperation
+
+    from resa_lens.layers.granularity import printed_counts
+
+    try:
+        value = Decimal(percentage)
+    except InvalidOperation as error:
+        raise BadInputError(f"percentage {percentage!r} is no number; give digits") from error
+    return list(printed_counts(value, questions, len(percentage.partition(".")[2])))
+
+
+def planted_checkpoints(
+    layer_sd: float,
+    exchanged: tuple[str, str] | None = None,
+    *,
+    layers: int = 12,
+    checkpoints: int = 4,
+    questions: Mapping[str, int] | None = None,
+    seed: int = 1,
+) -> pd.DataFrame:
+    """Return a made-up table of checkpoints in which the truth is known, to try `audit` on.
+
+    Args:
+        layer_sd: standard deviation of the layers' true accuracies, in points; 0 for none.
+        exchanged: two benchmarks whose columns are exchanged at every second layer.
+        layers: how many layers.
+        checkpoints: rows a layer.
+        questions: {benchmark: questions}; four known benchmarks by default.
+        seed: of the answers, which are drawn.
+
+    Returns:
+        A frame with columns `layer`, `checkpoint` and one a benchmark, in percent as they print.
+    """
+    import numpy as np
+    import pandas as pd
+
+    sizes = questions or {"amc23": 40, "math500": 500, "gpqa_diamond": 198, "minerva": 272}
+    rng = np.random.default_rng(seed)
+    rows = []
+    for layer in range(layers):
+        share = float(np.clip(0.5 + layer_sd * rng.standard_normal() / 100, 0, 1))
+        for checkpoint in range(checkpoints):
+            right = {name: rng.binomial(n, share) for name, n in sizes.items()}
+            row = {name: f"{100 * right[name] / n:.2f}" for name, n in sizes.items()}
+            if exchanged and layer % 2:
+                one, other = exchanged
+                row[one], row[other] = row[other], row[one]
+            rows.append({"layer": layer, "checkpoint": checkpoint, **row})
+    return pd.DataFrame(rows)
 
 
 def load_sae(

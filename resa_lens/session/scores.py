@@ -13,6 +13,7 @@ from resa_lens.session.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from torch import Tensor
 
     from resa_lens.artifacts.artifact import Artifact
     from resa_lens.evals.compare import Comparison as Pair
@@ -120,6 +121,12 @@ class Tuned(Result):
     def losses(self) -> tuple[float, ...]:
         """The loss of each update, in nats a token."""
         return self.run.losses
+
+    def weights(self) -> dict[str, Tensor]:
+        """Load the adapter's tensors: lora_A.weight [rank, d_in], lora_B.weight [d_out, rank]."""
+        from safetensors.torch import load_file
+
+        return load_file(self.artifact.path / "adapter_model.safetensors")
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from resa_lens.session.scores import Comparison, Scores, Tuned
 from resa_lens.session.workbench import Layers, Workbench, layers_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from resa_lens.evals.run import EvalConfig
     from resa_lens.tuning.config import Control
 
@@ -64,6 +66,49 @@ class Scoring(Workbench):
             tasks=tasks,
         )  # fmt: skip
         return Insertion(run, model)
+
+    def starting_loss(
+        self,
+        model: Model,
+        saes: SAEs,
+        layer: int,
+        *,
+        controls: Sequence[Control] = ("none", "identity", "noise"),
+        preset: str = "paper",
+        tokens: int = 1024,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Evaluate SAE-Tuning's loss before the first update, for the SAE and for its controls.
+
+        >>> lab.starting_loss(model, saes, 5).loc["none", "KL"]
+        0.0
+
+        Args:
+            model: the target; a copy of it gets adapters, whose second factor is zero.
+            saes: the SAEs.
+            layer: the layer, 0-based.
+            controls: what stands in the SAE's place, as of `tune`.
+            preset: "paper", "reference" or "distil".
+            tokens: of the data that the loss is evaluated on.
+            options: fields of `CorpusConfig`.
+
+        Returns:
+            A row for the SAE and each control: `FVU`, the fraction of variance that it leaves
+            unexplained, and `KL`, the loss in nats a token.
+        """
+        import pandas as pd
+
+        from resa_lens.stages.controls import starting_losses
+        from resa_lens.texts.corpora import CorpusConfig
+        from resa_lens.tuning.objective import preset as named
+
+        ctx = self._context(options)
+        (corpus,) = filled("starting_loss", options, CorpusConfig(seed=ctx.seed))
+        objective = replace(named(preset), site=saes.site)
+        rows = starting_losses(
+            ctx, model, saes.sae(layer), layer, tuple(controls), objective, corpus, tokens
+        )
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def tune(
         self,

@@ -16,7 +16,7 @@ from resa_lens.evals.engines import GenerationConfig, HFEngine
 from resa_lens.evals.grading import is_correct
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.hookpoints import Hookpoint
-from resa_lens.models.host import Model
+from resa_lens.models.host import Model, load_model
 from resa_lens.saes.baselines import (
     Blend,
     Noise,
@@ -31,7 +31,10 @@ from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import fit_corpus, packed
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.tuning.config import Objective, TuneConfig
+from resa_lens.tuning.objective import tuning_loss
 from resa_lens.tuning.sft import KINDS, Example, OwnConfig, OwnSamples, examples, own_samples
+from resa_lens.tuning.train import add_adapters
 
 SANITY = ("none", "identity")
 """With these the two sides of the KL are one distribution: nothing may train."""
@@ -213,3 +216,43 @@ def sample_answers(
             is_correct,
             config,
         )
+
+
+def starting_losses(
+    ctx: Context,
+    model: Model,
+    coder: SparseCoder,
+    layer: int,
+    controls: Sequence[str],
+    objective: Objective,
+    corpus: CorpusConfig,
+    tokens: int,
+) -> dict[str, dict[str, float]]:
+    """Return FVU and loss of the SAE and of controls in its place, with adapters at zero.
+
+    Args:
+        ctx: as of `replacement_for`.
+        model: the target, which is left as it is: the loss is that of a copy.
+        coder: the SAE.
+        layer: its layer, 0-based.
+        controls: names of `CONTROLS`.
+        objective: what the loss is.
+        corpus: the data.
+        tokens: of the batch.
+    """
+    point = Hookpoint(layer, objective.site)
+    records = corpora.read_records(corpus)
+    inserted: dict[str, SparseCoder | Replacement] = {"SAE": coder}
+    for control in controls:
+        inserted[control] = replacement_for(ctx, model, point, coder, control, corpus, records)
+    ids = next(corpora.batches(model.tokenizer, records, corpus, tokens=tokens, batch=4))
+    (batch,) = stream_activations(model, [ids], [point])
+    rows = batch.acts[point].flatten(0, 1)
+    fresh = load_model(model.name, device=model.device, dtype=model.dtype)
+    peft, bridge = add_adapters(fresh, objective, TuneConfig())
+    losses: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for name, inner in inserted.items():
+            loss = float(tuning_loss(bridge, peft, ids, point, inner, objective))
+            losses[name] = {"FVU": fvu_on(inner, rows), "KL": loss}
+    return losses

@@ -36,6 +36,7 @@ from resa_lens.stats.oneway import (
     one_way,
     one_way_f,
     one_way_permutation,
+    one_way_power,
 )
 from resa_lens.stats.paired import (
     FEW,
@@ -50,6 +51,7 @@ from resa_lens.stats.paired import (
 from resa_lens.stats.power import (
     TARGET,
     PairedPower,
+    least_detectable,
     mcnemar_detectable,
     mcnemar_power,
     mcnemar_questions,
@@ -79,6 +81,7 @@ from resa_lens.stats.samples import (
     macro_average,
     mean_interval,
     pass_at_k,
+    t_test,
 )
 from resa_lens.stats.seeds import (
     GroupDifference,
@@ -130,6 +133,7 @@ __all__ = [
     "group_difference",
     "holm",
     "layer_effect",
+    "least_detectable",
     "macro_average",
     "mcnemar_detectable",
     "mcnemar_exact",
@@ -141,6 +145,7 @@ __all__ = [
     "one_way",
     "one_way_f",
     "one_way_permutation",
+    "one_way_power",
     "paired_bootstrap",
     "paired_interval",
     "paired_power",
@@ -160,6 +165,7 @@ __all__ = [
     "spearman",
     "sweep_differences",
     "sweep_power",
+    "t_test",
     "tango_interval",
     "wilson_interval",
 ]

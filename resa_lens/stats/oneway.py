@@ -129,3 +129,32 @@ def one_way_permutation(
         tables = np.tile(vector, (min(rows, draws - start), 1))
         parts.append(_sums_of_squares(rng.permuted(tables, axis=1), groups)[0])
     return permutation_p_value(1.0, np.concatenate(parts) / between[0]) if between[0] else 1.0
+
+
+def one_way_power(
+    between: float,
+    within: float,
+    *,
+    groups: int,
+    each: int,
+    alpha: float = 0.05,
+    draws: int = DRAWS,
+    seed: Seed = 0,
+) -> float:
+    """Return how often the F test finds groups whose true means differ by so much; simulated.
+
+    Args:
+        between: standard deviation of the groups' true means.
+        within: standard deviation of the values of one group.
+        groups: how many groups.
+        each: values a group.
+        alpha: level of the test.
+        draws: simulated tables.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    index = np.repeat(np.arange(groups), each)
+    border = scipy.stats.f.ppf(1 - alpha, groups - 1, groups * (each - 1))
+    true = between * rng.standard_normal((draws, groups))[:, index]
+    tables = true + within * rng.standard_normal((draws, index.size))
+    return float((one_way_f(tables, index) > border).mean())

@@ -1,10 +1,12 @@
-"""Scores of one run: avg@n, pass@k and means over tasks, with intervals over questions."""
+"""Scores of one run: avg@n, pass@k and means over tasks or runs, with their intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
 
 from resa_lens.errors import BadInputError
@@ -81,3 +83,20 @@ def macro_average(
     down, up = (float(np.sqrt(((means - ends[:, side]) ** 2).sum())) for side in (0, 1))
     mean = float(means.mean())
     return mean, (mean - down / means.size, mean + up / means.size)
+
+
+def t_test(values: ArrayLike, level: float = 0.95) -> tuple[float, Interval, float]:
+    """Return mean, Student's interval and two-sided p of values [n] against zero.
+
+    Raises:
+        BadInputError: fewer than two values.
+    """
+    vector = vector_of(values, "values")
+    check_level(level)
+    if vector.size < 2:
+        raise BadInputError(f"{vector.size} value has no interval: give two or more")
+    mean, error = float(vector.mean()), float(vector.std(ddof=1)) / math.sqrt(vector.size)
+    law = scipy.stats.t(vector.size - 1)
+    half = float(law.ppf((1 + level) / 2)) * error
+    p_value = 2 * float(law.sf(abs(mean) / error)) if error else float(mean == 0)
+    return mean, (mean - half, mean + half), p_value

@@ -68,9 +68,9 @@ def answer(request: dict[str, Any], longest: int) -> dict[str, Any]:
     try:
         return render(request.pop("conversations"), request, longest)
     except Exception as error:  # noqa: BLE001 - a template may raise what it likes
-        said, name = " ".join(str(error).split())[:200], type(error).__name__
+        message, name = " ".join(str(error).split())[:200], type(error).__name__
         plain = name in ("TemplateError", "ValueError")
-        return {"error": f"{name}: {said}" if said and not plain else said or name}
+        return {"error": f"{name}: {message}" if message and not plain else message or name}
 
 
 if __name__ == "__main__":

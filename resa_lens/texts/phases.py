@@ -58,12 +58,12 @@ def tag_spans(
         tag: what is looked for.
         offsets: first character and end of each token.
     """
-    found, start = [], text.find(tag)
+    spans, start = [], text.find(tag)
     while start >= 0:
         end = start + len(tag)
-        found.append(tokens_within(offsets, start, end))
+        spans.append(tokens_within(offsets, start, end))
         start = text.find(tag, end)
-    return tuple(found)
+    return tuple(spans)
 
 
 def tag_phases(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
@@ -152,9 +152,9 @@ def phased_batches(
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: int, longest: int | None
 ) -> Iterator[tuple[list[int], list[int]]]:
-    made, stream = 0, iter(texts)
+    count, stream = 0, iter(texts)
     eos: Any = tokenizer.eos_token_id
-    while made < tokens and (some := list(islice(stream, 64))):
+    while count < tokens and (some := list(islice(stream, 64))):
         encoded: Any = tokenizer(some, return_offsets_mapping=True)
         for text, row, offsets in zip(
             some, encoded["input_ids"], encoded["offset_mapping"], strict=True
@@ -163,6 +163,6 @@ def _tokenised(
             ids = [*row, *end][:longest]
             phases = tag_phases(text, [*offsets, (len(text), len(text))])
             yield ids, list(phases[: len(ids)])
-            made += len(ids)
-            if made >= tokens:
+            count += len(ids)
+            if count >= tokens:
                 return

@@ -380,6 +380,138 @@ def test_audit_takes_a_file_or_a_frame():
     assert by_file["checkpoints"] == 104
 
 
+def test_figures_and_statistics_are_at_the_front_door():
+    assert {"stats", "figures", "recommend", "data_path"} <= set(dir(rl))
+    from resa_lens.figures.scores import forest_figure
+
+    assert rl.figures.forest_figure is forest_figure
+    assert rl.stats.holm([0.01, 0.04]) == pytest.approx((0.02, 0.04))
+    assert rl.figures.BLUE.startswith("#")
+    with pytest.raises(AttributeError, match="no attribute 'pie_figure'"):
+        _ = rl.figures.pie_figure
+
+
+def test_a_recommendation_from_a_table_alone():
+    from resa_lens.layers.selectors import recommend
+
+    table = {layer: 9 if layer in (6, 7, 8) else 0 for layer in range(1, 13)}
+    chosen = rl.recommend(table, selector="most-features", draws=20)
+    assert chosen == recommend(table, n_layers=14, selector="most-features", draws=20)
+    assert rl.recommend(pd.Series(table), n_layers=20, draws=20).n_layers == 20
+    with pytest.raises(BadInputError, match="selector"):
+        rl.recommend(table, selector="best")
+
+
+def test_counts_behind_a_percentage():
+    assert rl.possible_counts("33.3", 30) == [10]
+    assert rl.possible_counts("29.41", 198) == []
+    assert rl.possible_counts("50", 4) == [2]
+    with pytest.raises(BadInputError, match="'half' is no number"):
+        rl.possible_counts("half", 30)
+
+
+def test_planted_checkpoints_are_what_the_audit_says_of_them():
+    swap = ("gpqa_diamond", "minerva")
+    audit = rl.audit(rl.planted_checkpoints(3.0, swap), draws=20)
+    (exchange,) = audit.run.test.exchanges
+    places = {int(audit.run.table.groups[row].split()[1]) for row in exchange.rows}
+    assert places == {1, 3, 5, 7, 9, 11}
+    assert audit.run.variance[0].anova.p_value < 0.001
+    assert audit.misfits() == []
+    plain = rl.planted_checkpoints(0.0, layers=3, checkpoints=2, questions={"math500": 500})
+    assert plain.shape == (6, 3)
+    paper = rl.audit(rl.data_path("paper/tables3_4_5_models.csv"), draws=20)
+    assert len(paper.misfits()) == paper.run.test.counts["fits neither"] == 2
+
+
+def test_mixtures_are_aligned_as_by_the_command():
+    from resa_lens.layers.tables import mixtures_of_table
+
+    table = rl.data_path("paper/table6_hookpoints.csv")
+    settings: dict[str, Any] = {"recipe": "paper", "draws": 20}
+    counts = rl.fit_mixture(table, "feature_count", **settings)
+    scores = rl.fit_mixture(table, "average", baseline=41.18, **settings)
+    _, expected = mixtures_of_table(
+        table, "feature_count", against="average", against_baseline=41.18, **settings
+    )
+    assert counts.align(scores) == expected
+
+
+def test_the_shipped_sweeps_are_results():
+    shipped = rl.open(rl.data_path("workspace"), quiet=True)
+    sweeps = shipped.sweeps()
+    assert len(sweeps) == len(shipped.artifacts("sweep")) > 1
+    sizes = [len(sweep.table()) for sweep in sweeps]
+    assert sizes == sorted(sizes, reverse=True)
+    main = sweeps[0]
+    right, base = main.correct(), main.answers()["base"]
+    assert right.shape == (len(main.table()), main.table()["seeds"].iloc[0], main.tables.n)
+    accuracy = right.mean(axis=(1, 2))
+    assert accuracy == pytest.approx(main.table()["accuracy"])
+    assert accuracy - base.mean() == pytest.approx(main.table()["difference"])
+    assert len(main.selectors()) == len(main.tables.regrets["selectors"]) + 1
+    assert {len(sweep.controls()) for sweep in sweeps} == {
+        len(sweep.tables.controls) for sweep in sweeps
+    }
+    assert isinstance(main.plot(), go.Figure)
+    assert main.path.name in repr(main)
+    with pytest.raises(BadInputError, match="kind 'sweeps' is unknown"):
+        shipped.artifacts("sweeps")
+
+
+def test_the_loss_at_the_start_is_the_first_of_the_tuning(small):
+    lab, model, saes, tuned = (small[key] for key in ("lab", "model", "saes", "tuned"))
+    start = lab.starting_loss(model, saes, tuned.layer, controls=("none", "identity"))
+    assert start.loc[["none", "identity"]].to_numpy().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert start.loc["SAE", "FVU"] > 0
+    assert start.loc["SAE", "KL"] > 0
+    assert "lora" not in " ".join(name for name, _ in model.model.named_parameters())
+    weights = tuned.weights()
+    assert {name.rsplit(".", 2)[1] for name in weights} == {"lora_A", "lora_B"}
+
+
+def test_a_closer_look_at_one_feature(small):
+    lab, model, saes, counts = (small[key] for key in ("lab", "model", "saes", "counts"))
+    record = small["falsification"].run.features[0]
+    layer, feature = record["layer"], record["feature"]
+    # Counted: active at tags alone.
+    active = saes.activations(layer, counts.prompt.ids)
+    places = set(active.loc[active["feature"] == feature, "position"])
+    assert places
+    assert places <= set(counts.tag_positions)
+    # The trials of one feature are those of all.
+    trials = lab.trials(model, counts, layer, feature, texts=4, shuffles=2)
+    for kind, share in record["shares"].items():
+        assert trials.table().loc[kind, ["fired", "n"]].tolist() == [share["fired"], share["n"]]
+    assert isinstance(trials.plot(), go.Figure)
+    weighed = lab.attribute(model, saes, layer, [feature], text_tokens=256)
+    assert weighed.table().index.tolist() == [feature]
+    assert weighed.results["layer"] == layer
+    changed = lab.ablate(model, saes, layer, [feature], limit=4, doses=(1.0,), controls=1, seed=3)
+    assert changed.manifest.config["ablation"]["seed"] == 3
+    assert changed.results["n"] == 4
+    assert changed.table().index.tolist() == [row["strength"] for row in changed.results["doses"]]
+    assert isinstance(changed.plot(), go.Figure)
+    for result in (trials, weighed, changed):
+        assert 1 < len(repr(result).splitlines()) <= SCREEN
+    with pytest.raises(BadInputError, match="layer '12' is out of range"):
+        lab.ablate(model, saes, 12, [feature])
+
+
+def test_examples_of_a_feature_keep_text_as_text(small):
+    from resa_lens.session.features import Examples
+
+    excerpt = {"tokens": ["<b>", "=", "2"], "acts": [0.0, 2.0, 1.0], "value": 2.0, "position": 8,
+               "start": 7, "phase": "think"}  # fmt: skip
+    examples = Examples([excerpt])
+    assert repr(examples) == "2.00, think: '<b>[=]2'"
+    assert "<b>" not in examples._repr_html_()
+    assert examples._repr_html_().count("outline") == 1
+    activity = small["activity"]
+    feature = int(activity.features(5).index[0])
+    assert activity.examples(5, feature).excerpts == activity.feature(5, feature)["examples"]
+
+
 def test_load_sae_by_folder_and_layer(small):
     saes = small["saes"]
     one = rl.load_sae(saes.path, 5)
@@ -398,7 +530,8 @@ def test_load_sae_by_folder_and_layer(small):
 
 
 @pytest.mark.parametrize(
-    "module", ["session.lab", "session.scoring", "session.workbench", "session.plain"]
+    "module",
+    [f"session.{name}" for name in ("lab", "scoring", "probing", "workbench", "plain")],
 )
 def test_the_examples_in_docstrings_print_what_they_say(small, module):
     loaded = importlib.import_module(f"resa_lens.{module}")

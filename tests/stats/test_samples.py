@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats as reference
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
@@ -128,3 +129,16 @@ def test_choice_among_runs_that_share_answers_or_clearly_differ_adds_little():
 def test_bad_input(call):
     with pytest.raises(BadInputError):
         call()
+
+
+def test_students_interval_and_p_agree_with_scipy():
+    values = [1.0, 2.5, -0.5, 3.0, 1.5, 0.5]
+    mean, ci, p_value = stats.t_test(values, 0.9)
+    peer = reference.ttest_1samp(values, 0.0)
+    interval = peer.confidence_interval(0.9)
+    assert mean == pytest.approx(np.mean(values))
+    assert ci == pytest.approx((interval.low, interval.high))
+    assert p_value == pytest.approx(peer.pvalue)
+    assert stats.t_test([0.0, 0.0]) == (0.0, (0.0, 0.0), 1.0)
+    with pytest.raises(BadInputError, match="two or more"):
+        stats.t_test([1.0])

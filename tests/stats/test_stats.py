@@ -192,3 +192,16 @@ def test_difference_from_sets_of_equal_sets_is_the_paired_t_test():
 def test_bad_input(call):
     with pytest.raises(BadInputError):
         call()
+
+
+@pytest.mark.parametrize("between", [0.0, 0.5, 1.0])
+def test_the_power_of_the_f_test_is_that_of_random_effects(between):
+    """With normal group means F is a multiple of a central F: its power is known in closed form."""
+    groups, each = 26, 4
+    freedom = (groups - 1, groups * (each - 1))
+    border = reference.f.ppf(0.95, *freedom)
+    known = reference.f.sf(border / (1 + each * between**2 / 1.5**2), *freedom)
+    draws = 4000
+    simulated = stats.one_way_power(between, 1.5, groups=groups, each=each, draws=draws)
+    error = (known * (1 - known) / draws) ** 0.5
+    assert simulated == pytest.approx(known, abs=4 * error)

@@ -350,9 +350,9 @@ def _no_match(listing: Listing, source: Source, query: Query) -> None:
 def _rows(selection: Selection, query: Query) -> None:
     """The table; a row that is chosen opens its feature."""
     shift = int(links.one_based())
-    shown = selection.shown.assign(layer=selection.shown["layer"] + shift)
+    visible = selection.shown.assign(layer=selection.shown["layer"] + shift)
     column = "layer (1-based)" if shift else "layer (0-based)"
-    shown = shown.rename(columns={"layer": column, "score": query.score or "score"})
+    visible = visible.rename(columns={"layer": column, "score": query.score or "score"})
 
     def picked() -> None:
         state: Any = st.session_state.get(_TABLE)
@@ -364,12 +364,12 @@ def _rows(selection: Selection, query: Query) -> None:
         "Choose a row by the box at its left, or by Shift and the space bar, to open its feature."
     )
     table(
-        shown,
+        visible,
         "features",
         key=_TABLE,
         on_select=picked,
         selection_mode="single-row",
-        height=600 if len(shown) > 15 else "content",
+        height=600 if len(visible) > 15 else "content",
         column_config={
             "raises": st.column_config.TextColumn(width="large"),
             "feature": st.column_config.NumberColumn(format="%d"),

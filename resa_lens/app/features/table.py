@@ -121,8 +121,8 @@ def score_names(source: Source) -> dict[str, tuple[Artifact, str]]:
     names: dict[str, tuple[Artifact, str]] = {}
     for place, run in enumerate(source.scores):
         for totals in data.read(run, "summary.json", ScoreSummary).scores:
-            shown = f"{totals.score} ({run.path.name})" if place else totals.score
-            names[shown] = run, totals.score
+            label = f"{totals.score} ({run.path.name})" if place else totals.score
+            names[label] = run, totals.score
     return names
 
 

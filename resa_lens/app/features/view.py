@@ -167,16 +167,16 @@ def _examples(source: Source, layer: int, feature: int, figures: Activity) -> No
     )
     parts, listed = [], []
     for row in rows:
-        shown = [token or "" for token in row["tokens"] or []]
+        words = [token or "" for token in row["tokens"] or []]
         acts = [value or 0.0 for value in row["acts"] or []]
-        if len(shown) != len(acts):
+        if len(words) != len(acts):
             raise BadInputError(
-                f"example {row['rank']} has {len(shown)} tokens and {len(acts)} activations; "
+                f"example {row['rank']} has {len(words)} tokens and {len(acts)} activations; "
                 "--force of resa-lens activity makes the tables anew"
             )
         peak = row["position"] - row["start"]
-        around = phases.get(row["document"], [])[row["start"] : row["start"] + len(shown)]
-        if len(around) != len(shown):
+        around = phases.get(row["document"], [])[row["start"] : row["start"] + len(words)]
+        if len(around) != len(words):
             around = []
         head = (
             f"Document {row['document']}, token {row['position']}, {row['phase']}: "
@@ -184,7 +184,7 @@ def _examples(source: Source, layer: int, feature: int, figures: Activity) -> No
         )
         parts.append(
             f'<div class="example"><div class="head">{html.escape(tokens.plain(head))}</div>'
-            + tokens.coloured(shown, acts, most=figures.row["max"], phases=around, peak=peak)
+            + tokens.coloured(words, acts, most=figures.row["max"], phases=around, peak=peak)
             + "</div>"
         )
         listed.append(
@@ -193,8 +193,8 @@ def _examples(source: Source, layer: int, feature: int, figures: Activity) -> No
                 "token": row["position"],
                 "phase": row["phase"],
                 "activation": row["value"],
-                "peak": tokens.visible(shown[peak]) if 0 <= peak < len(shown) else "",
-                "text": tokens.plain("".join(shown)),
+                "peak": tokens.visible(words[peak]) if 0 <= peak < len(words) else "",
+                "text": tokens.plain("".join(words)),
             }
         )
     style = "<style>.example{margin:0 0 .9rem}.example .head{font-size:.85rem;opacity:.75}</style>"

@@ -170,10 +170,10 @@ def _side_by_side(plain: dict[str, Any], changed: dict[str, Any], request: dict[
         with column.container(border=True):
             st.text(f"{title}. {lab_data.answer_line(document, request['question'])}")
             written = slice(document["prompt_tokens"], None)
-            shown = document["tokens"][written]
-            if shown:
+            words = document["tokens"][written]
+            if words:
                 tokens.show(
-                    shown, [0.0] * len(shown), phases=document["phases"][written], peak=first
+                    words, [0.0] * len(words), phases=document["phases"][written], peak=first
                 )
             else:
                 st.text("nothing was written")

@@ -319,8 +319,8 @@ def _result(code: int, printed: str, lines: list[str]) -> dict[str, Any]:
         except ValueError:
             return {"error": f"the command printed no JSON object: {printed[:200]!r}"}
     last = "\n".join(lines)
-    if found := re.search(r"^error: (.*)", last, re.MULTILINE | re.DOTALL):
-        return {"error": found[1]}
+    if match := re.search(r"^error: (.*)", last, re.MULTILINE | re.DOTALL):
+        return {"error": match[1]}
     return {"error": f"the command ended before its result ({_how_it_ended(code)})\n{last}"}
 
 

@@ -252,15 +252,15 @@ def _by_layer(
 
 def _mixture(counts: CountResults, recommendation: StoredRecommendation | None, rule: str) -> None:
     with part("Mixture over layers"):
-        shown = str(
+        choice = str(
             st.segmented_control(
                 "Rule", RULES, default=rule, required=True, **links.bound(f"rule-{rule}")
             )
         )
-        fit = _fit(counts, recommendation, rule, shown)
+        fit = _fit(counts, recommendation, rule, choice)
         shift = int(links.one_based())
         figure(plots.mixture_figure(fit, one_based=links.one_based()), "figure-mixture")
-        if shown != rule:
+        if choice != rule:
             st.caption(
                 f'The recommendation follows rule "{rule}"; this rule only stands beside it.'
             )

@@ -277,10 +277,10 @@ def _samples(runs: Mapping[str, Run]) -> None:
         if int(st.session_state.get("sample_page", 1)) > pages:
             st.session_state["sample_page"] = pages
         page = int(st.pagination(pages, max_visible_pages=5, **links.bound("sample_page")))
-        shown = places[(page - 1) * PER_PAGE : page * PER_PAGE].tolist()
+        page_places = places[(page - 1) * PER_PAGE : page * PER_PAGE].tolist()
         st.text(f"{places.size} of {len(kinds)} questions; {PER_PAGE} a page")
-        texts = [_texts(run, own[letter], shown) for letter, run in pair.items()]
-        for number, place in enumerate(shown):
+        texts = [_texts(run, own[letter], page_places) for letter, run in pair.items()]
+        for number, place in enumerate(page_places):
             _question(own, [rows[number] for rows in texts], place)
 
 

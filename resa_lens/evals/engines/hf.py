@@ -274,10 +274,10 @@ class _Watch:
         phases = torch.full(ids.shape, -1)
         if self.started:
             tokens = ids[:, 0].tolist()
-            found = [
+            places = [
                 self._next(r, t) if r in live else -1 for r, t in zip(rows, tokens, strict=True)
             ]
-            phases[:, 0] = torch.tensor(found)
+            phases[:, 0] = torch.tensor(places)
         else:
             for row, known in enumerate(self.prompts):
                 phases[row, phases.shape[1] - len(known) :] = torch.tensor(known)

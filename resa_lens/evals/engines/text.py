@@ -10,7 +10,7 @@ from resa_lens.evals.engines.base import Generation
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Return the end-of-sequence ids of the tokenizer, the model and its generation config."""
-    found: list[int] = []
+    ends: list[int] = []
     sources = (
         tokenizer.eos_token_id,
         getattr(model.config, "eos_token_id", None),
@@ -18,8 +18,8 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     )
     for value in sources:
         ids = value if isinstance(value, list | tuple) else [value]
-        found += [i for i in ids if i is not None and i not in found]
-    return found
+        ends += [i for i in ids if i is not None and i not in ends]
+    return ends
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -85,10 +85,10 @@ def detect(folder: Path) -> str:
             raise BadInputError(f"SAE {folder} lacks {module.FILES[0]}")
     for module in FORMATS.values():
         if (folder / module.FILES[0]).exists():
-            wanted = " or ".join(
+            formats = " or ".join(
                 m.FILES[1] for m in FORMATS.values() if m.FILES[0] == module.FILES[0]
             )
-            raise BadInputError(f"SAE {folder} lacks {wanted}")
+            raise BadInputError(f"SAE {folder} lacks {formats}")
     looked = "; ".join(f"{name}: {', '.join(m.FILES)}" for name, m in FORMATS.items())
     raise BadInputError(f"{folder} holds no SAE of a known format ({looked})")
 
@@ -123,33 +123,33 @@ def load_coder(
     options = Options(decoder, allow_pickle, cast, k, d_in, stored)
     form = detect(folder)
     read = qwen_scope.read if form == "qwen_scope" else FORMATS[form].read
-    found = read(folder, options)
-    latents = found.tensors["encoder.weight"].shape[0]
-    if not isinstance(found.activation, str) or found.activation not in ACTIVATIONS:
+    parts = read(folder, options)
+    latents = parts.tensors["encoder.weight"].shape[0]
+    if not isinstance(parts.activation, str) or parts.activation not in ACTIVATIONS:
         raise BadInputError(
-            f"SAE {folder} has activation {found.activation!r}; readable: {', '.join(ACTIVATIONS)}"
+            f"SAE {folder} has activation {parts.activation!r}; readable: {', '.join(ACTIVATIONS)}"
         )
-    if found.k is None and found.activation == "topk":
+    if parts.k is None and parts.activation == "topk":
         raise BadInputError(f"SAE {folder} {NO_K}")
     # Where a threshold decides, it counts for controls of the SAE's size alone.
-    k = min(ANY_K, latents) if found.k is None else found.k
+    k = min(ANY_K, latents) if parts.k is None else parts.k
     # JSON's true is an int to Python.
     if type(k) is not int or not 1 <= k <= latents:
         raise BadInputError(f"SAE {folder} has k {k!r}; k must be 1 to its {latents} latents")
-    threshold = found.threshold
+    threshold = parts.threshold
     if isinstance(threshold, Tensor):
         threshold = threshold.to(device)
     elif type(threshold) not in (int, float) or not math.isfinite(threshold):
         raise BadInputError(f"SAE {folder} has threshold {threshold!r}; it must be a finite number")
     coder = assemble(
-        found.tensors,
+        parts.tensors,
         k=k,
-        activation=found.activation,
+        activation=parts.activation,
         threshold=threshold if isinstance(threshold, Tensor) else float(threshold),
         device=device,
     )
     coder.stored = ", ".join(sorted(stored)) or "float32"
-    coder.states_k = found.k is not None
+    coder.states_k = parts.k is not None
     return coder
 
 
@@ -202,33 +202,33 @@ def find_coders(folder: Path, names: Names = LLAMA) -> dict[Path, Hookpoint | No
     """
     if not folder.is_dir():
         raise BadInputError(f"SAEs {folder} not found: no such folder")
-    found: dict[Path, Hookpoint | None] = {}
+    coders: dict[Path, Hookpoint | None] = {}
     whole = False
     for place in _places(folder, folder, DEEPEST):
         if place.is_file():
-            found[place], whole = qwen_scope.hookpoint(place, names), True
+            coders[place], whole = qwen_scope.hookpoint(place, names), True
             continue
         try:
-            found[place] = FORMATS[detect(place)].hookpoint(place, names)
+            coders[place] = FORMATS[detect(place)].hookpoint(place, names)
             whole = True
         except BadInputError:
-            found[place] = hookpoint_of(place, names)
-    if not found:
+            coders[place] = hookpoint_of(place, names)
+    if not coders:
         raise BadInputError(
             f"{folder} holds no SAE (layers.N.mlp/cfg.json, sae.safetensors, or SAELens', "
             "dictionary_learning's or Qwen-Scope's files)"
         )
     if not whole:
-        detect(next(iter(found)))
+        detect(next(iter(coders)))
     # A run is what lies directly below; its SAEs are deeper.
-    runs = {parts[0] for place in found if len(parts := place.relative_to(folder).parts) > 1
+    runs = {parts[0] for place in coders if len(parts := place.relative_to(folder).parts) > 1
             and hookpoint_of(folder / parts[0], names) is None}  # fmt: skip
     if len(runs) > 1:
         raise BadInputError(
             f"{folder} holds SAEs of {len(runs)} runs: {', '.join(sorted(runs)[:6])}; pass the "
             f"folder of one, for example {folder / min(runs)}"
         )
-    return found
+    return coders
 
 
 def _places(place: Path, root: Path, depth: int) -> Iterator[Path]:

@@ -101,15 +101,15 @@ def unpickle(file: Path, options: Options) -> dict[str, Tensor]:
             "resa-lens convert SOURCE TARGET --to sparsify --allow-pickle"
         )
     try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
+        contents: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "empty"
         raise BadInputError(f"{file} cannot be read as weights only: {first}") from error
-    if not isinstance(held, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    if not isinstance(contents, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in contents.items()
     ):
         raise BadInputError(f"{file} holds no state of tensors")
-    return held
+    return contents
 
 
 def hookpoint_of(folder: Path, names: Names, *stated: Any) -> Hookpoint | None:

@@ -44,12 +44,12 @@ def read(folder: Path, options: Options) -> Parts:
             f"SAE {folder} has dictionary_learning's class {kind!r}; readable: {', '.join(CLASSES)}"
         )
     file = folder / FILES[1]
-    held = unpickle(file, options)
-    wanted = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
+    state = unpickle(file, options)
+    keys = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
     # Checkpoints from before the threshold lack it.
     optional = {"threshold"} if CLASSES[kind] == "topk" else set()
-    check_names(folder, set(held), wanted - (optional - set(held)))
-    matrix = held["encoder.weight"]
+    check_names(folder, set(state), keys - (optional - set(state)))
+    matrix = state["encoder.weight"]
     if matrix.ndim != 2:
         raise BadInputError(f"SAE {folder}: encoder.weight is {tuple(matrix.shape)}, no matrix")
     d_sae, d_in = matrix.shape
@@ -67,12 +67,12 @@ def read(folder: Path, options: Options) -> Parts:
         "b_dec": (d_in,),
         "threshold": (),
     }
-    named = {name: held[name] for name in shapes if name in held}
+    named = {name: state[name] for name in shapes if name in state}
     checked = check_values(folder, named, shapes, options)
     tensors = {name: checked[name] for name in ("encoder.weight", "encoder.bias", "b_dec")}
     if options.decoder:
         tensors["W_dec"] = checked["decoder.weight"].mT.contiguous()
-    stated, stored = values.get("k"), _count(folder, held["k"])
+    stated, stored = values.get("k"), _count(folder, state["k"])
     if stated is not None and stated != stored:
         raise BadInputError(f"SAE {folder}: {FILES[0]} says k {stated}, {FILES[1]} says k {stored}")
     if CLASSES[kind] == "topk":
@@ -116,7 +116,7 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Name
     )
     trainer: dict[str, Any] = {
         "trainer_class": TRAINERS[activation],
-        "dict_class": next(name for name, held in CLASSES.items() if held == activation),
+        "dict_class": next(name for name, kind in CLASSES.items() if kind == activation),
         "activation_dim": coder.d_in,
         "dict_size": coder.num_latents,
         "k": coder.cfg.k,

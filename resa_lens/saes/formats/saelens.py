@@ -77,23 +77,23 @@ def read(folder: Path, options: Options) -> Parts:
     if rescaled:
         # The selection depends on the decoder's norms, so the encoder needs them too.
         options = options._replace(decoder=True)
-    held = read_tensors(folder / FILES[1], shapes, options, encoder=ENCODER)
+    state = read_tensors(folder / FILES[1], shapes, options, encoder=ENCODER)
     tensors = {
-        "encoder.weight": held["W_enc"].mT.contiguous(),
-        "encoder.bias": held["b_enc"],
-        "b_dec": held["b_dec"],
+        "encoder.weight": state["W_enc"].mT.contiguous(),
+        "encoder.bias": state["b_enc"],
+        "b_dec": state["b_dec"],
     }
-    if "W_dec" in held:
-        tensors["W_dec"] = held["W_dec"]
+    if "W_dec" in state:
+        tensors["W_dec"] = state["W_dec"]
     if not values.get("apply_b_dec_to_input", True):
         # W x + b = W (x - b_dec) + (b + W b_dec)
-        tensors["encoder.bias"] = tensors["encoder.bias"] + held["b_dec"] @ held["W_enc"]
+        tensors["encoder.bias"] = tensors["encoder.bias"] + state["b_dec"] @ state["W_enc"]
     if rescaled:
         _fold_norms(tensors)
     k = _stated_k(values, options.k)
     if kind == "topk":
         return Parts(tensors, k)
-    threshold = held["threshold"]
+    threshold = state["threshold"]
     if torch.equal(threshold, threshold[:1].expand_as(threshold)):
         return Parts(tensors, k, "batchtopk", float(threshold[0]))
     return Parts(tensors, k, "batchtopk", threshold)
@@ -120,16 +120,16 @@ def _stated_k(values: dict[str, Any], given: int | None) -> Any:
     # Versions 3 to 5 keep it with the activation function.
     function = values.get("activation_fn_kwargs")
     parts = (values, function, _meta(values), trained)
-    for held in (part for part in parts if isinstance(part, dict)):
-        if (k := held.get("k")) is not None:
+    for part_values in (part for part in parts if isinstance(part, dict)):
+        if (k := part_values.get("k")) is not None:
             # A BatchTopK is trained for a mean, which SAELens writes as 32.0.
             return int(k) if isinstance(k, float) and k.is_integer() else k
     return given
 
 
 def _meta(values: dict[str, Any]) -> dict[str, Any]:
-    held = values.get("metadata")
-    return held if isinstance(held, dict) else {}
+    entry = values.get("metadata")
+    return entry if isinstance(entry, dict) else {}
 
 
 def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Names = LLAMA) -> None:
