@@ -31,8 +31,8 @@ def position_exchanges(
     """Yield indices [part of draws, tokens] that hand every sequence another one's values.
 
     ``values[index]`` gives sequence i, position by position, the values of sequence pi(i), where pi
-    is a uniform permutation of the sequences.  Where pi(i) is too short, pi(pi(i)) stands in, and so
-    on: among the sequences that reach a position this is a uniform permutation too, so every
+    is a uniform permutation of the sequences.  Where pi(i) is too short, pi(pi(i)) stands in, and
+    so on: among the sequences that reach a position this is a uniform permutation too, so every
     position keeps its values exactly, and a sequence is torn only where another one ends.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
