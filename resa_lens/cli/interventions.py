@@ -64,7 +64,7 @@ class Ablate(AskedOf, AtLayer):
 
     features: str = setting("counted", 'counted (by --rule), or indices: "3,17,40".')
     change: dict[str, Any] = part(
-        AblationConfig, "kind strength doses phases keep_error value controls all_doses seed",
+        AblationConfig, "kind strength doses phases at keep_error value controls all_doses seed",
         "Change", given="values",
     )  # fmt: skip
     answering: dict[str, Any] = part(

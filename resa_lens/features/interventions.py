@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError, RunFailedError
@@ -48,6 +48,14 @@ KINDS: dict[str, str] = {
     "steer": "x' = x + strength value d / |d|",
 }
 """What a kind does to a feature; strength 0 changes nothing."""
+PLACES = ("all", "first")
+"""Tokens that are changed: all of the phases, or the first generated token alone.
+
+The first generated token is chosen from the output at the prompt's last position, so that is the
+position changed by "first": once, in the pass that reads the prompt.  What later tokens know of it
+they know through the keys and values of that position, with a cache or without one.  arXiv
+2601.08058 steers early in generation; that its first token is this position is our reading.
+"""
 VALUED = ("clamp", "steer")
 """Kinds that need a value a feature."""
 POOL = 20
@@ -74,6 +82,8 @@ class Intervention:
     """Whether what the SAE does not explain stays in x."""
     values: tuple[float, ...] = ()
     """One a feature; what clamp sets it to, or how long steer's push is at strength 1."""
+    at: str = "all"
+    """A name in `PLACES`."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without the SAE.
@@ -91,6 +101,8 @@ class Intervention:
             raise BadInputError(f"feature {twice} stands twice; name each once")
         if unknown := [phase for phase in self.phases if phase not in PHASES]:
             raise BadInputError(f"phase {unknown[0]!r} is unknown; use {', '.join(PHASES)}")
+        if self.at not in PLACES:
+            raise BadInputError(f"place {self.at!r} is unknown; use {' or '.join(PLACES)}")
         if not self.phases:
             raise BadInputError(f"no phase was given; use {', '.join(PHASES)}")
         if not math.isfinite(self.strength):
@@ -122,11 +134,18 @@ class Tracker:
     """Holds the phases of the tokens that the model reads next.
 
     An engine fills it before each forward pass (`HFEngine.generate(hooks=...)`); for a pass over
-    whole documents their phases are given.
+    whole documents their phases are given, and where interventions act at the first generated token
+    alone, the last positions of the prompts.
     """
 
-    def __init__(self, phases: Int[Tensor, "row position"] | None = None) -> None:
+    def __init__(
+        self,
+        phases: Int[Tensor, "row position"] | None = None,
+        first: Bool[Tensor, "row position"] | None = None,
+    ) -> None:
         self.phases = phases
+        self.first = first
+        """The positions whose output decides the first generated token."""
 
     def before_forward(
         self,
@@ -136,6 +155,10 @@ class Tracker:
     ) -> None:
         """Take note of the next inputs' phases; -1 is left alone."""
         self.phases = phases
+        self.first = torch.zeros_like(phases, dtype=torch.bool)
+        # Prompts begin at position 0 and are padded on the left; what is generated never begins.
+        if bool((positions == 0).any()):
+            self.first[:, -1] = True
 
 
 def listed(acts: SparseActs, features: Int[Tensor, " feature"]) -> SparseActs:
@@ -198,6 +221,12 @@ def _edit(
     chosen = torch.isin(
         phases, torch.tensor([PHASES.index(p) for p in wanted.phases], device=acts.device)
     )
+    if wanted.at == "first":
+        if tracker.first is None:
+            raise RunFailedError(
+                "the tracker does not know where the prompts end; give it their last positions"
+            )
+        chosen = chosen & tracker.first.to(acts.device)
     if not chosen.any():
         return acts
     made = acts.clone()

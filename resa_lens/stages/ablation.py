@@ -176,6 +176,7 @@ def ablate_run(
             "kind": config.kind,
             "strength": config.strength,
             "phases": list(config.phases),
+            "at": config.at,
             "keep_error": config.keep_error,
             "warnings": list(saes.warnings),
             **arms.run(),
@@ -216,9 +217,12 @@ def write_figure(path: Path, results: Mapping[str, Any]) -> None:
         cells = _cells(dose["effect"])
         cells += _cells(dose["control"]["beyond"]) if dose["control"] else ("", "", "")
         rows.append((f"{dose['strength']:g}", f"{100 * dose['accuracy']:.1f} %", *cells))
+    place = f"{', '.join(results['phases'])} tokens"
+    if results.get("at") == "first":
+        place = "the position that decides the first generated token"
     lead = (
         f"{results['model']}, {results['where']}, site {results['site']}, at "
-        f"{', '.join(results['phases'])} tokens; {results['n']} questions. At strength "
+        f"{place}; {results['n']} questions. At strength "
         f"{results['strength']:g}: {results['note']}."
     )
     named = ", ".join(map(str, results["features"]))

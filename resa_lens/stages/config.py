@@ -24,6 +24,7 @@ Selector = Literal[
 Recipe = Literal["robust", "paper"]
 Phase = Literal["prompt", "think", "answer"]
 ChangeKind = Literal["ablate", "scale", "clamp", "steer"]
+ChangePlace = Literal["all", "first"]
 ScoreName = Literal[
     "all", "any", "either", "reason_score", "cohens_d", "auc", "frequency_ratio"
 ]  # fmt: skip
@@ -116,6 +117,11 @@ class AblationConfig(Config):
     strength: float = setting(1.0, "Dose that effect, control and p-value are of.", max=10**6)
     doses: tuple[float, ...] = setting(DOSES, "Strengths of the curve.", max=10**6)
     phases: tuple[Phase, ...] = setting(PHASES, "Tokens that are changed.")
+    at: ChangePlace = setting(
+        "all", "Change all tokens of the phases, or the position that decides the first token.",
+        later=True,
+    )  # fmt: skip
+    """first: the prompt's last position, where its phase is among the phases."""
     keep_error: bool = setting(
         True, "Keep, or drop, what the SAE does not explain.", "--keep-error/--no-error"
     )
@@ -163,4 +169,5 @@ class AblationConfig(Config):
             self.phases,
             self.keep_error,
             tuple(values) if self.kind in VALUED else (),
+            self.at,
         )

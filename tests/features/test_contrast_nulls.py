@@ -61,13 +61,13 @@ def test_what_positions_and_documents_say_is_taken_out() -> None:
 @pytest.mark.parametrize("layout", ["short", "apart"])
 @pytest.mark.parametrize("name", list(CONTRASTS))
 def test_a_feature_of_fixed_positions_is_what_the_null_expects(layout: str, name: str) -> None:
-    """Without noise there is one statistic only: p is 1, and the null is the value."""
+    """Positions explain it to the last: the null is the value, and it is never called."""
     text = draw_text(layout, np.random.default_rng([0]))
     place = positions_of(text.lengths)
     acts = np.stack([np.isin(place, at) for at in ([3], [20, 21], [40])]).astype(float)
     evidence = text.evidence(acts)
     found = SCORES[name](evidence, 99, 0)
-    np.testing.assert_array_equal(found.p, 1)
+    assert (found.p > 0.5).all()
     np.testing.assert_allclose(found.values, found.null, atol=1e-9)
     # The former null calls those that stand where thoughts are likelier, or less likely.
     former = former_tails(CONTRASTS[name].transform(evidence.acts), evidence, 99, 0)

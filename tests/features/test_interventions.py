@@ -533,3 +533,66 @@ def test_too_few_features_for_a_control(tiny: Model) -> None:
         matched_controls(mass, (0, 1, 2), draws=1)
     with pytest.raises(BadInputError, match="no document"):
         sum_masses([], coder_of())
+
+
+# At the first generated token alone
+
+
+def without_cache(model: Model, prompt: str, wanted: Intervention, coder: SparseCoder) -> list[int]:
+    """Greedy tokens where every step reads the whole text again."""
+    ids = list(model.tokenizer(prompt)["input_ids"])
+    last, made_ids = len(ids) - 1, []
+    for _ in range(STEPS):
+        text = torch.tensor([ids])
+        first = torch.zeros_like(text, dtype=torch.bool)
+        first[0, last] = True
+        tracker = Tracker(torch.zeros_like(text), first)
+        with torch.no_grad(), intervening(model, [wanted], {wanted.point: coder}, tracker):
+            token = int(model.bridge(text)[0, -1].argmax())
+        made_ids.append(token)
+        ids.append(token)
+        if token == model.tokenizer.eos_token_id:
+            break
+    return made_ids
+
+
+def test_the_first_token_alone_is_the_prompts_last_position(tiny: Model) -> None:
+    """Rows of unequal length and a cache give what whole passes give; all tokens give another."""
+    coder, engine = coder_of(), HFEngine(tiny.model, tiny.tokenizer)
+    config = GenerationConfig(STEPS)
+    texts = {}
+    for at in ("first", "all"):
+        wanted = made("steer", 60.0, point=DEEP, at=at)
+        with intervening(tiny, [wanted], {DEEP: coder}, Tracker()) as tracker:
+            texts[at] = [list(g.token_ids) for g in engine.generate(ASKED, config, hooks=tracker)]
+    wanted = made("steer", 60.0, point=DEEP, at="first")
+    assert texts["first"] == [without_cache(tiny, prompt, wanted, coder) for prompt in ASKED]
+    assert texts["first"] != texts["all"]
+    assert texts["first"] != [list(g.token_ids) for g in engine.generate(ASKED, config)]
+
+
+def test_the_first_token_alone_leaves_every_other_position(tiny: Model) -> None:
+    ids = torch.tensor([tiny.tokenizer(QUESTIONS[0])["input_ids"]])
+    first = torch.zeros_like(ids, dtype=torch.bool)
+    first[0, 4] = True
+    wanted = made("steer", 60.0, at="first")
+    with torch.no_grad():
+        clean = tiny.bridge(ids)
+        with intervening(
+            tiny, [wanted], {POINT: coder_of()}, Tracker(torch.zeros_like(ids), first)
+        ):
+            changed = tiny.bridge(ids)
+    assert torch.equal(changed[:, :4], clean[:, :4])
+    assert not torch.allclose(changed[:, 4], clean[:, 4], atol=1e-2)
+
+
+def test_a_place_is_known_and_given(tiny: Model) -> None:
+    with pytest.raises(BadInputError, match="place 'last' is unknown; use all or first"):
+        made("ablate", at="last")
+    ids = torch.tensor([tiny.tokenizer(QUESTIONS[0])["input_ids"]])
+    wanted, tracker = made("ablate", at="first"), Tracker(torch.zeros_like(ids))
+    with (
+        intervening(tiny, [wanted], {POINT: coder_of()}, tracker),
+        pytest.raises(RunFailedError, match="where the prompts end"),
+    ):
+        tiny.bridge(ids)

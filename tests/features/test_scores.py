@@ -304,7 +304,7 @@ def test_the_null_between_documents_holds_with_unequal_lengths(name: str) -> Non
     assert 0.01 < share < 0.09, share
     if name == "cohens_d":
         assert (token_level_p(dense, documents < 10) <= 0.05).mean() > 0.3
-    # Beyond position 15 the long documents are alone: nulls scatter, their mean does not.
+    # Beyond position 15 the long documents are alone: single nulls scatter, their mean does not.
     assert found.null.mean() == pytest.approx({"cohens_d": 0, "auc": 0.5}.get(name, 1.0), abs=0.03)
 
 
