@@ -100,11 +100,13 @@ class Falsify(Counting, WithSaesAt):
 def falsify(args: Falsify) -> Outcome:
     """Try to refute every counted feature.
 
-    Is it a token detector, a prompt artefact, or does it survive? Needs SAEs of the model, of
-    another seed and of a random-weights model; what is missing is trained.
+    What does it depend on: the tag, the prompt's words, their order, the wording, the delimiter's
+    spelling, the SAE? Needs SAEs of the model, of another seed and of a random-weights model; what
+    is missing is trained.
 
     Example: resa-lens falsify --model tiny-reasoner --json
     """
+    from resa_lens.features.battery import error_rates
     from resa_lens.features.stimuli import PLAIN_TEXTS
     from resa_lens.stages.counts import count_run
     from resa_lens.stages.falsification import falsify_run, read_plain_texts
@@ -120,6 +122,7 @@ def falsify(args: Falsify) -> Outcome:
     values = {
         "features": [f for f in run.features if args.rule is None or args.rule in f["rules"]],
         "summary": run.summary, "trials": run.trials, "skipped": run.skipped,
+        "battery": error_rates(),
         "model": model.name, "site": args.sae.site, "folder": str(run.artifact.path),
     }  # fmt: skip
     return values, reports.verdicts_of(values, model.slug, model.n_layers)

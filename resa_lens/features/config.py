@@ -107,8 +107,8 @@ class ActivityConfig(Config):
 class FalsifyConfig(Config):
     """How often each test is tried, and what counts as firing."""
 
-    texts: int = setting(40, "Plain texts with the tags put in.", min=1, max=100_000)
-    shuffles: int = setting(20, "Orders of the prompt's words.", min=1, max=100_000)
+    texts: int = setting(40, "Texts of each kind of trial.", min=1, max=100_000)
+    shuffles: int = setting(40, "Orders of the prompt's words.", min=1, max=100_000)
     fires: float = setting(
         0.5, "Share of trials from which on a feature counts as firing.", over=0, max=1
     )

@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 
+from resa_lens.features.words import SILENT, UNDETERMINED
 from resa_lens.figures.plots import (
     BLUE,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
-    VERMILION,
     _layout,
     _to_ends,
 )
@@ -24,13 +24,19 @@ PHASE_COLOURS = {"prompt": GREY, "think": BLUE, "answer": GREEN}
 TRIALS = {
     "injected": "plain text, tags put in",
     "plain": "plain text, no tags",
+    "words": "other words in the prompt",
     "shuffled": "the prompt's words shuffled",
-    "neutral": "other tags in their places",
     "paraphrase": "other prompts for the same",
+    "untagged": "prompts, no tags",
+    "neutral": "other tags in their places",
+    "format": "other tags, no reasoning",
+    "document": "a thought's tags",
+    "thought": "within the thought",
 }
 """Kinds of trials that put a counted feature to the test."""
-WANTED = "paraphrase"
-"""The one kind at which a feature that means something should fire."""
+
+
+FIRES, SILENT_THERE = "fires there", "silent there"
 
 
 def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figure:
@@ -113,21 +119,29 @@ def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float)
     Args:
         shares: {kind: (fired, trials, 95 % interval)}, kinds of TRIALS.
         fires: the share from which it counts as firing.
+
+    It fires where the interval lies above, and is silent where it lies below `words.SILENT` of it.
     """
     kinds = [kind for kind in TRIALS if kind in shares]
     points = [100 * shares[kind][0] / max(1, shares[kind][1]) for kind in kinds]
     ends = [(100 * low, 100 * high) for low, high in (shares[kind][2] for kind in kinds)]
-    wrong = [
-        (point >= 100 * fires) != (kind == WANTED)
-        for kind, point in zip(kinds, points, strict=True)
+    states = [
+        FIRES
+        if low > 100 * fires
+        else SILENT_THERE
+        if high < 100 * SILENT * fires
+        else UNDETERMINED
+        for low, high in ends
     ]
     figure = go.Figure()
-    figure.add_vline(x=100 * fires, line={"color": GREY, "dash": "dash"})
-    for falls, name, colour, symbol in (
-        (False, "as a feature of reasoning would", GREEN, "circle"),
-        (True, "speaks against it", VERMILION, "x"),
+    for bound in (fires, SILENT * fires):
+        figure.add_vline(x=100 * bound, line={"color": GREY, "dash": "dash"})
+    for name, colour, symbol in (
+        (FIRES, BLUE, "circle"),
+        (SILENT_THERE, ORANGE, "circle-open"),
+        (UNDETERMINED, GREY, "x"),
     ):
-        rows = [place for place, against in enumerate(wrong) if against == falls]
+        rows = [place for place, state in enumerate(states) if state == name]
         figure.add_scatter(
             x=[points[place] for place in rows],
             y=[TRIALS[kinds[place]] for place in rows],
@@ -147,6 +161,6 @@ def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float)
         "Where it fires",
         "% of the trials",
         "",
-        "95 % intervals; dashed: from here it counts as firing",
+        "95 % intervals; dashed: above both it fires, below both it is silent",
     )
-    return drawn.update_layout(hovermode="closest", height=400, legend_y=-0.3)
+    return drawn.update_layout(hovermode="closest", height=480, legend_y=-0.25)

@@ -419,7 +419,17 @@ def dose_response_figure(doses: Sequence[Mapping[str, Any]], title: str) -> go.F
     )
 
 
-VERDICT_COLOURS = {"token detector": VERMILION, "prompt artefact": ORANGE, "survives": GREEN}
+VERDICT_COLOURS = {
+    "prompt artefact": ORANGE,
+    "delimiter detector": VERMILION,
+    "seed artefact": PURPLE,
+    "token detector": SKY,
+    "prompt vocabulary x tag": BLUE,
+    "undetermined": GREY,
+    "reasoning delimiter": "#F0E442",
+    "survives": GREEN,
+}
+"""Every verdict (`features.words.WORDS`), from what says least for a feature."""
 
 
 def verdict_figure(
@@ -428,7 +438,7 @@ def verdict_figure(
     *,
     one_based: bool = False,
 ) -> go.Figure:
-    """Counted features of each layer by their verdict (`features.falsify`), stacked.
+    """Counted features of each layer by their verdict (`features.dependences`), stacked.
 
     Args:
         verdicts: {0-based layer: {verdict: features}}.
@@ -458,5 +468,5 @@ def verdict_figure(
         one_based,
         "Counted features by verdict",
         "features",
-        "union of all rules; a token detector fires at the tags in any text",
+        "union of all rules; a token detector needs the tag alone, in any text",
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from resa_lens.features.battery import in_words
+from resa_lens.features.words import NEEDS
 from resa_lens.session.results import Result
 
 if TYPE_CHECKING:
@@ -20,15 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Falsification(Result):
-    """The verdict on every counted feature: token detector, prompt artefact, or survives."""
+    """The verdict on every counted feature, and what each depends on."""
 
     run: FalsificationRun
     counts: Counts
 
     def table(self) -> pd.DataFrame:
-        """Return a row for each counted feature with its rule, verdict and reason."""
-        columns = ["layer", "feature", "rule", "verdict", "reason"]
-        return pd.DataFrame(self.run.features, columns=columns).set_index(["layer", "feature"])
+        """Return a row for each counted feature: rule, verdict, sentence and reason.
+
+        A column for each dependence says whether the feature needs it: yes, no or undetermined.
+        """
+        columns = ["layer", "feature", "rule", "verdict", "sentence", "reason"]
+        rows = pd.DataFrame(self.run.features, columns=columns)
+        for name in NEEDS:
+            rows[f"needs {name}"] = [
+                feature["depends_on"].get(name, {}).get("needs") for feature in self.run.features
+            ]
+        return rows.set_index(["layer", "feature"])
 
     def _overview(self) -> pd.DataFrame:
         rows = [
@@ -38,7 +48,7 @@ class Falsification(Result):
         return pd.DataFrame(rows).set_index("rule")
 
     def _sentences(self) -> list[str]:
-        return [f"{self.run.summary['reason']}.", *self.run.skipped]
+        return [f"{self.run.summary['reason']}.", f"Of verdicts: {in_words()}.", *self.run.skipped]
 
     def plot(self) -> go.Figure:
         """Draw the counted features of each layer by their verdict."""

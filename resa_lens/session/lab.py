@@ -239,7 +239,7 @@ class Lab(Scoring, Probing):
         random_weights: bool = True,
         **options: Any,
     ) -> Falsification:
-        """Try to refute every counted feature: token detector, prompt artefact, or survives.
+        """Measure what every counted feature depends on, and give it its verdict.
 
         Args:
             model: the model that was counted in.

@@ -14,21 +14,19 @@ from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.kinds.falsification import Falsification
 from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.errors import BadInputError
+from resa_lens.features.battery import in_words
+from resa_lens.features.counterparts import Counterpart, counterparts
 from resa_lens.features.exclusive import FeatureCounts, count_features
 from resa_lens.features.falsify import (
-    SURVIVES,
-    VERDICTS,
-    Counterpart,
     FalsifyConfig,
     FeatureVerdict,
-    Responses,
-    counterparts,
     judge,
-    respond,
     summarise,
     union_of_rules,
 )
+from resa_lens.features.responses import Responses, respond
 from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
+from resa_lens.features.words import STANDS, VERDICTS, WORDS
 from resa_lens.files import named_path
 from resa_lens.hashes import digest
 from resa_lens.machine.limits import size_mb
@@ -215,13 +213,22 @@ def _write_page(
         for tally in content["summary"]["rules"]
     ]  # fmt: skip
     rows = [
-        (describe_layer(f["layer"], model.n_layers), str(f["feature"]), f["rule"], f["reason"])
+        (
+            describe_layer(f["layer"], model.n_layers),
+            str(f["feature"]),
+            f["rule"],
+            f["verdict"],
+            f["reason"],
+        )
         for f in content["features"]
-        if f["verdict"] == SURVIVES
+        if WORDS[f["verdict"]].group == STANDS
     ]
     kinds = ", ".join(f"{n} {kind}" for kind, n in content["trials"].items())
-    header = ("rule", "counted", *VERDICTS, "pass the texts", "with random weights", "p")
-    survivors = Table(("layer", "feature", "rule", "why"), rows) if rows else "No feature survives."
+    header = ("rule", "counted", *VERDICTS, "stand by the texts", "with random weights", "p")
+    survivors = (
+        Table(("layer", "feature", "rule", "verdict", "why"), rows) if rows else "No feature does."
+    )
+    words = Table(("verdict", "class", "meaning"), [(name, *word) for name, word in WORDS.items()])
     write_page(
         path,
         "What falsification leaves of the counts",
@@ -229,7 +236,8 @@ def _write_page(
         [
             ("By layer", [verdict_figure(by_layer, at_random)]),
             ("By rule", [Table(header, tallies), f"Texts: {kinds}.", *content["skipped"]]),
-            ("What survives", [survivors]),
+            ("What stands", [survivors]),
+            ("The verdicts", [words, f"How often they err: {in_words()}."]),
         ],
     )
 
@@ -321,7 +329,7 @@ def _at_layer(
     here = [v for v in verdicts if v.layer == verdict.layer and verdict.rule in v.rules]
     return {
         "counted": len(here),
-        "pass": sum(v.verdict == SURVIVES for v in here),
+        "pass": sum(WORDS[v.verdict].group == STANDS for v in here),
         "active": active[verdict.layer],
     }
 

@@ -39,20 +39,17 @@ def test_only_the_whole_has_an_interval():
     assert "40 documents" in figure.layout.title.subtitle.text
 
 
-def test_trials_on_the_wrong_side_speak_against_it():
-    wide = (0.0, 1.0)
+def test_trials_fire_or_are_silent_by_their_intervals():
     shares = {
-        "injected": (30, 40, wide),
-        "plain": (2, 40, wide),
-        "shuffled": (10, 20, wide),
-        "neutral": (0, 10, wide),
-        "paraphrase": (3, 8, wide),
-        "unknown <b>": (1, 1, wide),
+        "injected": (30, 40, (0.6, 0.86)),
+        "plain": (2, 40, (0.01, 0.17)),
+        "shuffled": (11, 40, (0.16, 0.43)),
+        "neutral": (0, 10, (0.0, 0.28)),
+        "paraphrase": (5, 8, (0.3, 0.86)),
+        "unknown <b>": (1, 1, (0.2, 1.0)),
     }
-    good, bad = trials_figure(shares, 0.5).data
-    assert list(good.y) == ["plain text, no tags", "other tags in their places"]
-    # At the border it fires; at other prompts for the same it should.
-    assert list(bad.y) == [
-        "plain text, tags put in", "the prompt's words shuffled", "other prompts for the same",
-    ]  # fmt: skip
-    assert list(bad.x) == [75.0, 50.0, 37.5]
+    fires, silent, unsure = trials_figure(shares, 0.5).data
+    assert list(fires.y) == ["plain text, tags put in"]
+    assert list(silent.y) == ["plain text, no tags", "other tags in their places"]
+    assert list(unsure.y) == ["the prompt's words shuffled", "other prompts for the same"]
+    assert list(unsure.x) == [27.5, 62.5]

@@ -16,7 +16,8 @@ from resa_lens.artifacts.workspace import Workspace
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import RULES, CountConfig
-from resa_lens.features.falsify import SURVIVES, VERDICTS, FalsifyConfig
+from resa_lens.features.falsify import FalsifyConfig
+from resa_lens.features.words import NEEDS, SEED, STANDS, WORDS
 from resa_lens.progress import Reporter
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.counts import count_run
@@ -76,11 +77,19 @@ def test_every_counted_feature_has_a_verdict(run):
     assert union, "no rule counts a feature of these SAEs: the test shows nothing"
     assert {(f["layer"], f["feature"]) for f in made.features} == union
     for found in made.features:
-        assert found["verdict"] in VERDICTS
+        assert found["verdict"] in WORDS
+        assert found["depends_on"].keys() == NEEDS.keys()
+        assert {item["needs"] for item in found["depends_on"].values()} <= {
+            "yes", "no", "undetermined",
+        }  # fmt: skip
+        assert all(item["n"] == 10 for name, item in found["depends_on"].items()
+                   if name not in ("order", "seed"))  # fmt: skip
         assert found["rule"] == found["rules"][0]
         strict = [r for r in RULES if found["feature"] in _counted(counts, found["layer"], r)]
         assert list(found["rules"]) == strict
-        assert (found["verdict"] == SURVIVES) == (not found["failed"])
+        stands = WORDS[found["by_texts"]].group == STANDS
+        assert stands or found["verdict"] == found["by_texts"]
+        assert (found["verdict"] == SEED) <= stands
         assert found["shares"]["injected"]["n"] == 10
         assert found["other_seed"] is not None
     assert made.skipped == ()

@@ -25,6 +25,8 @@ from resa_lens.artifacts.kinds.attribution import AttributionResults
 from resa_lens.artifacts.kinds.falsification import Verdict
 from resa_lens.artifacts.kinds.scores import ScoreSummary
 from resa_lens.artifacts.listing import Listing
+from resa_lens.features.battery import in_words
+from resa_lens.features.words import NEEDS
 from resa_lens.figures import features as feature_plots
 from resa_lens.figures import plots
 from resa_lens.stages.comparison import span
@@ -37,7 +39,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int) -> None:
     """Draw what was found out about a feature; a part that cannot be read leaves the others."""
     for title, parts in (
         ("Scores between reasoning and other text", (_scores,)),
-        ("Is it more than a token detector?", (_falsification,)),
+        ("What does it depend on?", (_falsification,)),
         ("What happens without it", (_ablations, _attributions)),
     ):
         with part(title):
@@ -129,11 +131,19 @@ def _falsification(listing: Listing, source: Source, layer: int, feature: int) -
         for kind, (fired, n, (low, high)) in shares.items()
     ]
     table(rows, "trials", "Table of trials")
+    if verdict.depends_on:
+        needs = [
+            {"what": NEEDS.get(name, plain(name)), "needed": item.needs, "trials": item.trials}
+            for name, item in verdict.depends_on.items()
+        ]
+        table(needs, "dependences", "Table of dependences")
+        st.caption(f"How often such verdicts err: {in_words()}.")
 
 
 def _in_words(verdict: Verdict) -> str:
     """Return the rest of a verdict's evidence, one line each."""
     lines = [
+        *([f"It {verdict.sentence}."] if verdict.sentence else []),
         f"Counted by: {', '.join(verdict.rules)}; at the tags: {', '.join(verdict.places)}.",
         f"Falls at: {', '.join(verdict.failed) or 'no test'}.",
         "Tags put into plain texts against the same texts without: p = "

@@ -31,6 +31,7 @@ from resa_lens.app.widgets import download, missing, part, problem, problems, re
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
+from resa_lens.features.words import WORDS
 from resa_lens.figures.plots import RULE_NAMES
 from resa_lens.models.hookpoints import describe_layer, parse_feature, parse_layer
 from resa_lens.texts.prompts import PHASES
@@ -222,8 +223,8 @@ def _query(source: Source) -> Query:
             "Verdict of falsification",
             (EVERY, *VERDICTS, UNTESTED),
             "verdict",
-            help="Counted features are put to the test: one that fires at the tags in any text is "
-            "a token detector, one that needs this very prompt an artefact of it.",
+            help="What a counted feature depends on, in one word. "
+            + " ".join(f"{name}: {word.meaning}." for name, word in WORDS.items()),
         )
         text = st.text_input(
             "Find in tokens",

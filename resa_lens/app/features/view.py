@@ -24,16 +24,18 @@ from resa_lens.app.features.data import (
 from resa_lens.app.widgets import figure, missing, part, readable, table, verbatim
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
+from resa_lens.features.words import DESCRIBED, REFUTED, STANDS, UNDETERMINED, WORDS
 from resa_lens.figures import features as feature_plots
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts.prompts import PHASES
 
-SURVIVES = "survives"
-BADGES: dict[str, tuple[str, Any]] = {
-    SURVIVES: (":material/check_circle:", "green"),
-    "prompt artefact": (":material/help:", "orange"),
-    "token detector": (":material/cancel:", "red"),
+_GROUPS: dict[str, tuple[str, Any]] = {
+    STANDS: (":material/check_circle:", "green"),
+    DESCRIBED: (":material/label:", "blue"),
+    REFUTED: (":material/cancel:", "red"),
+    UNDETERMINED: (":material/help:", "gray"),
 }
+BADGES: dict[str, tuple[str, Any]] = {name: _GROUPS[word.group] for name, word in WORDS.items()}
 Go = Callable[[int, int], None]
 """Opens the page of a layer's feature; a callback."""
 _PHASE_NAMES = {"prompt": "the prompt", "think": "thoughts", "answer": "the answer"}
@@ -92,9 +94,13 @@ def _verdict(source: Source, layer: int, feature: int) -> None:
     if verdict and verdict.verdict in BADGES:
         icon, colour = BADGES[verdict.verdict]
         st.badge(verdict.verdict, icon=icon, color=colour)
+        word = WORDS[verdict.verdict]
+        # Older verdicts have the same words, but were given by other rules.
+        if verdict.depends_on:
+            st.text(f"{word.group}: {word.meaning}")
         st.text(f"Why: {tokens.plain(verdict.reason)}")
-        if verdict.verdict == SURVIVES and source.verdicts:
-            st.caption("What survives was not refuted, no more. Of all that were counted:")
+        if word.group == STANDS and source.verdicts:
+            st.caption("What stands was not refuted, no more. Of all that were counted:")
             st.text(tokens.plain(source.verdicts.results.summary.reason))
     elif verdict:
         st.text(tokens.plain(f"Verdict: {verdict.verdict}\nWhy: {verdict.reason}"))

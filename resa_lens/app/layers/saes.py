@@ -41,8 +41,9 @@ def verdicts(falsification: Verdicts, layers: Sequence[int], address: dict[str, 
     figure(drawing, "figure-verdicts")
     st.text(falsification.summary.reason)
     st.caption(
-        "A token detector fires at the tags in any text; a prompt artefact only in this prompt, or "
-        "in no other seed's SAE; what survives was not refuted, no more."
+        "A token detector needs the tag alone, in any text: that describes it and refutes nothing. "
+        "Artefacts and detectors of any delimiter are refuted; what stands (reasoning delimiter, "
+        "survives) was not, no more."
     )
     st.text(f"Texts tried: {', '.join(f'{n} {kind}' for kind, n in falsification.trials.items())}.")
     for reason in falsification.skipped:

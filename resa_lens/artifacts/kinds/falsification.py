@@ -21,13 +21,14 @@ class Tally(BaseModel):
     active: int
     """Features active on the prompt: what could have been counted."""
     by_texts: int
-    """Features that pass all tests on texts."""
+    """Features that stand by the texts alone."""
     null_counted: int | None = None
     """None, as the next ones, without a model with random weights."""
     null_by_texts: int | None = None
     null_active: int | None = None
     p_value: float | None = None
     p_counted: float | None = None
+    null_verdicts: dict[str, int] | None = None
 
 
 class Summary(BaseModel):
@@ -84,6 +85,34 @@ class Twin(BaseModel):
     correlation: float | None
     elsewhere: float | None = None
     found: bool
+    agreement: tuple[int, int] | None = None
+    """In how many trials both are active, of those in which the feature is."""
+    places: int = 0
+
+
+class PlaceShare(BaseModel):
+    """In which share of the documents a feature fires at one of the tags."""
+
+    share: float
+    n: int
+    ci: tuple[float, float]
+
+
+class Dependence(BaseModel):
+    """Whether a feature needs something: the share of the trials without it in which it fires."""
+
+    needs: str
+    trials: str
+    """Their kind."""
+    share: float | None = None
+    n: int | None = None
+    ci: tuple[float, float] | None = None
+    open: PlaceShare | None = None
+    """Of the phase: at the opening tag of a document."""
+    close: PlaceShare | None = None
+    correlation: float | None = None
+    """Of the seed, with the other SAE's nearest feature."""
+    correlation_ci: tuple[float, float] | None = None
 
 
 class RandomWeights(BaseModel):
@@ -103,13 +132,17 @@ class Verdict(BaseModel):
     """The strictest rule that counts it."""
     rules: list[str]
     verdict: str
+    sentence: str = ""
+    """What it needs; of recipe 1 there is none, as of `depends_on` and `by_texts`."""
     reason: str
+    depends_on: dict[str, Dependence] = Field(default_factory=dict)
     places: list[str]
     shares: dict[str, TrialShare]
     """By kind of trial."""
     injection_p: float
     other_seed: Twin | None
     failed: list[str]
+    by_texts: str | None = None
     random_weights: RandomWeights | None = None
 
 
@@ -165,6 +198,7 @@ class Falsification(Kind):
     title, titles = "falsification", "falsifications"
     column = "Judged"
     command = ("falsify",)
+    recipe = 2  # verdicts are words for measured dependences, and use their intervals
     Results = Results
     Settings = Settings
     files = {  # noqa: RUF012 - declared once, never changed

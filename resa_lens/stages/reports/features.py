@@ -63,11 +63,14 @@ def _around(row: dict[str, Any]) -> str:
 
 def verdicts_of(values: dict[str, Any], name: str, n_layers: int) -> Iterator[Any]:
     """Yield the verdicts on counted features, one by one, by layer and by rule."""
-    from resa_lens.features.falsify import SURVIVES, VERDICTS
+    from resa_lens.features.battery import in_words
+    from resa_lens.features.words import VERDICTS, WORDS
 
-    kinds = ("injected", "plain", "shuffled", "neutral", "paraphrase")
-    # What survives is what a reader looks for, then what falls at the fewest tests.
-    ordered = sorted(values["features"], key=lambda f: (f["verdict"] != SURVIVES, len(f["failed"])))
+    kinds = ("injected", "plain", "shuffled", "paraphrase", "neutral", "format")
+    # What stands is what a reader looks for, then what falls at the fewest tests.
+    ordered = sorted(
+        values["features"], key=lambda f: (-VERDICTS.index(f["verdict"]), len(f["failed"]))
+    )
     if ordered:
         kind = "{{shares.{0}.fired}}/{{shares.{0}.n}}"
         title = f"Counted features of {name}, site {values['site']} (layers 0-based)"
@@ -82,18 +85,30 @@ def verdicts_of(values: dict[str, Any], name: str, n_layers: int) -> Iterator[An
             yield f"and {len(ordered) - SHOWN} more in {values['folder']}"
         layers = sorted({item["layer"] for item in ordered})
         verdicts = [[f["verdict"] for f in ordered if f["layer"] == layer] for layer in layers]
-        yield table("By layer", "layer", "counted", *VERDICTS, rows=[
-            (describe_layer(layer, n_layers), len(here), *map(here.count, VERDICTS))
+        words = [name for name in VERDICTS if any(f["verdict"] == name for f in ordered)]
+        yield table("By layer", "layer", "counted", *words, rows=[
+            (describe_layer(layer, n_layers), len(here), *map(here.count, words))
             for layer, here in zip(layers, verdicts, strict=True)
         ])  # fmt: skip
     yield grid("By rule", values["summary"]["rules"], {
         "rule": "{rule}", "counted": "{counted}",
-        **{v: lambda row, v=v: row["verdicts"][v] for v in VERDICTS},
-        "95 %": lambda row: cell("{ci:*.1f} %", row) if row["counted"] else "",
-        "pass the texts": "{by_texts} of {active}",
+        **{v: lambda row, v=v: row["verdicts"][v] for v in _words(values["summary"])},
+        "stand, 95 %": lambda row: cell("{ci:*.1f} %", row) if row["counted"] else "",
+        "stand by the texts": "{by_texts} of {active}",
         "random weights": "{null_by_texts} of {null_active}",
         "p": lambda row: "" if row["null_by_texts"] is None else f"{row['p_value']:.2g}",
     })  # fmt: skip
+    yield from (f"{name}: {WORDS[name].meaning}" for name in _words(values["summary"]))
     yield from (f"left out: {reason}" for reason in values["skipped"])
     yield values["summary"]["reason"]
+    yield f"how often such verdicts err: {in_words()}"
     yield f"in {values['folder']}; figure: verdicts.html"
+
+
+def _words(summary: dict[str, Any]) -> list[str]:
+    """Return the verdicts that a counted feature has."""
+    return [
+        name
+        for name in summary["rules"][0]["verdicts"]
+        if any(tally["verdicts"][name] for tally in summary["rules"])
+    ]
