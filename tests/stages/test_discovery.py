@@ -18,11 +18,18 @@ from resa_lens.layers.stability import Stability
 from resa_lens.progress import Reporter
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages import layer_probes
-from resa_lens.stages.layer_probes import measure_change, measure_gradient, worked
+from resa_lens.stages.layer_probes import (
+    measure_change,
+    measure_gradient,
+    measure_probes,
+    worked,
+)
 from resa_lens.stages.recommendation import discover
 from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.stability import seed_runs, stability_run
+from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
+from resa_lens.tuning.config import Objective
 
 LAYERS = list(range(1, 7))
 SAE = SaeConfig(latents=512, k=8, tokens=2048)
@@ -250,6 +257,13 @@ def test_the_command_measures_gradients_and_changes(
     assert energy["recommended"][0] == max(table, key=lambda layer: table[layer][0])
     change = measure_change(ctx, model, ctx.model("tiny-reasoner-rl"), corpus, "mlp_out")(LAYERS)
     assert changed["recommended"][0] == max(change, key=lambda layer: change[layer][0])
+    # A sweep's, of what its tunings adapt; where source and target are one, nothing changed.
+    job = TuneJob(model="tiny-reasoner", objective=Objective(targets=("q_proj",)))
+    both = measure_probes(ctx, ctx.model("tiny-reasoner-rl"), model, job, [2, 3])
+    assert {name: set(values) for name, values in both.items()} == {
+        "gradient": {2, 3}, "change": {2, 3},
+    }  # fmt: skip
+    assert both["gradient"][2] != table[2]
     stored = ctx.workspace.read(ctx.workspace.path(changed["folder"]))
     assert stored is not None
     assert set(stored.manifest.config["change"]) == {str(layer) for layer in LAYERS}
