@@ -98,8 +98,6 @@ JUDGED = (
     "gradient-probe", "weight-gradients", "activation-change", "insertion",
 )  # fmt: skip
 """Selectors that look at the target: Holm's correction is over those of a set."""
-FIXED = ("middle", *(f"{name} {rule}, source" for name in ("most-features", "mixture")
-                     for rule in RULES))  # fmt: skip
 
 
 def damaged(block: int, seed: int, sd: float) -> Model:
