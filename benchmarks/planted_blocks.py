@@ -65,7 +65,7 @@ from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.features.config import RULES
 from resa_lens.features.effects import causal_effects
 from resa_lens.features.exclusive import count_features
-from resa_lens.layers.selectors import recommend
+from resa_lens.layers.selectors import recommend, recommend_all
 from resa_lens.models.activation_change import activation_change
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
@@ -98,8 +98,6 @@ JUDGED = (
     "gradient-probe", "weight-gradients", "activation-change", "insertion",
 )  # fmt: skip
 """Selectors that look at the target: Holm's correction is over those of a set."""
-FIXED = ("middle", *(f"{name} {rule}, source" for name in ("most-features", "mixture")
-                     for rule in RULES))  # fmt: skip
 
 
 def damaged(block: int, seed: int, sd: float) -> Model:
@@ -299,13 +297,20 @@ def collect(work: Path, into: Path) -> None:
         for seed, block in blocks.items():
             files = {file.stem: json.loads(file.read_text())
                      for file in sorted((work / f"draw-{seed}").glob("*.json"))}  # fmt: skip
-            if not files:
+            if not set(TABLES) <= set(files):
                 continue
             damage = {key: files["damage"][key]
                       for key in ("seed", "sd", "accuracy", "n", "refused")}  # fmt: skip
             tables = {key: files[key]["values"] for key in tables_of(name) if key in files}
             cpu = round(sum(value["cpu_seconds"] for value in files.values()), 1)
-            value = {"set": name, "block": block, "damage": damage, **tables, "cpu_seconds": cpu}
+            counted = {
+                who: {rule: counting_answers(numbers(table)) for rule, table in rules.items()}
+                for who, rules in tables["counts"].items()
+            }
+            value = {
+                "set": name, "block": block, "damage": damage, **tables, "counted": counted,
+                "cpu_seconds": cpu,
+            }  # fmt: skip
             (into / f"draw-{seed}.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -319,30 +324,38 @@ class Answer:
     """Of the planted block in its table; None where it has no value a layer."""
 
 
-def answers_of(stored: dict[str, Any]) -> dict[str, Answer]:
-    """Return every selector's answer to one draw."""
-    block = int(stored["block"])
+def numbers(table: Mapping[str, Any]) -> dict[int, Any]:
+    """Return a table of JSON as the selectors read it."""
+    return {int(layer): tuple(v) if isinstance(v, list) else v for layer, v in table.items()}
 
-    def numbers(table: Mapping[str, Any]) -> dict[int, Any]:
-        return {int(layer): tuple(v) if isinstance(v, list) else v for layer, v in table.items()}
+
+def named_by(selector: str, counts: Mapping[int, float], **tables: Any) -> int:
+    """Return the layer that a selector names first, a fallback to the middle with it."""
+    return recommend(counts, n_layers=12, selector=selector, **tables).recommended[0]
+
+
+def counting_answers(table: Mapping[int, float]) -> dict[str, int]:
+    """Return what the selectors of counts name first, of one fit."""
+    made = recommend_all(table, n_layers=12, draws=200)
+    return {name: made[name].recommended[0] for name in ("most-features", "mixture")}
+
+
+def answers_of(stored: dict[str, Any]) -> dict[str, Answer]:
+    """Return every selector's answer to one draw; those from counts are what `collect` computed."""
+    block = int(stored["block"])
 
     def rank(table: Mapping[int, Any], sign: float) -> float:
         values = [-sign * float(np.ravel(table[layer])[0]) for layer in LAYERS]
         return float(rankdata(values)[LAYERS.index(block)])
 
-    def named(selector: str, counts: Mapping[int, float], **tables: Any) -> int:
-        made = recommend(counts, n_layers=12, selector=selector, draws=200, **tables)
-        return made.recommended[0]
-
     plain = dict.fromkeys(LAYERS, 0)
-    rows = {"middle": Answer(named("middle", plain), None)}
+    rows = {"middle": Answer(named_by("middle", plain), None)}
     for who in ("source", "target"):
         for rule in RULES:
             table = numbers(stored["counts"][who][rule])
-            rows[f"most-features {rule}, {who}"] = Answer(
-                named("most-features", table), rank(table, 1.0)
-            )
-            rows[f"mixture {rule}, {who}"] = Answer(named("mixture", table), None)
+            first = stored["counted"][who][rule]
+            rows[f"most-features {rule}, {who}"] = Answer(first["most-features"], rank(table, 1.0))
+            rows[f"mixture {rule}, {who}"] = Answer(first["mixture"], None)
     for key, selector, argument, sign in (
         ("quality", "quality", "quality", -1.0), ("causal", "causal", "causal", 1.0),
         ("gradient", "gradient-probe", "gradient", 1.0),
@@ -353,7 +366,9 @@ def answers_of(stored: dict[str, Any]) -> dict[str, Answer]:
         if key in stored:
             table = numbers(stored[key])
             through = "gradient-probe" if selector == "weight-gradients" else selector
-            rows[selector] = Answer(named(through, plain, **{argument: table}), rank(table, sign))
+            rows[selector] = Answer(
+                named_by(through, plain, **{argument: table}), rank(table, sign)
+            )
     return rows
 
 
@@ -397,21 +412,35 @@ def stored_draws(place: Path, name: str) -> list[dict[str, Any]]:
 
 
 def analyse(place: Path) -> None:
-    """Print the registered tables."""
+    """Print the registered tables; selectors that name the same layers unseen share a row."""
     for name in DRAWS:
-        draws = stored_draws(place, name)
-        blocks = ", ".join(str(draw["block"]) for draw in draws)
+        try:
+            draws = stored_draws(place, name)
+        except SystemExit as reason:
+            print(f"Set {name}: not judged, {reason}\n")
+            continue
+        blocks = " ".join(str(draw["block"]) for draw in draws)
         print(f"Set {name}: planted blocks {blocks}\n")
         print("| selector | planted block first | 95 % | p against 1 in 10 | mean rank | named |")
         print("|---|---|---|---|---|---|")
-        for row in judge(draws):
+        rows = judge(draws)
+        shared: dict[tuple[int, ...], list[str]] = {}
+        for row in rows:
+            if row["selector"] not in JUDGED:
+                shared.setdefault(tuple(row["layers"]), []).append(row["selector"])
+        for row in rows:
+            names = [row["selector"]]
+            if row["selector"] not in JUDGED:
+                names = shared.pop(tuple(row["layers"]), [])
+            if not names:
+                continue
             low, high = row["ci"]
             p = f"{row['p_value']:.2g}" + (f" (Holm {row['holm']:.2g})" if "holm" in row else "")
             rank = "" if row["rank"] is None else f"{row['rank']:.1f}"
-            named = " ".join(map(str, row["layers"]))
+            layers = " ".join(map(str, row["layers"]))
             print(
-                f"| {row['selector']} | {row['hits']} of {row['draws']} | {100 * low:.0f} to "
-                f"{100 * high:.0f} % | {p} | {rank} | {named} |"
+                f"| {'; '.join(names)} | {row['hits']} of {row['draws']} | {100 * low:.0f} to "
+                f"{100 * high:.0f} % | {p} | {rank} | {layers} |"
             )
         absent = [key for key in DEAR if not all(key in draw for draw in draws)]
         print(f"\nnot judged: {', '.join(absent) or 'none'}\n")

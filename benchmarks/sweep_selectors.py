@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from resa_lens.layers.regret import Regrets, regrets
+from resa_lens.layers.regret import Regrets, SelectorRegret, regrets
 from resa_lens.layers.selectors import recommend
 from resa_lens.models.activation_change import activation_change
 from resa_lens.models.hookpoints import Hookpoint
@@ -78,20 +78,31 @@ def judged(folder: Path, tables: dict[str, Any]) -> Regrets:
 
 
 def show(stored: Path) -> None:
-    """Print a table a sweep."""
-    for name, tables in json.loads(stored.read_text()).items():
-        result = judged(SWEEPS / name, tables)
+    """Print every selector's layer and regret, a column a sweep, those by random layers last."""
+    results = {
+        name: judged(SWEEPS / name, tables)
+        for name, tables in json.loads(stored.read_text()).items()
+    }
+    for name, result in results.items():
+        print(f"{name}: best layer {result.best} of {result.layers}")
+    cells = [{row.selector: row for row in result.selectors} for result in results.values()]
+    print("\n| selector | " + " | ".join(name.split("-", 3)[3] for name in results) + " |")
+    print("|---" * (len(results) + 1) + "|")
+    for selector in dict.fromkeys(name for column in cells for name in column):
+        row = [_cell(column.get(selector)) for column in cells]
+        print(f"| {selector} | {' | '.join(row)} |")
+    chance = []
+    for result in results.values():
         low, high = result.random_ci or (0.0, 0.0)
-        print(f"{name}: best layer {result.best} of {result.layers}\n")
-        print("| selector | layer | regret, points (95 %) | above a random layer (95 %) |")
-        print("|---|---|---|---|")
-        for row in result.selectors:
-            ci, gain = row.ci or (0.0, 0.0), row.gain_ci or (0.0, 0.0)
-            print(
-                f"| {row.selector} | {row.layer} | {row.regret:.2f} ({ci[0]:.2f} to {ci[1]:.2f}) "
-                f"| {row.gain:+.2f} ({gain[0]:+.2f} to {gain[1]:+.2f}) |"
-            )
-        print(f"| a layer at random | any | {result.random:.2f} ({low:.2f} to {high:.2f}) | |\n")
+        chance.append(f"{result.random:.2f} ({low:.2f} to {high:.2f})")
+    print(f"| a layer at random | {' | '.join(chance)} |")
+
+
+def _cell(row: SelectorRegret | None) -> str:
+    if row is None:
+        return "not judged"
+    low, high = row.ci or (0.0, 0.0)
+    return f"{row.layer}: {row.regret:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:

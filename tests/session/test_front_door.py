@@ -313,6 +313,17 @@ def test_seed_and_force_are_options_of_every_call(small):
         lab.tune(model, other, layer=small["recommendation"], steps=1, limit=4)
 
 
+def test_selectors_that_measure_the_target(small, monkeypatch):
+    monkeypatch.setattr("resa_lens.stages.layer_probes.BATCHES", 2)
+    lab, counts = small["lab"], small["counts"]
+    changed = lab.recommend(
+        counts, selector="activation-change", target=lab.model("tiny-reasoner-rl")
+    )
+    probed = lab.recommend(counts, selector="gradient-probe")
+    assert (changed.selector, probed.selector) == ("activation-change", "gradient-probe")
+    assert {changed.layer, probed.layer} <= {4, 5, 6}
+
+
 def test_bad_calls_are_refused_before_anything_is_tuned(small):
     lab, model, saes, rec = (small[k] for k in ("lab", "model", "saes", "recommendation"))
     for match, call in (
@@ -322,6 +333,10 @@ def test_bad_calls_are_refused_before_anything_is_tuned(small):
         ("preset 'papre' is unknown", lambda: lab.tune(model, saes, layer=rec, preset="papre")),
         ("rule 'al' is unknown", lambda: lab.recommend(small["counts"], rule="al")),
         ("selector 'best' is unknown", lambda: lab.recommend(small["counts"], selector="best")),
+        (
+            "give target = the other one",
+            lambda: lab.recommend(small["counts"], selector="activation-change"),
+        ),
         ("setting 'warm' is unknown", lambda: lab.eval(model, setting="warm")),
         ("layer '12' is out of range", lambda: lab.train_saes(model, layers=12)),
     ):

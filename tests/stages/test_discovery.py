@@ -17,10 +17,19 @@ from resa_lens.features.exclusive import CountConfig
 from resa_lens.layers.stability import Stability
 from resa_lens.progress import Reporter
 from resa_lens.saes.train import SaeConfig
+from resa_lens.stages import layer_probes
+from resa_lens.stages.layer_probes import (
+    measure_change,
+    measure_gradient,
+    measure_probes,
+    worked,
+)
 from resa_lens.stages.recommendation import discover
 from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.stability import seed_runs, stability_run
+from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
+from resa_lens.tuning.config import Objective
 
 LAYERS = list(range(1, 7))
 SAE = SaeConfig(latents=512, k=8, tokens=2048)
@@ -202,3 +211,59 @@ def test_the_command(ctx: Context) -> None:
     assert "verdict: " in shown.stdout
     assert "between SAE seeds" in shown.stdout
     assert CliRunner().invoke(app, [*args, "--rule", "some"]).exit_code == 2
+
+
+# Selectors that measure the target ---------------------------------------------------------------
+
+
+def recommend_args(ctx: Context, selector: str) -> list[str]:
+    return [
+        "recommend-layers", "--workspace", str(ctx.workspace.root), "--layers", "1-6",
+        "--latents", "512", "--k", "8", "--tokens", "2048", "--selector", selector, "--json",
+    ]  # fmt: skip
+
+
+def test_a_change_of_activations_needs_two_models_and_says_so_before_anything_is_loaded(
+    ctx: Context, found: Any
+) -> None:
+    refused = CliRunner().invoke(app, recommend_args(ctx, "activation-change"))
+    assert refused.exit_code == 2
+    assert "name it with --target-model" in refused.stderr
+    with pytest.raises(BadInputError, match="needs measured effects"):
+        found(selector="activation-change")
+
+
+def test_the_command_measures_gradients_and_changes(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_probes, "BATCHES", 2)
+    monkeypatch.setattr(layer_probes, "SEQUENCES", 2)
+    args = recommend_args(ctx, "activation-change")
+    done = CliRunner().invoke(app, [*args, "--target-model", "tiny-reasoner-rl"])
+    assert done.exit_code == 0, done.stderr or done.exception
+    changed = json.loads(done.stdout)
+    assert changed["selector"] == changed["requested"] == "activation-change"
+    same = CliRunner().invoke(app, [*args, "--target-model", "tiny-reasoner"])
+    assert json.loads(same.stdout)["selector"] == "middle"
+    assert "same activations at every layer" in json.loads(same.stdout)["reason"]
+    probed = CliRunner().invoke(app, recommend_args(ctx, "gradient-probe"))
+    assert probed.exit_code == 0, probed.stderr or probed.exception
+    energy = json.loads(probed.stdout)
+    assert energy["selector"] == "gradient-probe"
+    assert "standard error" in energy["reason"]
+    # The tables are those that the measures give, and are in the recommendation's settings.
+    model, corpus = ctx.model("tiny-reasoner"), worked(CorpusConfig())
+    table = measure_gradient(ctx, model, corpus)(LAYERS)
+    assert energy["recommended"][0] == max(table, key=lambda layer: table[layer][0])
+    change = measure_change(ctx, model, ctx.model("tiny-reasoner-rl"), corpus, "mlp_out")(LAYERS)
+    assert changed["recommended"][0] == max(change, key=lambda layer: change[layer][0])
+    # A sweep's, of what its tunings adapt; where source and target are one, nothing changed.
+    job = TuneJob(model="tiny-reasoner", objective=Objective(targets=("q_proj",)))
+    both = measure_probes(ctx, ctx.model("tiny-reasoner-rl"), model, job, [2, 3])
+    assert {name: set(values) for name, values in both.items()} == {
+        "gradient": {2, 3}, "change": {2, 3},
+    }  # fmt: skip
+    assert both["gradient"][2] != table[2]
+    stored = ctx.workspace.read(ctx.workspace.path(changed["folder"]))
+    assert stored is not None
+    assert set(stored.manifest.config["change"]) == {str(layer) for layer in LAYERS}

@@ -102,6 +102,22 @@ def test_a_planted_layer_is_found_and_the_others_are_not():
     assert chosen["quality"]["regret"] > 5
 
 
+def test_what_a_sweep_measured_of_gradients_and_changes_is_judged():
+    base, runs, jobs = planted({4: 0.3})
+    sweep = analyse(
+        base=base, runs=runs, jobs=jobs, failed={}, n_layers=8,
+        counts={"either": dict.fromkeys(LAYERS, 1.0)}, rule="either",
+        quality=dict.fromkeys(LAYERS, 0.1), causal=None,
+        gradient={layer: (1.0 + (layer == 4), 0.1) for layer in LAYERS},
+        change={layer: (1.0 + (layer == 2), 0.1) for layer in LAYERS},
+        fvu=dict.fromkeys(LAYERS, 0.1), seed=0,
+    )  # fmt: skip
+    chosen = {row["selector"]: row for row in sweep.regrets["selectors"]}
+    assert (chosen["gradient-probe"]["layer"], chosen["gradient-probe"]["regret"]) == (4, 0.0)
+    assert chosen["activation-change"]["layer"] == 2
+    assert chosen["activation-change"]["regret"] > 5
+
+
 def test_nothing_planted_nothing_found():
     wrong = 0
     for seed in range(6):
