@@ -149,9 +149,9 @@ def main(
     coder = new_coder(width, latents, k, seed=0, device=device).requires_grad_(False)
     kind = getattr(torch, dtype)
 
-    def prepared() -> tuple[Any, Any]:
+    def prepared(*, shortened: bool = True) -> tuple[Any, Any]:
         model = random_model(width, n_layers, vocab, kind, device, tokens)
-        peft, bridge = add_adapters(model, objective, config)
+        peft, bridge = add_adapters(model, objective, config, shortened=shortened)
         return peft.to(device).train(), bridge
 
     generator = torch.Generator().manual_seed(1)
@@ -159,7 +159,8 @@ def main(
         torch.randint(vocab, (batch, tokens), generator=generator).to(device)
         for _ in range(rounds + 1)
     ]
-    theirs_peft, theirs_bridge = prepared()
+    # PEFT's layers, as they have them.
+    theirs_peft, theirs_bridge = prepared(shortened=False)
     ours_peft, ours_bridge = prepared()
     floor_peft, floor_bridge = prepared()
     passes = Passes(ours_bridge, ours_peft, point, coder, objective)

@@ -37,6 +37,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 LOGIT_MB = 48.0
 """Piece of logits of the chunked KL, of which three are held at once (`tuning.kl`)."""
+LOGIT_ROWS = 1024
+"""Tokens of a piece on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Needs:
     sae_mb: float
     """One SAE, in memory and on disk."""
     count_mb: float
-    """The model and the encoders of all layers but the first and the last."""
+    """The model, an encoder, and the next one while it is loaded."""
     train_mb: float
     """SAEs of all layers but the first and the last at once."""
     train_one_mb: float
@@ -223,14 +225,15 @@ def latents_of(width: int) -> int:
     return LATENTS_WIDE if width >= WIDE else LATENTS_PER_WIDTH * width
 
 
-def activations_mb(shape: Shape, tokens: int, bytes_each: int) -> float:
+def activations_mb(shape: Shape, tokens: int, bytes_each: int, *, gpu: bool = False) -> float:
     """Estimate what a tuning step holds: both passes' activations, and pieces of the logits.
 
     A layer keeps about twelve vectors of its width a token and four of its feed-forward's width.
     docs/log.md: 370 MB were measured with preset paper where this gives 304.
     """
     vectors = 12 * shape.width + 4 * shape.feed_forward
-    piece = min(LOGIT_MB, tokens * shape.vocabulary * 4 / MB)
+    row = shape.vocabulary * 4 / MB
+    piece = min(max(LOGIT_MB, LOGIT_ROWS * row) if gpu else LOGIT_MB, tokens * row)
     return 2 * tokens * shape.layers * vectors * bytes_each / MB + 3 * piece
 
 
@@ -290,10 +293,10 @@ def needs_of(
         load_mb=load,
         latents=count,
         sae_mb=sae,
-        count_mb=max(load, model_mb + trained * sae / 2),
+        count_mb=max(load, model_mb + sae),
         train_mb=max(load, model_mb + trained * (STATE_COPIES * sae + acts) + step),
         train_one_mb=max(load, model_mb + STATE_COPIES * sae + acts + step),
-        tune_mb=max(load, model_mb + sae + adapters + activations_mb(shape, SEQUENCE, each)),
+        tune_mb=max(load, model_mb + sae + adapters + activations_mb(shape, SEQUENCE, each, gpu=gpu)),
         saes_disk_mb=trained * sae,
         adapter_disk_mb=shape.adapted * 4 / MB,
         available_mb=available_mb,

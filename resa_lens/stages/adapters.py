@@ -324,7 +324,8 @@ class _Run:
         adapter = adapter_mb(self.target, self.job)
         each = self.target.model.dtype.itemsize
         tokens = lora.batch * self.corpus.sequence
-        acts = activations_mb(shape, tokens, each)
+        gpu = self.target.device.startswith("cuda")
+        acts = activations_mb(shape, tokens, each, gpu=gpu)
         if lora.gradient_checkpointing:
             acts /= shape.layers
         # Weights, gradients and AdamW's two averages; on the disk two states without gradients.

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LOGIT_BYTES = 48 * 2**20
-"""Largest piece of one side's logits."""
+"""Largest piece of one side's logits on a CPU, where a larger one is no faster."""
+GPU_ROWS, GPU_SHARE = 1024, 1 / 32
+"""On a GPU a piece has so many tokens, or fewer where one side's logits would take more than this
+share of the card's memory.  Of all of it, not of what is free: a run that goes on after a kill must
+cut the same pieces."""
 CACHE_BYTES = 2**19
 """On a CPU the softmaxes go over so much of a piece at once: it stays in the cache."""
 HEAD_INPUT = "unembed.hook_in"
@@ -91,13 +95,27 @@ def find_head(bridge: Any) -> tuple[Head | None, str]:
     return head, ""
 
 
+def piece_bytes(vocab: int, device: torch.device, memory: int | None = None) -> int:
+    """Return how large a piece of one side's logits in float32 may be.
+
+    Args:
+        vocab: tokens of the head.
+        device: where it is.
+        memory: bytes of a GPU, by default what it says.
+    """
+    if device.type != "cuda":
+        return LOGIT_BYTES
+    memory = memory or torch.cuda.get_device_properties(device).total_memory
+    return min(GPU_ROWS * 4 * vocab, max(LOGIT_BYTES, int(memory * GPU_SHARE)))
+
+
 def chunked_kl(
     p_hidden: Float[Tensor, "batch position d_model"],
     q_hidden: Float[Tensor, "batch position d_model"],
     head: Head,
     reduction: str = "mean",
     *,
-    logit_bytes: int = LOGIT_BYTES,
+    logit_bytes: int | None = None,
 ) -> Float[Tensor, ""]:
     """Return `objective.kl_divergence` of the logits that the head makes of two hidden states.
 
@@ -106,14 +124,16 @@ def chunked_kl(
         q_hidden: the second side.
         head: frozen: no gradient goes to its weights.
         reduction: "mean" over tokens, or the "sum" a sequence.
-        logit_bytes: largest piece of one side's logits in float32.
+        logit_bytes: largest piece of one side's logits in float32; see `piece_bytes`.
     """
     grad = torch.is_grad_enabled()
+    vocab = head.weight.shape[0]
+    largest = piece_bytes(vocab, p_hidden.device) if logit_bytes is None else logit_bytes
     total: Any = _ChunkedKl.apply(
         p_hidden,
         q_hidden,
         head,
-        max(1, logit_bytes // (4 * head.weight.shape[0])),
+        max(1, largest // (4 * vocab)),
         grad and p_hidden.requires_grad,
         grad and q_hidden.requires_grad,
     )

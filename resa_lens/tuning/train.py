@@ -90,11 +90,14 @@ def _adaptable(module: torch.nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, kinds)
 
 
-def add_lora(model: Any, targets: Sequence[str], config: TuneConfig) -> Any:
+def add_lora(
+    model: Any, targets: Sequence[str], config: TuneConfig, *, shortened: bool = True
+) -> Any:
     """Put fresh LoRA layers onto a plain transformers model; return the PeftModel.
 
     Their weights are in float32 whatever the model's dtype (PEFT's rule): at a learning rate of
-    1e-6 a bfloat16 weight would round most updates away.
+    1e-6 a bfloat16 weight would round most updates away.  With `shortened` they compute the same in
+    fewer operations (`lora.shorten_lora`).
     """
     from peft import LoraConfig, get_peft_model
 
@@ -110,12 +113,22 @@ def add_lora(model: Any, targets: Sequence[str], config: TuneConfig) -> Any:
                 task_type="CAUSAL_LM",
             ),
         )
-    shorten_lora(peft)
+    if shortened:
+        shorten_lora(peft)
     return peft
 
 
-def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tuple[Any, Any]:
+def add_adapters(
+    model: Model, objective: Objective, config: TuneConfig, *, shortened: bool = True
+) -> tuple[Any, Any]:
     """Put fresh LoRA layers onto a plain model, then boot the bridge over it.
+
+    Args:
+        model: changed in place.
+        objective: which modules get them.
+        config: rank, scale and dropout.
+        shortened: let LoRA, norms and rotations compute the same in fewer operations; without it
+            they are PEFT's, the bridge's and transformers'.
 
     Returns:
         The PeftModel and the bridge over its inner model.
@@ -124,7 +137,7 @@ def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tupl
         BadInputError: a module is to be adapted that the bridge's own attention goes around.
     """
     targets = lora_targets(model.model, objective.targets)
-    peft = add_lora(model.model, targets, config)
+    peft = add_lora(model.model, targets, config, shortened=shortened)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
     bridge, attention, reason = boot(inner, model.tokenizer, model.name)
@@ -136,8 +149,9 @@ def add_adapters(model: Model, objective: Objective, config: TuneConfig) -> tupl
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    shorten_norms(bridge)
-    shorten_rotary(bridge)
+    if shortened:
+        shorten_norms(bridge)
+        shorten_rotary(bridge)
     return peft, bridge
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from resa_lens.errors import BadInputError
 from resa_lens.machine import needs
 from resa_lens.machine.needs import Shape, needs_of, read_shape
+from resa_lens.resources import data_path
+from resa_lens.saes.coder import new_coder
 
 R1_DISTILL = Shape(
     name="R1-Distill-1.5B", layers=28, width=1536, feed_forward=8960, vocabulary=151_936,
@@ -32,7 +38,7 @@ def test_constants_are_those_of_the_stages():
     from resa_lens.saes.plan import state_mb
     from resa_lens.saes.train import SaeConfig
     from resa_lens.texts.corpora import CorpusConfig
-    from resa_lens.tuning.kl import LOGIT_BYTES
+    from resa_lens.tuning.kl import GPU_ROWS, LOGIT_BYTES
     from resa_lens.tuning.loop import TuneConfig
     from resa_lens.tuning.objective import preset
 
@@ -46,6 +52,7 @@ def test_constants_are_those_of_the_stages():
     assert CorpusConfig().sequence == needs.SEQUENCE
     assert preset("paper").targets == needs.TARGETS
     assert needs.LOGIT_MB * needs.MB == LOGIT_BYTES
+    assert needs.LOGIT_ROWS == GPU_ROWS
 
 
 def test_the_bundled_model_is_read_from_its_headers(tiny):
@@ -65,8 +72,8 @@ def test_estimates_are_those_of_the_log_and_of_the_howto():
     assert needs.activations_mb(bench, 2048, 4) == pytest.approx(370, rel=0.2)
     gpu = of(R1_DISTILL, "cuda")
     assert gpu.dtype == "bfloat16"
-    # The how-to: 26 encoders of 403 MB and 3.55 GB of weights, in decimal gigabytes.
-    assert gpu.count_mb * needs.MB / 1e9 == pytest.approx(14.0, rel=0.01)
+    # The how-to: two encoders of 403 MB and 3.55 GB of weights, in decimal gigabytes.
+    assert gpu.count_mb * needs.MB / 1e9 == pytest.approx(4.36, rel=0.01)
     assert gpu.train_mb == pytest.approx(43_765, rel=0.03)
     assert gpu.saes_disk_mb == pytest.approx(19_968)
     assert gpu.fits() == {
@@ -75,6 +82,48 @@ def test_estimates_are_those_of_the_log_and_of_the_howto():
     small = replace(gpu, available_mb=3000.0, free_disk_mb=100.0)
     assert not any(small.fits().values())
     assert of(R1_DISTILL, latents=32_768).sae_mb == gpu.sae_mb / 2
+
+
+TUNING = """
+import sys
+from pathlib import Path
+from resa_lens.cli import main
+sys.argv = ["resa-lens", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+lines = Path("/proc/self/status").read_text().splitlines()
+print("peak", next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+def test_tuning_takes_what_the_plan_says(tmp_path: Path):
+    """A whole process, scores included, whose weights are more than its activations: one copy."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=16_384, hidden_size=512, intermediate_size=1408, num_hidden_layers=10,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    Qwen2ForCausalLM(config).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((data_path("tiny-reasoner") / name).read_bytes())
+    new_coder(512, 2048, 16, seed=0).save_to_disk(tmp_path / "saes" / "layers.4.mlp")
+    done = subprocess.run(
+        [
+            sys.executable, "-c", TUNING, "tune", "--model", str(model), "--layer", "4",
+            "--saes", str(tmp_path / "saes"), "--allow-site-mismatch", "--steps", "3",
+            "--limit", "4", "--max-new-tokens", "8", "--no-start-check", "--threads", "1",
+            "--workspace", str(tmp_path / "w"),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split("peak ")[1]) / 1024
+    assert of(read_shape(str(model)), latents=2048).tune_mb == pytest.approx(peak, rel=0.15)
 
 
 def write_model(folder: Path, **config: object) -> Path:

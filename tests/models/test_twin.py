@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,11 @@ def small(kind: str, folder: Path) -> str:
             vocab_size=600, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1,
             eos_token_id=1,
         )), folder)  # fmt: skip
+    scaling: Any = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     return write(LlamaForCausalLM(LlamaConfig(
         vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-        rope_scaling={"rope_type": "linear", "factor": 2.0},
+        **scaling,
     )), folder)  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,17 @@ from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import load_model
+from resa_lens.saes.coder import new_coder
 from resa_lens.saes.train import SaeConfig
-from resa_lens.stages.adapters import adapter_run
-from resa_lens.stages.tune_job import ALL_CONTROLS, TuneJob, with_sequence
+from resa_lens.saes.world import ALONE
+from resa_lens.stages import adapters
+from resa_lens.stages.adapters import adapter_run, elicitation_records
+from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.tune_job import ALL_CONTROLS, Through, TuneJob, with_sequence
 from resa_lens.stages.tuning import tune_run
+from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.config import preset
 from resa_lens.tuning.log import read_log
 from resa_lens.tuning.loop import TuneConfig
@@ -102,6 +109,31 @@ def test_a_sequence_beyond_the_context_is_refused_before_the_model_is_loaded(tmp
     Qwen2Config(hidden_size=64, max_position_embeddings=512).save_pretrained(tmp_path)
     with pytest.raises(BadInputError, match=r"--sequence 513: .* reads 512 tokens"):
         tune_run(Context(Workspace(tmp_path / "w")), job(model=str(tmp_path), sequence=513))
+
+
+def test_an_sae_that_was_checked_when_it_was_opened_is_not_checked_again(
+    tiny, tmp_path, monkeypatch
+):
+    """Of the model it was opened for: put into another one, it is held to its place there."""
+    warned = tuple(f"the SAE for {Hookpoint(n).describe(12)}, site mlp_out, leaves" for n in (4, 5))
+    points = (Hookpoint(4), Hookpoint(5))
+    opened = SaeRun(tmp_path, points, {}, 0, 0.0, False, warnings=warned, checked=frozenset({4, 5}))
+    calls = []
+    monkeypatch.setattr(adapters, "check_fit", lambda *_, **__: (calls.append(1), ({}, ["new"]))[1])
+    run = adapters._Run(
+        Context(Workspace(tmp_path)), job(), tiny, elicitation_records(job()), CorpusConfig(), 1,
+        ALONE,
+    )  # fmt: skip
+    coder = new_coder(128, 64, 4, seed=0)
+    through = Through(tiny, opened, 4, "given", "")
+    assert run._check(through, points[0], coder) == [warned[0]]
+    assert calls == []
+    for other in (
+        replace(through, source=replace(tiny)),
+        replace(through, run=replace(opened, checked=frozenset({5}))),
+    ):
+        assert run._check(other, points[0], coder) == ["new"]
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("control", ["cot-free", "cot"])

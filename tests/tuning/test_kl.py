@@ -21,7 +21,15 @@ from transformers import (
 )
 
 from resa_lens.models.bridge import boot
-from resa_lens.tuning.kl import HEAD_INPUT, Head, chunked_kl, find_head, keep_head_input
+from resa_lens.tuning.kl import (
+    HEAD_INPUT,
+    LOGIT_BYTES,
+    Head,
+    chunked_kl,
+    find_head,
+    keep_head_input,
+    piece_bytes,
+)
 from resa_lens.tuning.objective import kl_divergence
 
 HEADS = {
@@ -186,3 +194,13 @@ def test_a_trained_head_goes_the_plain_way() -> None:
     found, reason = find_head(bridge)
     assert found is None
     assert reason == "the head is trained"
+
+
+def test_a_piece_has_a_thousand_tokens_on_a_card_that_can_hold_them() -> None:
+    card, vocab = torch.device("cuda"), 151_936
+    rows = {
+        gigabytes: piece_bytes(vocab, card, gigabytes * 2**30) // (4 * vocab)
+        for gigabytes in (1, 8, 24, 80)
+    }
+    assert rows == {1: 82, 8: 441, 24: 1024, 80: 1024}
+    assert piece_bytes(vocab, torch.device("cpu")) == LOGIT_BYTES

@@ -61,7 +61,8 @@ def test_lora_is_peft_s(
     small: Callable[[], Model], ids: torch.Tensor, dropout: float, dtype: torch.dtype, near: float
 ) -> None:
     """Output and gradients, with the same masks of dropout."""
-    model = small().model.to(dtype)
+    plain: Any = small().model
+    model = plain.to(dtype)
     peft = add_lora(model, ["q_proj", "o_proj", "up_proj"], TuneConfig(rank=4, dropout=dropout))
     spread(peft)
     peft.train()
@@ -150,7 +151,7 @@ def test_gradients_through_norms_and_rotations_are_autograd_s(ids: torch.Tensor)
         num_key_value_heads=2, vocab_size=600, initializer_range=0.2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    embedding = model.get_input_embeddings().weight.requires_grad_()
+    embedding: Any = model.get_input_embeddings().weight.requires_grad_()
     bridge = boot(model, None, "small").bridge
     gradients = []
     for short in (False, True):
