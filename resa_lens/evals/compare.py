@@ -130,13 +130,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, the paired comparison's own at the top."""
-        values = asdict(self)
-        return {
-            "base": values.pop("base"),
-            "other": values.pop("other"),
-            **values.pop("paired"),
-            **values,
-        }
+        row = asdict(self)
+        return {"base": row.pop("base"), "other": row.pop("other"), **row.pop("paired"), **row}
 
 
 @dataclass(frozen=True)
