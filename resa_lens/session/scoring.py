@@ -80,7 +80,7 @@ class Scoring(Workbench):
     ) -> pd.DataFrame:
         """Evaluate SAE-Tuning's loss before the first update, for the SAE and for its controls.
 
-        >>> lab.starting_loss(model, saes, 5).loc["none", "KL"]
+        >>> float(lab.starting_loss(model, saes, 5).loc["none", "KL"])
         0.0
 
         Args:

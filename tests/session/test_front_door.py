@@ -213,7 +213,7 @@ def test_the_saes_of_a_recommendation_are_tuned_through(small):
 def test_a_layer_by_its_number_and_a_control_without_a_layer(small):
     lab, model, saes = small["lab"], small["model"], small["saes"]
     short: dict[str, Any] = {"steps": 1, "limit": 4}
-    by_number = lab.tune(model, saes, layer="6th", **short)
+    by_number = lab.tune(model, saes, layer="6th", start_check=False, **short)
     assert by_number.layer == 5
     assert "recommendation" not in by_number.manifest.ingredients["parents"]
     imitated = lab.tune(model, control="cot-free", **short)
@@ -427,7 +427,7 @@ def test_counts_behind_a_percentage():
 
 def test_planted_checkpoints_are_what_the_audit_says_of_them():
     swap = ("gpqa_diamond", "minerva")
-    audit = rl.audit(rl.planted_checkpoints(3.0, swap), draws=20)
+    audit = rl.audit(rl.planted_checkpoints(6.0, swap), draws=20)
     (exchange,) = audit.run.test.exchanges
     places = {int(audit.run.table.groups[row].split()[1]) for row in exchange.rows}
     assert places == {1, 3, 5, 7, 9, 11}
