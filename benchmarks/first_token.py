@@ -182,7 +182,7 @@ def kept(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def compared(base: Sequence[int], other: Sequence[int]) -> str:
     """Format a paired difference in points."""
     found = compare_paired(np.array(base), np.array(other))
-    low, high = (100 * bound for bound in found.interval)
+    low, high = (100 * bound for bound in found.ci)
     return f"{100 * found.difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
