@@ -296,7 +296,9 @@ def needs_of(
         count_mb=max(load, model_mb + sae),
         train_mb=max(load, model_mb + trained * (STATE_COPIES * sae + acts) + step),
         train_one_mb=max(load, model_mb + STATE_COPIES * sae + acts + step),
-        tune_mb=max(load, model_mb + sae + adapters + activations_mb(shape, SEQUENCE, each, gpu=gpu)),
+        tune_mb=max(
+            load, model_mb + sae + adapters + activations_mb(shape, SEQUENCE, each, gpu=gpu)
+        ),
         saes_disk_mb=trained * sae,
         adapter_disk_mb=shape.adapted * 4 / MB,
         available_mb=available_mb,

@@ -541,7 +541,7 @@ def test_too_few_features_for_a_control(tiny: Model) -> None:
 def without_cache(model: Model, prompt: str, wanted: Intervention, coder: SparseCoder) -> list[int]:
     """Greedy tokens where every step reads the whole text again."""
     ids = list(model.tokenizer(prompt)["input_ids"])
-    last, made_ids = len(ids) - 1, []
+    last = len(ids) - 1
     for _ in range(STEPS):
         text = torch.tensor([ids])
         first = torch.zeros_like(text, dtype=torch.bool)
@@ -549,11 +549,10 @@ def without_cache(model: Model, prompt: str, wanted: Intervention, coder: Sparse
         tracker = Tracker(torch.zeros_like(text), first)
         with torch.no_grad(), intervening(model, [wanted], {wanted.point: coder}, tracker):
             token = int(model.bridge(text)[0, -1].argmax())
-        made_ids.append(token)
         ids.append(token)
-        if token == model.tokenizer.eos_token_id:
+        if "</answer>" in model.tokenizer.decode(ids[last + 1 :]):
             break
-    return made_ids
+    return ids[last + 1 :]
 
 
 def test_the_first_token_alone_is_the_prompts_last_position(tiny: Model) -> None:
@@ -562,10 +561,10 @@ def test_the_first_token_alone_is_the_prompts_last_position(tiny: Model) -> None
     config = GenerationConfig(STEPS)
     texts = {}
     for at in ("first", "all"):
-        wanted = made("steer", 60.0, point=DEEP, at=at)
+        wanted = made("steer", 600.0, point=DEEP, at=at)
         with intervening(tiny, [wanted], {DEEP: coder}, Tracker()) as tracker:
             texts[at] = [list(g.token_ids) for g in engine.generate(ASKED, config, hooks=tracker)]
-    wanted = made("steer", 60.0, point=DEEP, at="first")
+    wanted = made("steer", 600.0, point=DEEP, at="first")
     assert texts["first"] == [without_cache(tiny, prompt, wanted, coder) for prompt in ASKED]
     assert texts["first"] != texts["all"]
     assert texts["first"] != [list(g.token_ids) for g in engine.generate(ASKED, config)]

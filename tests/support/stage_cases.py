@@ -640,6 +640,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("AblationConfig", "features"): (1, 3),
     ("AblationConfig", "rule"): "all",
     ("AblationConfig", "kind"): "steer",
+    ("AblationConfig", "at"): "first",
     ("AblationConfig", "doses"): (0.5,),
     ("AblationConfig", "phases"): ("think",),
     ("GenerationConfig", "top_p"): 0.5,
