@@ -378,8 +378,8 @@ def main() -> None:
     if args.tune:
         _tune(model)
         return
-    results = [row for seed in REPORT for row in verdicts_of(model, seed)]
-    found = report(results)
+    by_draw = [verdicts_of(model, seed) for seed in REPORT]
+    found = report([row for rows in by_draw for row in rows])
     settings = FalsifyConfig()
     found = {
         "draws": [REPORT.start, REPORT.stop - 1],
@@ -388,6 +388,7 @@ def main() -> None:
             "silent": dependences.SILENT,
         },
         **found,
+        "first_draw": by_draw[0],
     }  # fmt: skip
     _print(found)
     print(f"{time.process_time() - start:.0f} s of CPU")
