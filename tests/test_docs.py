@@ -349,7 +349,7 @@ def test_the_glossary_names_what_the_code_has() -> None:
     import resa_lens.artifacts.kinds.counts  # noqa: F401 - the kinds are listed as they are loaded
     from resa_lens.artifacts.artifact import KINDS
     from resa_lens.features.exclusive import RULES
-    from resa_lens.features.falsify import VERDICTS
+    from resa_lens.features.words import VERDICTS
     from resa_lens.layers import FLAT, SUPPORTED, TREND, WEAK
     from resa_lens.layers.selectors import SELECTORS
     from resa_lens.models.hookpoints import SITES

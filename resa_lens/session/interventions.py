@@ -12,7 +12,7 @@ from resa_lens.session.results import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from resa_lens.features.falsify import Share
+    from resa_lens.features.dependences import Share
     from resa_lens.stages.ablation import AblationRun
     from resa_lens.stages.attribution import AttributionRun
 
