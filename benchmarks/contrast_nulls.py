@@ -191,7 +191,7 @@ def former_tails(phi: sparse.csr_array, evidence: Evidence, draws: int, seed: in
         return tails
     tokens = np.arange(labels.size)
     own = sparse.csr_array((np.ones(labels.size), (tokens, evidence.document)))
-    sums, lengths = (phi @ own).toarray(), evidence.lengths.astype(np.float64)
+    sums, lengths = sparse.csr_array(phi @ own).toarray(), evidence.lengths.astype(np.float64)
     label = (evidence.by_document > 0).astype(np.float64)
 
     def statistic(drawn: Floats) -> Floats:

@@ -183,7 +183,7 @@ def _shuffled(phi: sparse.csr_array, evidence: Evidence, draws: int, seed: Seed)
             (-1.0, [w - f for w, f in zip(whole, first, strict=True)],
              lengths.sum() - size, (lengths**2).sum() - square),
         )  # fmt: skip
-        gap, variance = 0.0, 0.0
+        gap, variance = np.zeros(1), np.zeros(1)
         for sign, (value, squares, cross), tokens_of, squared in sides:
             average = value / tokens_of
             gap = gap + sign * average
