@@ -570,6 +570,33 @@ def test_the_first_token_alone_is_the_prompts_last_position(tiny: Model) -> None
     assert texts["first"] != [list(g.token_ids) for g in engine.generate(ASKED, config)]
 
 
+def test_a_planted_feature_says_its_token_once_or_all_the_time(tiny: Model) -> None:
+    """Behind the last block, along a token's row of the head: known from the head alone."""
+    point = Hookpoint(tiny.n_layers - 1, "resid_post")
+    plain: Any = tiny.model
+    head, norm = plain.get_output_embeddings().weight.detach(), plain.model.norm.weight.detach()
+    token = int(tiny.tokenizer("7", add_special_tokens=False)["input_ids"][-1])
+    assert int((head @ head[token]).argmax()) == token
+    coder = coder_of()
+    with torch.no_grad():
+        coder.W_dec[0] = head[token] / norm
+    config, engine = GenerationConfig(STEPS), HFEngine(tiny.model, tiny.tokenizer)
+    answers = {}
+    for at in ("first", "all"):
+        planted = Intervention(point, (0,), "steer", 1.0, values=(1e4,), at=at)
+        with intervening(tiny, [planted], {point: coder}, Tracker()) as tracker:
+            answers[at] = engine.generate(ASKED, config, hooks=tracker)
+    assert [list(answer.token_ids) for answer in answers["all"]] == [[token] * STEPS] * len(ASKED)
+    for prompt, answer in zip(ASKED, answers["first"], strict=True):
+        ids = [*tiny.tokenizer(prompt)["input_ids"], token]
+        for expected in answer.token_ids[1:]:
+            with torch.no_grad():
+                assert int(plain(torch.tensor([ids])).logits[0, -1].argmax()) == expected
+            ids.append(expected)
+        assert answer.token_ids[0] == token
+        assert set(answer.token_ids[1:]) != {token}
+
+
 def test_the_first_token_alone_leaves_every_other_position(tiny: Model) -> None:
     ids = torch.tensor([tiny.tokenizer(QUESTIONS[0])["input_ids"]])
     first = torch.zeros_like(ids, dtype=torch.bool)
