@@ -28,8 +28,10 @@ pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILE = GOLDEN / "recipes.json"
 SAES = next((GOLDEN / "workspace" / "saes").glob("*/*"))
-TRAINED = {"saes": 0.1, "quality": 0.1, "adapter": 0.01, "sweep": 0.02}
-"""Relative tolerance where weights were trained, whose last bits are the processor's."""
+TRAINED = {"saes": 0.1, "quality": 0.1, "adapter": 0.01, "sweep": 0.02, "matches": 0.005}
+"""Relative tolerance where weights were trained, whose last bits are the processor's, and of shares
+of features of which a few have two partners alike, between which these bits decide: 807 of 825 with
+AVX-512, 805 with AVX2, from the same commit."""
 TOLERANCE = 2e-3
 """Elsewhere: sums in float32."""
 OWN = ("seconds", "threads_probe", "planned_memory_mb", "peak_memory_mb", "saes", "adapter", "eval",
@@ -39,7 +41,8 @@ HERE = ["--saes", str(SAES), "--layers", "5"]
 LAYER = ["--saes", str(SAES), "--layer", "5"]
 SHORT = ["--limit", "8", "--max-new-tokens", "48"]
 COMMANDS = [
-    ["train-saes", "--layers", "5", "--tokens", "2048", "--latents", "128", "--k", "8"],
+    ["train-saes", "--layers", "5", "--tokens", "2048", "--latents", "128", "--k", "8",
+     "--thought-share", "0"],
     ["count-features", *HERE],
     ["recommend-layers", *HERE, "--rule", "either", "--selector", "causal"],
     ["stability", *HERE, "--rule", "either", "--rule", "any", "--selector", "most-features"],
