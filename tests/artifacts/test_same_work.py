@@ -55,7 +55,8 @@ def demo_again(workspace: Path) -> tuple[list[Stage], list[str]]:
     """Do the demo's stages; return what they named and what they said."""
     notes, stages = Notes(), []
     ctx = Context(Workspace(workspace), notes)
-    plain, amount, corpus = Context.stage, BUDGETS["test"], CorpusConfig()
+    plain, amount = Context.stage, BUDGETS["test"]
+    corpus = CorpusConfig(thought_share=None)
 
     def stage(self: Context, *args: Any, **options: Any) -> Stage:
         stages.append(plain(self, *args, **options))
