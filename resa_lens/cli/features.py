@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AtLayers, Counting, MemoryLimit, WithSaesAt
+from resa_lens.cli.groups import AtLayers, Counting, MemoryLimit, OnData, WithSaesAt
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import GenerationConfig
@@ -159,7 +159,7 @@ def score_features(args: ScoreFeatures) -> Outcome:
 
 
 @options("Matching")
-class MatchFeatures(AtLayers, Counting):
+class MatchFeatures(AtLayers, Counting, OnData):
     """The two runs, and the documents that both see."""
 
     run_a: str = argument("A folder of SAEs, a run's name in the workspace, or seed:0.")

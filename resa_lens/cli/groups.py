@@ -268,7 +268,7 @@ COUNTING = "prompt chat_template threshold ignore_first"
 
 
 @options("Counting")
-class Counting(OnData):
+class Counting(OnModel):
     """A stage that counts features on a prompt."""
 
     count: CountConfig = part(CountConfig, COUNTING, "Counting")

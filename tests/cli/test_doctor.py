@@ -188,7 +188,7 @@ def test_data_that_cannot_be_read_and_data_of_nobody(tmp_path: Path):
     place = ("--workspace", tmp_path / "w")
     said = invoke("--data", file, "--model", "tiny-reasoner", *place, code=2).stderr
     assert "row 1 (line 2) has 3 cells" in " ".join(said.split())
-    assert "by --model" in invoke("--data", file, *place, code=2).stderr
+    assert "goes with --model" in invoke("--data", file, *place, code=2).stderr
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "Once upon a time."}\n')
     data = found(["--data", plain, "--model", "tiny-reasoner", *place])["data"]
