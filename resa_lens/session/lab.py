@@ -302,8 +302,8 @@ class Lab(Scoring, Probing):
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         """Return what the workspace holds, the newest first; nothing is made or changed.
 
-        >>> [item.manifest.kind for item in lab.artifacts("counts")][:1]
-        ['counts']
+        >>> lab.artifacts("counts")[0].manifest.kind
+        'counts'
 
         Args:
             kind: "saes", "counts", "recommendation", "adapter", "eval", "sweep" or another kind;

@@ -95,8 +95,8 @@ class Probing(Workbench):
     ) -> Trials:
         """Put one feature, counted or not, to the trials of `falsify`; nothing is stored.
 
-        >>> lab.trials(model, counts, 5, 0, texts=2, shuffles=1).table().index.tolist()[:4]
-        ['original', 'injected', 'plain', 'words']
+        >>> "injected" in lab.trials(model, counts, 5, 0, texts=2, shuffles=1).table().index
+        True
 
         Args:
             model: the host.

@@ -180,7 +180,9 @@ def test_other_data_is_another_sweep_and_test_questions_in_it_are_told(tmp_path,
 
     notes = Notes()
     own = Context(Workspace(tmp_path / "workspace"), notes)
-    saes = SimpleNamespace(relative="saes", parent=lambda layers: Parent("0" * 64, "saes"))
+    saes = SimpleNamespace(
+        relative="saes", parent=lambda layers: Parent("0" * 64, "saes"), artifact=None
+    )
     monkeypatch.setattr(sweeps, "saes_for", lambda *_, **__: saes)
     monkeypatch.setattr(sweeps, "score_base", lambda *_: (tmp_path, None))
     monkeypatch.setattr(sweeps, "_work_through", work)
