@@ -59,7 +59,7 @@ import torch
 from scipy.stats import binom, rankdata
 from torch import Tensor
 
-from benchmarks.insertion_experiment import answers, questions, records
+from benchmarks.insertion_experiment.draws import answers, questions, records
 from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.features.config import RULES

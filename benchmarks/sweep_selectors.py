@@ -71,7 +71,7 @@ def judged(folder: Path, tables: dict[str, Any]) -> Regrets:
     for name, table in tables.items():
         values = {int(layer): tuple(pair) for layer, pair in table.items()}
         selector = "activation-change" if name == "change" else "gradient-probe"
-        argument = {"change" if name == "change" else "gradient": values}
+        argument: dict[str, Any] = {"change" if name == "change" else "gradient": values}
         answer = recommend({}, n_layers=sweep["n_layers"], selector=selector, **argument)
         picks["weight-gradients" if name == "weights" else selector] = answer.recommended[0]
     return regrets(picks, scores)

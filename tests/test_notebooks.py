@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from safetensors.numpy import load_file
 from typer.main import get_command
 
-from benchmarks.insertion_experiment import contrast
+from benchmarks.insertion_experiment.analysis import contrast
 from resa_lens.resources import data_path
 from resa_lens.stats import holm
 
