@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.insertion_verdicts import verdicts
 from resa_lens.evals.config import EvalConfig, GenerationConfig
 from resa_lens.evals.insertion import MeanAblation, evaluate_inserted, insertion_verdict
 from resa_lens.evals.run import EvalResult
@@ -131,3 +132,12 @@ def test_the_mean_stands_at_every_token() -> None:
 )
 def test_verdicts(ci: tuple[float, float], one_model: bool, verdict: str) -> None:
     assert insertion_verdict(ci, one_model=one_model) == verdict
+
+
+def test_the_verdict_seldom_sees_a_gain_that_is_not_there() -> None:
+    """A seeded part of benchmarks/insertion_verdicts.py; the whole stands in docs/log.md."""
+    nothing = verdicts(200, 0.15, 0.0, range(40))
+    assert nothing["the teacher carries a gain"] + nothing["costs"] <= 5
+    gain = verdicts(200, 0.15, 0.1, range(40))
+    assert gain["the teacher carries a gain"] >= 36
+    assert gain["costs"] == 0
