@@ -93,7 +93,7 @@ def verdicts_of(values: dict[str, Any], name: str, n_layers: int) -> Iterator[An
     yield grid("By rule", values["summary"]["rules"], {
         "rule": "{rule}", "counted": "{counted}",
         **{v: lambda row, v=v: row["verdicts"][v] for v in _words(values["summary"])},
-        "stand, 95 %": lambda row: cell("{ci:*.1f} %", row) if row["counted"] else "",
+        "stand, 95 %": lambda row: cell("{ci:*.1f}", row) if row["counted"] else "",
         "stand by the texts": "{by_texts} of {active}",
         "random weights": "{null_by_texts} of {null_active}",
         "p": lambda row: "" if row["null_by_texts"] is None else f"{row['p_value']:.2g}",
