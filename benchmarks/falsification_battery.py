@@ -308,13 +308,13 @@ def verdicts_of(
     here = responses(mine)
     alone = frozenset((_exact, _exact_and_thoughts))
     with_all, without = twins(frozenset()), twins(alone)
-    chosen = {
+    partners = {
         number: (with_all if KINDS[name].twin else without)[number]
         for number, name in enumerate(names)
     }
     rules = {POINT: dict.fromkeys(range(len(names)), ("either",))}
-    found = judge(here, rules, FalsifyConfig(seed=seed), other_seed={POINT: chosen})
-    return [(name, verdict.verdict) for name, verdict in zip(names, found, strict=True)]
+    verdicts = judge(here, rules, FalsifyConfig(seed=seed), other_seed={POINT: partners})
+    return [(name, verdict.verdict) for name, verdict in zip(names, verdicts, strict=True)]
 
 
 def rate(hits: int, n: int) -> dict[str, Any]:
@@ -379,21 +379,21 @@ def main() -> None:
         _tune(model)
         return
     by_draw = [verdicts_of(model, seed) for seed in REPORT]
-    found = report([row for rows in by_draw for row in rows])
+    figures = report([row for rows in by_draw for row in rows])
     settings = FalsifyConfig()
-    found = {
+    figures = {
         "draws": [REPORT.start, REPORT.stop - 1],
         "settings": {
             "texts": settings.texts, "shuffles": settings.shuffles, "fires": settings.fires,
             "silent": dependences.SILENT,
         },
-        **found,
+        **figures,
         "first_draw": by_draw[0],
     }  # fmt: skip
-    _print(found)
+    _print(figures)
     print(f"{time.process_time() - start:.0f} s of CPU")
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
-    missed = [name for name, most in TARGETS.items() if found[name]["share"] > most]
+    FILE.write_text(json.dumps(figures, indent=1) + "\n")
+    missed = [name for name, most in TARGETS.items() if figures[name]["share"] > most]
     if args.targets and missed:
         raise SystemExit(f"missed: {', '.join(missed)}")
 
@@ -401,20 +401,20 @@ def main() -> None:
 def _tune(model: Model) -> None:
     for silent in (0.4, 0.5, 0.6, 0.7, 0.8, 1.0):
         dependences.SILENT = silent
-        found = report([row for seed in TUNING for row in verdicts_of(model, seed)])
-        figures = ", ".join(f"{name} {100 * found[name]['share']:.1f} %" for name in TARGETS)
-        fits = np.mean([kind["as_expected"] for kind in found["kinds"].values() if kind["true"]])
-        print(f"silent {silent}: {figures}, true kinds as expected {100 * fits:.1f} %")
+        figures = report([row for seed in TUNING for row in verdicts_of(model, seed)])
+        rates = ", ".join(f"{name} {100 * figures[name]['share']:.1f} %" for name in TARGETS)
+        fits = np.mean([kind["as_expected"] for kind in figures["kinds"].values() if kind["true"]])
+        print(f"silent {silent}: {rates}, true kinds as expected {100 * fits:.1f} %")
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(figures: dict[str, Any]) -> None:
     print("| planted | " + " | ".join(VERDICTS) + " |")
     print("|---" * (1 + len(VERDICTS)) + "|")
-    for name, kind in found["kinds"].items():
+    for name, kind in figures["kinds"].items():
         cells = " | ".join(str(kind["verdicts"].get(word, "")) for word in VERDICTS)
         print(f"| {name} ({'true' if kind['true'] else 'false'}) | {cells} |")
     for name in (*TARGETS, "true_undetermined"):
-        item = found[name]
+        item = figures[name]
         low, high = (100 * bound for bound in item["ci"])
         worst = (
             f", worst {item['worst_kind']} {100 * item['worst_share']:.1f} %"

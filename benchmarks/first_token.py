@@ -110,13 +110,13 @@ def packed(model: Model, rows: Sequence[Any], tokens: int) -> Iterator[Tensor]:
     """Yield batches [row, position] of documents of both kinds, end to end."""
     tokenizer: Any = model.tokenizer
     stream: list[int] = []
-    given = 0
+    yielded = 0
     for number, record in enumerate(rows):
         stream += tokenizer("".join(text_of(record, number % 2 == 1)))["input_ids"]
         stream.append(tokenizer.eos_token_id)
-        while len(stream) >= ROWS * SEQUENCE and given < tokens:
+        while len(stream) >= ROWS * SEQUENCE and yielded < tokens:
             yield torch.tensor(stream[: ROWS * SEQUENCE]).view(ROWS, SEQUENCE)
-            stream, given = stream[ROWS * SEQUENCE :], given + ROWS * SEQUENCE
+            stream, yielded = stream[ROWS * SEQUENCE :], yielded + ROWS * SEQUENCE
 
 
 def coder_of(work: Path, model: Model, rows: Sequence[Any]) -> SparseCoder:
@@ -181,9 +181,9 @@ def kept(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def compared(base: Sequence[int], other: Sequence[int]) -> str:
     """Format a paired difference in points."""
-    found = compare_paired(np.array(base), np.array(other))
-    low, high = (100 * bound for bound in found.ci)
-    return f"{100 * found.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+    pair = compare_paired(np.array(base), np.array(other))
+    low, high = (100 * bound for bound in pair.ci)
+    return f"{100 * pair.difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def main() -> None:
@@ -193,21 +193,21 @@ def main() -> None:
     work: Path = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
     rows = worked(0)
-    held, rows = rows[: SELECTION + DOSING], rows[SELECTION + DOSING :]
+    reserved, rows = rows[: SELECTION + DOSING], rows[SELECTION + DOSING :]
     model = lazy_model(work, rows)
     coder = coder_of(work, model, rows)
 
-    chosen = held[:SELECTION]
+    selection = reserved[:SELECTION]
     steps, once = (
-        last_acts(model, coder, [text_of(r, at_once)[0] for r in chosen])
+        last_acts(model, coder, [text_of(r, at_once)[0] for r in selection])
         for at_once in (False, True)
     )
     feature = int((steps - once).argmax())
     mean = float(steps[feature])
     print(f"feature {feature}: {mean:.3f} with steps, {float(once[feature]):.3f} at once")
 
-    dosing = [text_of(r, True)[0] for r in held[SELECTION:]]
-    golds = [r.answer for r in held[SELECTION:]]
+    dosing = [text_of(r, True)[0] for r in reserved[SELECTION:]]
+    golds = [r.answer for r in reserved[SELECTION:]]
     shares = {}
     for dose in DOSES:
         arm = kept(
@@ -222,8 +222,8 @@ def main() -> None:
     golds = [item.answer for item in items]
     prompts = [question_prompt(item.question + AT_ONCE) for item in items]
     base = kept(work / "base.json", lambda: answered(model, coder, prompts, golds))
-    asked = [question_prompt(item.question) for item in items]
-    usual = kept(work / "with-steps.json", lambda: answered(model, coder, asked, golds))
+    usual_prompts = [question_prompt(item.question) for item in items]
+    usual = kept(work / "with-steps.json", lambda: answered(model, coder, usual_prompts, golds))
     target = kept(
         work / "feature.json",
         lambda: answered(model, coder, prompts, golds, clamp(feature, value)),

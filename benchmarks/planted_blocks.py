@@ -59,7 +59,7 @@ import torch
 from scipy.stats import binom, rankdata
 from torch import Tensor
 
-from benchmarks.insertion_experiment.draws import answers, questions, records
+from benchmarks.insertion_experiment.draws import answers, damaged, questions, records
 from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.features.config import RULES
@@ -98,17 +98,6 @@ JUDGED = (
     "gradient-probe", "weight-gradients", "activation-change", "insertion",
 )  # fmt: skip
 """Selectors that look at the target: Holm's correction is over those of a set."""
-
-
-def damaged(block: int, seed: int, sd: float) -> Model:
-    """Return tiny-reasoner with noise on the down projection of a block's MLP."""
-    model = load_model("tiny-reasoner")
-    layers: Any = model.model.model.layers
-    weight: Tensor = layers[block].mlp.down_proj.weight
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        weight += sd * weight.std() * noise
-    return model
 
 
 def question_set(split: str, limit: int = QUESTIONS) -> tuple[Any, EvalConfig]:
@@ -183,7 +172,7 @@ class Draw:
             for seed in range(self.seed, self.seed + 10_000, 1000):
                 sd = SD
                 while sd <= 64 * SD:
-                    scored = evaluate_inserted(damaged(self.block, seed, sd), items, config)
+                    scored = evaluate_inserted(damaged(seed, self.block, sd), items, config)
                     if WINDOW[0] <= scored.accuracy <= WINDOW[1]:
                         return {"seed": seed, "sd": sd, "refused": refused, **answers(scored)}
                     refused.append([seed, sd, scored.accuracy])
@@ -198,7 +187,7 @@ class Draw:
     def target(self) -> Model:
         """The damaged model."""
         accepted = self.damage()
-        return damaged(self.block, accepted["seed"], accepted["sd"])
+        return damaged(accepted["seed"], self.block, accepted["sd"])
 
     def table(self, name: str) -> dict[str, Any]:
         """Return a selector's table: {"values": {layer: value or (value, error, ...)}}."""
@@ -336,8 +325,8 @@ def named_by(selector: str, counts: Mapping[int, float], **tables: Any) -> int:
 
 def counting_answers(table: Mapping[int, float]) -> dict[str, int]:
     """Return what the selectors of counts name first, of one fit."""
-    made = recommend_all(table, n_layers=12, draws=200)
-    return {name: made[name].recommended[0] for name in ("most-features", "mixture")}
+    choices = recommend_all(table, n_layers=12, draws=200)
+    return {name: choices[name].recommended[0] for name in ("most-features", "mixture")}
 
 
 def answers_of(stored: dict[str, Any]) -> dict[str, Answer]:

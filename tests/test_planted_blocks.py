@@ -21,7 +21,7 @@ STORED = ROOT / "data" / "experiment" / "planted_blocks"
 
 def test_a_planted_block_from_its_seed() -> None:
     # A development draw: block 6, seed 0, eight standard deviations.
-    target = planted.damaged(6, 0, 8.0)
+    target = planted.damaged(0, block=6, sd=8.0)
     batches = planted.worked_batches(target, 0, 1024)
     change = activation_change(load_model("tiny-reasoner"), target, batches, planted.POINTS)
     assert max(change, key=lambda layer: change[layer][0]) == 6

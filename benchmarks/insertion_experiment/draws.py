@@ -78,14 +78,20 @@ def questions(split: str) -> tuple[list[EvalItem], EvalConfig]:
     return items, EvalConfig(limit=GATE_QUESTIONS, levels=(1, 2, 3))
 
 
-def damaged(seed: int) -> Model:
-    """Return tiny-reasoner with noise on the down projection of block 8's MLP."""
+def damaged(seed: int, block: int = LAYER, sd: float = DAMAGE) -> Model:
+    """Return tiny-reasoner with noise on the down projection of one block's MLP.
+
+    Args:
+        seed: of the noise.
+        block: 0-based.
+        sd: of the noise, in standard deviations of the weights.
+    """
     model = load_model("tiny-reasoner")
     layers: Any = model.model.model.layers
-    weight: Tensor = layers[LAYER].mlp.down_proj.weight
+    weight: Tensor = layers[block].mlp.down_proj.weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        weight += DAMAGE * weight.std() * noise
+        weight += sd * weight.std() * noise
     return model
 
 

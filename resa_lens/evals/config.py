@@ -114,10 +114,10 @@ def preset(name: str, seed: int = 0) -> EvalConfig:
     """
     if name not in SETTINGS:
         raise BadInputError(f"setting {name!r} is unknown; use {', '.join(SETTINGS)}")
-    chosen = SETTINGS[name]
+    harness = SETTINGS[name]
     generation = GenerationConfig(
-        chosen.max_new_tokens, chosen.temperature, chosen.top_p, seed=seed
+        harness.max_new_tokens, harness.temperature, harness.top_p, seed=seed
     )
     return EvalConfig(
-        generation=generation, samples=chosen.samples, chat_template=chosen.chat_template
+        generation=generation, samples=harness.samples, chat_template=harness.chat_template
     )

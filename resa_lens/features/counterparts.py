@@ -93,7 +93,7 @@ def counterparts(
         directions: gives both SAEs' decoders [d_sae, d_in] at a place; asked for one place after
             the other, because those of a large model fill a machine together.
     """
-    found: dict[Hookpoint, dict[int, Counterpart]] = {}
+    partners: dict[Hookpoint, dict[int, Counterpart]] = {}
     for point, listed in responses.features.items():
         if not listed or point not in other.features:
             continue
@@ -107,20 +107,20 @@ def counterparts(
         ]
         active, theirs_active = (side.amax(1) > 0 for side in (values, other.values[point]))
         elsewhere = torch.stack(others).nanmedian(0).values if others else None
-        found[point] = {}
+        partners[point] = {}
         for i, feature in enumerate(listed):
-            known = bool(best[i].isfinite())
-            beside = None if elsewhere is None or elsewhere[i].isnan() else float(elsewhere[i])
-            found[point][feature] = Counterpart(
+            finite = bool(best[i].isfinite())
+            typical = None if elsewhere is None or elsewhere[i].isnan() else float(elsewhere[i])
+            partners[point][feature] = Counterpart(
                 float(cosines[i]),
                 int(matches[i]),
-                float(best[i]) if known else None,
-                int(names[int(where[i])]) if known else None,
-                beside,
-                _agreement(active[:, i], theirs_active[:, int(where[i])]) if known else None,
+                float(best[i]) if finite else None,
+                int(names[int(where[i])]) if finite else None,
+                typical,
+                _agreement(active[:, i], theirs_active[:, int(where[i])]) if finite else None,
                 values[:, :, i].numel(),
             )
-    return found
+    return partners
 
 
 def _agreement(

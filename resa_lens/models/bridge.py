@@ -40,6 +40,11 @@ class Bridged(NamedTuple):
     """Why the model's own attention cannot be used."""
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a weight has without a bridge, which puts one of its own in between."""
+    return name.replace("._original_component", "")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep other projects' import messages and bars off the terminal; errors still come."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-WRAPPED = "._original_component"
-"""What a bridge puts into the names of the modules that it wraps."""
+from resa_lens.models.bridge import plain_name
 
 
 def twin(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
@@ -34,12 +33,10 @@ def twin(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
     with torch.device("meta"):
         second = AutoModelForCausalLM.from_config(plain, dtype=model.dtype, trust_remote_code=False)
     weights = {
-        name.replace(WRAPPED, ""): value
-        for name, value in model.named_parameters(remove_duplicate=False)
+        plain_name(name): value for name, value in model.named_parameters(remove_duplicate=False)
     }
     buffers = {
-        name.replace(WRAPPED, ""): value
-        for name, value in model.named_buffers(remove_duplicate=False)
+        plain_name(name): value for name, value in model.named_buffers(remove_duplicate=False)
     }
     tied: dict[int, nn.Parameter] = {}
     for name, own in list(second.named_parameters(remove_duplicate=False)):

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from resa_lens.errors import BadInputError
 from resa_lens.machine.determinism import cumulative_sum
+from resa_lens.models.bridge import plain_name
 from resa_lens.models.host import Model
 from resa_lens.saes.coder import Coder, SparseCoder, new_coder, reconstruct
 
@@ -307,8 +308,7 @@ def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -
 
 @torch.no_grad()
 def _match_moments(made: Any, source: Any, seed: int) -> None:
-    # A model that was hooked has another name for some parts (notes/hosting.md).
-    originals = {n.replace("._original_component", ""): p for n, p in source.named_parameters()}
+    originals = {plain_name(n): p for n, p in source.named_parameters()}
     generator = _generator(seed)
     for name, parameter in made.named_parameters():
         trained = originals[name].float()

@@ -25,13 +25,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
+from resa_lens.models.bridge import plain_name
 from resa_lens.models.host import Model
 from resa_lens.tuning.config import ATTENTION, MLP, TuneConfig
 from resa_lens.tuning.train import lora_targets
 
 PROJECTIONS = (*ATTENTION, *MLP)
 """Modules that the authors' package adapts where none are named."""
-_WRAPPED = "._original_component"
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 Means = dict[int, tuple[float, float]]
 """{0-based layer: (mean over batches, its standard error)}."""
@@ -107,7 +107,7 @@ def weight_gradient_norms(model: Model, batches: Iterable[Int[Tensor, "batch pos
     """
     unique: dict[int, tuple[str, nn.Parameter]] = {}
     for name, weight in model.model.named_parameters():
-        plain = name.replace(_WRAPPED, "")
+        plain = plain_name(name)
         if _LAYER.search(plain):
             unique.setdefault(weight.data_ptr(), (plain, weight))
     weights = list(unique.values())
@@ -155,7 +155,7 @@ def _matrices(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules that hold a matrix of their own, by their names without a bridge's."""
     named: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        plain = name.replace(_WRAPPED, "")
+        plain = plain_name(name)
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None and weight.ndim == 2 and _LAYER.search(plain):
             named.setdefault(id(module), (plain, module))

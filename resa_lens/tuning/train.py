@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError
-from resa_lens.models.bridge import boot
+from resa_lens.models.bridge import boot, plain_name
 from resa_lens.models.files import check_safetensors
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
@@ -270,7 +270,5 @@ def save_adapter(peft: Any, folder: Path, base: Path) -> None:
     peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     file = folder / "adapter_model.safetensors"
     check_safetensors(file)
-    renamed = {
-        key.replace("._original_component", ""): value for key, value in load_file(file).items()
-    }
+    renamed = {plain_name(key): value for key, value in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})

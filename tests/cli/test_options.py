@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -15,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from resa_lens.cli import GROUPS, app
-from resa_lens.cli.options import CLASSES, Option, build, options_of
-from resa_lens.config import bare, choices
+from resa_lens.cli.options import CLASSES, Option, build, options, options_of
+from resa_lens.config import bare, choices, setting
 from resa_lens.evals.config import EvalConfig, GenerationConfig
 from resa_lens.features.config import CountConfig
 from resa_lens.saes.config import SaeConfig
@@ -253,3 +254,45 @@ def test_the_list_of_runs_fits_80_columns_and_breaks_no_name(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "0123abcd" in line]
     cells = ("recommendation", "27", "random-weights", "100.0 %", "2026-11-28")
     assert all(cell in line for cell in cells)
+
+
+def hidden(group: type) -> list[str]:
+    """Fields that a mixin has from its own base in the place of a nearer base's declaration."""
+    nearest = {
+        name: base
+        for base in reversed(group.__mro__)
+        for name in inspect.get_annotations(base)
+    }  # fmt: skip
+    return [
+        item.name
+        for item in fields(group)
+        if item is not nearest[item.name].__dataclass_fields__[item.name]
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_no_mixin_hides_the_options_of_a_nearer_base(name: str) -> None:
+    assert hidden(CLASSES[name]) == []
+
+
+def test_a_hidden_declaration_is_seen() -> None:
+    """A mixin that inherits a part brings the base's form of it, whatever stands behind it."""
+
+    @options("A")
+    class Plain:
+        value: int = setting(1, "One.")
+
+    @options("A")
+    class Special(Plain):
+        value: int = setting(2, "Two.")
+
+    @options("B")
+    class Mixin(Plain):
+        other: int = setting(3, "Three.")
+
+    @options("C")
+    class Both(Mixin, Special):
+        pass
+
+    assert hidden(Both) == ["value"]
+    assert hidden(Special) == []

@@ -89,11 +89,11 @@ def test_labels_that_positions_settle_leave_nothing_to_test() -> None:
 # Seeds of their own: the design was chosen on others.  In docs/log.md the whole is recorded.
 
 
-@pytest.mark.parametrize("layout", ["short", "apart"])
-@pytest.mark.parametrize("kind", list(NULL))
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [(layout, kind) for layout in ("short", "apart") for kind in kinds_of(layout)],
+)
 def test_features_that_know_nothing_are_called_at_the_level(layout: str, kind: str) -> None:
-    if kind not in kinds_of(layout):
-        pytest.skip("whole documents are the groups: the kind follows the label there")
     called = tested = 0
     for seed in (300, 301, 302):
         text = draw_text(layout, np.random.default_rng([seed]))

@@ -28,12 +28,17 @@ pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILE = GOLDEN / "recipes.json"
 SAES = next((GOLDEN / "workspace" / "saes").glob("*/*"))
-TRAINED = {"saes": 0.1, "quality": 0.1, "adapter": 0.01, "sweep": 0.02, "matches": 0.005}
-"""Relative tolerance where weights were trained, whose last bits are the processor's, and of shares
-of features of which a few have two partners alike, between which these bits decide: 807 of 825 with
-AVX-512, 805 with AVX2, from the same commit."""
+TRAINED = {"saes": 0.1, "quality": 0.1, "adapter": 0.01, "sweep": 0.02}
+"""Relative tolerance where weights were trained, whose last bits are the processor's."""
 TOLERANCE = 2e-3
 """Elsewhere: sums in float32."""
+AVX2 = {
+    ("matches", "matches.json[0].agreement.share"): 805 / 825,
+    ("matches", "matches.json[0].agreement.ci[0]"): 0.9628523132449385,
+    ("matches", "matches.json[0].agreement.ci[1]"): 0.9842528196437164,
+}
+"""What stands there without AVX-512: two of 825 features have two partners alike, between which the
+last bits decide (805 agree in place of 807, from one commit)."""
 OWN = ("seconds", "threads_probe", "planned_memory_mb", "peak_memory_mb", "saes", "adapter", "eval",
        "folder", "path", "html")  # fmt: skip
 """Keys of what is the run's own: times, memory and places."""
@@ -114,7 +119,8 @@ def test_a_change_of_results_has_a_new_recipe_number(computed: Any, name: str) -
         value = now["figures"][place]
         if isinstance(before, float) and isinstance(value, float):
             bound = TRAINED.get(name, TOLERANCE)
-            close = math.isclose(before, value, rel_tol=bound, abs_tol=bound)
+            alternatives = (before, AVX2.get((name, place), before))
+            close = any(math.isclose(x, value, rel_tol=bound, abs_tol=bound) for x in alternatives)
             assert close, f"{name} {place}: {before} was, {value} is; {mend}"
         else:
             assert value == before, f"{name} {place}: {before} was, {value} is; {mend}"

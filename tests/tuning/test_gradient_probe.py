@@ -35,15 +35,15 @@ class Stack(nn.Module):
     def forward(self, ids: Tensor) -> Any:
         x = self.embed(ids)
         for layer in self.layers:
-            x = x + torch.tanh(layer["up_proj"](x))  # type: ignore[index]
+            x = x + torch.tanh(layer["up_proj"](x))
         return type("Output", (), {"logits": self.head(x)})
 
 
 def host(module: nn.Module) -> Model:
     """A module as a model, of which the probe reads the module, device and name."""
-    made = object.__new__(Model)
-    made.model, made.device, made.name = module, "cpu", "stack"  # type: ignore[assignment]
-    return made
+    model: Any = object.__new__(Model)
+    model.model, model.device, model.name = module, "cpu", "stack"
+    return model
 
 
 def batches(count: int = 3, vocabulary: int = 11) -> list[Tensor]:
@@ -63,7 +63,7 @@ def test_the_energy_is_that_of_a_loop_on_plain_layers() -> None:
         x = stack.embed(ids)
         for layer in stack.layers:
             inputs.append(x)
-            outputs.append(layer["up_proj"](x))  # type: ignore[index]
+            outputs.append(layer["up_proj"](x))
             outputs[-1].retain_grad()
             x = x + torch.tanh(outputs[-1])
         logits = stack.head(x)[:, :-1]
@@ -143,7 +143,7 @@ def test_a_layer_that_alone_moves_the_loss_has_all_the_energy() -> None:
     stack = Stack(1)
     with torch.no_grad():
         # Only layer 0 reaches the logits' difference: layer 1 is saturated everywhere.
-        stack.layers[1]["up_proj"].weight.mul_(1e4)  # type: ignore[index]
+        stack.layers[1]["up_proj"].weight.mul_(1e4)
     measured = gradient_probe(host(stack), batches(), targets=["up_proj"], config=CONFIG)
     assert measured[1][0] < 1e-9 < 1e-6 < measured[0][0]
 
@@ -157,7 +157,7 @@ def test_weight_norms_are_autograds() -> None:
             stack.zero_grad()
             logits = stack(ids).logits[:, :-1]
             F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-            norms.append(float(stack.layers[layer]["up_proj"].weight.grad.norm()))  # type: ignore[index]
+            norms.append(float(stack.layers[layer]["up_proj"].weight.grad.norm()))
         assert measured[layer][0] == pytest.approx(sum(norms) / 3, rel=1e-4)
 
 
@@ -173,7 +173,7 @@ def test_bad_input(tmp_path: Path) -> None:
         def forward(self, ids: Tensor) -> Any:
             x = self.embed(ids)
             for layer in self.layers:
-                x = x + x @ layer["up_proj"].weight.T  # type: ignore[index]
+                x = x + x @ layer["up_proj"].weight.T
             return type("Output", (), {"logits": self.head(x)})
 
     with pytest.raises(BadInputError, match=r"goes around layers\.0\.up_proj"):
