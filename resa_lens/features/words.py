@@ -9,7 +9,8 @@ tag.  "undetermined" says that the trials were too few, or the feature too unrel
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 YES, NO, UNDETERMINED = "yes", "no", "undetermined"
 """Whether a feature needs something."""
@@ -66,3 +67,8 @@ NEEDS = {
     "seed": "the SAE's seed",
 }
 """What a feature may depend on, as a sentence names it."""
+
+
+def occurring(tallies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the words that a counted feature has, by the tallies of the rules; in their order."""
+    return [name for name in VERDICTS if any(tally["verdicts"].get(name) for tally in tallies)]

@@ -447,7 +447,9 @@ def verdict_figure(
     """
     figure, shift = go.Figure(), int(one_based)
     layers = sorted(verdicts)
-    tables = {n: {at: verdicts[at].get(n, 0) for at in layers} for n in VERDICT_COLOURS}
+    rows = {n: {at: verdicts[at].get(n, 0) for at in layers} for n in VERDICT_COLOURS}
+    # A legend of words that nothing has would hide those that something has.
+    tables = {name: row for name, row in rows.items() if any(row.values())}
     _stacks(figure, tables, VERDICT_COLOURS, shift)
     if null:
         figure.add_scatter(

@@ -26,7 +26,7 @@ from resa_lens.features.falsify import (
 )
 from resa_lens.features.responses import Responses, respond
 from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
-from resa_lens.features.words import STANDS, VERDICTS, WORDS
+from resa_lens.features.words import STANDS, VERDICTS, WORDS, occurring
 from resa_lens.files import named_path
 from resa_lens.hashes import digest
 from resa_lens.machine.limits import size_mb
@@ -202,9 +202,10 @@ def _write_page(
     named = Counter((f["layer"], f["verdict"]) for f in content["features"])
     by_layer = {layer: {name: named[layer, name] for name in VERDICTS} for layer in layers}
     at_random = None if null is None else {layer: null.count(layer) for layer in layers}
+    words = occurring(content["summary"]["rules"])
     tallies = [
         (
-            tally["rule"], str(tally["counted"]), *map(str, tally["verdicts"].values()),
+            tally["rule"], str(tally["counted"]), *(str(tally["verdicts"][name]) for name in words),
             f"{tally['by_texts']} of {tally['active']}",
             "" if tally["null_active"] is None
             else f"{tally['null_by_texts']} of {tally['null_active']}",
@@ -224,11 +225,13 @@ def _write_page(
         if WORDS[f["verdict"]].group == STANDS
     ]
     kinds = ", ".join(f"{n} {kind}" for kind, n in content["trials"].items())
-    header = ("rule", "counted", *VERDICTS, "stand by the texts", "with random weights", "p")
+    header = ("rule", "counted", *words, "stand by the texts", "with random weights", "p")
     survivors = (
         Table(("layer", "feature", "rule", "verdict", "why"), rows) if rows else "No feature does."
     )
-    words = Table(("verdict", "class", "meaning"), [(name, *word) for name, word in WORDS.items()])
+    meanings = Table(
+        ("verdict", "class", "meaning"), [(name, *word) for name, word in WORDS.items()]
+    )
     write_page(
         path,
         "What falsification leaves of the counts",
@@ -237,7 +240,7 @@ def _write_page(
             ("By layer", [verdict_figure(by_layer, at_random)]),
             ("By rule", [Table(header, tallies), f"Texts: {kinds}.", *content["skipped"]]),
             ("What stands", [survivors]),
-            ("The verdicts", [words, f"How often they err: {in_words()}."]),
+            ("The verdicts", [meanings, f"How often they err: {in_words()}."]),
         ],
     )
 

@@ -146,6 +146,7 @@ def test_verdicts_are_stacked_by_layer_in_either_numbering() -> None:
     assert bars["token detector"] == ((3, 5), (0, 5))
     assert bars["prompt artefact"] == ((3, 5), (3, 0))
     assert bars["survives"] == ((3, 5), (0, 1))
+    assert set(bars) == {"token detector", "prompt artefact", "survives"}
     null = figure.data[-1]
     assert (tuple(null.x), tuple(null.y)) == ((3, 5), (4, 6))
     assert figure.layout.barmode == "stack"

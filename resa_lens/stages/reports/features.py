@@ -64,7 +64,7 @@ def _around(row: dict[str, Any]) -> str:
 def verdicts_of(values: dict[str, Any], name: str, n_layers: int) -> Iterator[Any]:
     """Yield the verdicts on counted features, one by one, by layer and by rule."""
     from resa_lens.features.battery import in_words
-    from resa_lens.features.words import VERDICTS, WORDS
+    from resa_lens.features.words import VERDICTS, WORDS, occurring
 
     kinds = ("injected", "plain", "shuffled", "paraphrase", "neutral", "format")
     # What stands is what a reader looks for, then what falls at the fewest tests.
@@ -92,23 +92,14 @@ def verdicts_of(values: dict[str, Any], name: str, n_layers: int) -> Iterator[An
         ])  # fmt: skip
     yield grid("By rule", values["summary"]["rules"], {
         "rule": "{rule}", "counted": "{counted}",
-        **{v: lambda row, v=v: row["verdicts"][v] for v in _words(values["summary"])},
+        **{v: lambda row, v=v: row["verdicts"][v] for v in occurring(values["summary"]["rules"])},
         "stand, 95 %": lambda row: cell("{ci:*.1f}", row) if row["counted"] else "",
         "stand by the texts": "{by_texts} of {active}",
         "random weights": "{null_by_texts} of {null_active}",
         "p": lambda row: "" if row["null_by_texts"] is None else f"{row['p_value']:.2g}",
     })  # fmt: skip
-    yield from (f"{name}: {WORDS[name].meaning}" for name in _words(values["summary"]))
+    yield from (f"{name}: {WORDS[name].meaning}" for name in occurring(values["summary"]["rules"]))
     yield from (f"left out: {reason}" for reason in values["skipped"])
     yield values["summary"]["reason"]
     yield f"how often such verdicts err: {in_words()}"
     yield f"in {values['folder']}; figure: verdicts.html"
-
-
-def _words(summary: dict[str, Any]) -> list[str]:
-    """Return the verdicts that a counted feature has."""
-    return [
-        name
-        for name in summary["rules"][0]["verdicts"]
-        if any(tally["verdicts"][name] for tally in summary["rules"])
-    ]
