@@ -389,7 +389,7 @@ def test_tuning_and_its_controls(demo, written, execute):
     (fvu, kl), (noise_fvu, noise_kl) = found["start"]["SAE"], found["start"]["noise"]
     assert noise_fvu == pytest.approx(fvu, rel=1e-4)
     assert kl > 0 < noise_kl
-    assert found["losses"]["identity"] == [0.0] * 8
+    assert found["losses"]["identity"] == [0.0] * 5
     # The demo's tuning begins at the same weights, with the same batch.
     assert found["losses"]["SAE"][0] == pytest.approx(demo.result["tune"]["loss"][0], rel=1e-5)
     for name, folder in found["adapters"].items():
