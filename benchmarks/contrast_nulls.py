@@ -1,12 +1,15 @@
 """How often contrast scores call features that know nothing of reasoning, and find planted ones.
 
     python -m benchmarks.contrast_nulls calibration [--seeds 100 120] [--features 50]
+    python -m benchmarks.contrast_nulls ceiling [--seeds 100 110]
     python -m benchmarks.contrast_nulls speed
 
 Documents are drawn with a prompt, thoughts and an answer of several lengths.  Seven kinds of null
 features and five planted ones are scored by the product's nulls and by the former ones (labels
 rotated within documents; labels shuffled over documents).  The statistic and the number of draws
-were chosen on seeds below 100; rates are reported on seeds from 100 on.
+were chosen on seeds below 100; rates are reported on seeds from 100 on.  `ceiling` says what power
+there is to be had: that of the efficient score test of known variance on what positions and
+documents leave of the labels, which no test that holds both fixed can exceed by more than chance.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
+from scipy.stats import norm
 
 from resa_lens.features.contrast_nulls import split_labels
 from resa_lens.features.evidence import Evidence
@@ -157,11 +161,15 @@ NULL: dict[str, Plant] = {
     "drift": _drift,
     "rare": _rare,
 }
+RATES = {
+    "20 % in thoughts, 4 % elsewhere": (0.20, 0.04),
+    "6 %, 2 %": (0.06, 0.02),
+    "3 %, 1.5 %": (0.03, 0.015),
+    "1 %, 4 %": (0.01, 0.04),
+}
+"""Of firing, in thoughts and elsewhere."""
 PLANTED: dict[str, Plant] = {
-    "20 % in thoughts, 4 % elsewhere": _rates(0.20, 0.04),
-    "6 %, 2 %": _rates(0.06, 0.02),
-    "3 %, 1.5 %": _rates(0.03, 0.015),
-    "1 %, 4 %": _rates(0.01, 0.04),
+    **{title: _rates(*pair) for title, pair in RATES.items()},
     "runs in a third of the documents": _run_of_thoughts,
 }
 
@@ -213,6 +221,45 @@ def rate(p: np.ndarray) -> str:
     called = int((p <= LEVEL).sum())
     low, high = clopper_pearson(called, p.size)
     return f"{100 * called / p.size:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def ceiling(left: Floats, reasoning: np.ndarray, inside: float, outside: float,
+            spread: float = 0.0) -> float:  # fmt: skip
+    """Return the power at `LEVEL` of sum(left x activation) over its own standard deviation.
+
+    Args:
+        left: what positions and documents leave of the labels, [token].
+        reasoning: the labels, [token].
+        inside: rate of firing in reasoning text.
+        outside: and elsewhere; tokens fire independently of each other.
+        spread: standard deviation of the logarithm of the strengths; 0: firing alone counts.
+    """
+    rate = np.where(reasoning, inside, outside)
+    mean, square = np.exp(spread**2 / 2), np.exp(2 * spread**2)
+    variance = rate * square - (rate * mean) ** 2
+    shift = mean * (left @ rate) / np.sqrt(left**2 @ variance)
+    bar = norm.isf(LEVEL / 2)
+    return float(norm.sf(bar - shift) + norm.cdf(-bar - shift))
+
+
+def ceilings(seeds: range) -> None:
+    """Print the power that there is to be had, beside that of labels with nothing held fixed."""
+    print("| text | feature | Cohen's d | AUC, frequency ratio | the latter, nothing held fixed |")
+    print("|---|---|---|---|---|")
+    for layout in LAYOUTS:
+        texts = [draw_text(layout, np.random.default_rng([seed])) for seed in seeds]
+        for title, rates in RATES.items():
+            rows = []
+            for text in texts:
+                label = text.reasoning.astype(float)
+                left = split_labels(text.evidence(np.ones((1, label.size)))).left
+                rows.append([
+                    ceiling(left, text.reasoning, *rates, spread=1.0),
+                    ceiling(left, text.reasoning, *rates),
+                    ceiling(label - label.mean(), text.reasoning, *rates),
+                ])  # fmt: skip
+            cells = " | ".join(f"{100 * value:.0f}" for value in np.mean(rows, axis=0))
+            print(f"| {layout} | {title} | {cells} |")
 
 
 def calibration(seeds: range, features: int, draws: int, names: tuple[str, ...]) -> None:
@@ -287,7 +334,7 @@ def speed(features: int, tokens: int, draws: int) -> None:
 def main() -> None:
     """Run the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("calibration", "speed"))
+    parser.add_argument("part", choices=("calibration", "ceiling", "speed"))
     parser.add_argument("--seeds", type=int, nargs=2, default=(100, 120))
     parser.add_argument("--features", type=int, default=50)
     parser.add_argument("--draws", type=int, default=1000)
@@ -295,6 +342,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "speed":
         speed(8192, 16_384, args.draws)
+    elif args.part == "ceiling":
+        ceilings(range(*args.seeds))
     else:
         calibration(range(*args.seeds), args.features, args.draws, tuple(args.scores))
 

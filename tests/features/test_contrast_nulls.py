@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.contrast_nulls import NULL, PLANTED, draw_text, former_tails, kinds_of, plant
+from benchmarks.contrast_nulls import (
+    NULL,
+    PLANTED,
+    ceiling,
+    draw_text,
+    former_tails,
+    kinds_of,
+    plant,
+)
 from resa_lens.features.contrast_nulls import split_labels
 from resa_lens.features.scores import CONTRASTS, SCORES
 from resa_lens.stats import centred_within, clopper_pearson, position_exchanges, positions_of
@@ -119,3 +127,17 @@ def test_planted_features_are_still_called(layout: str, kind: str) -> None:
     assert (found.p <= 0.05).mean() >= 0.8
     sign = 1 if kind.startswith("20") else -1
     assert (sign * (found.values - found.null) > 0).all()
+
+
+def test_the_ceiling_is_what_drawn_features_reach_and_the_level_where_rates_are_equal() -> None:
+    rng = np.random.default_rng(3)
+    text = draw_text("tied", rng)
+    left = split_labels(text.evidence(np.ones((1, text.reasoning.size)))).left
+    assert ceiling(left, text.reasoning, 0.03, 0.03) == pytest.approx(0.05)
+    rate = np.where(text.reasoning, 0.06, 0.03)
+    for spread in (0.0, 1.0):
+        acts = (rng.random((4000, rate.size)) < rate) * rng.lognormal(0, spread, (4000, rate.size))
+        sums = acts @ left
+        # The standard deviation is known from features of the same kind.
+        found = (np.abs(sums) > 1.96 * sums.std()).mean()
+        assert ceiling(left, text.reasoning, 0.06, 0.03, spread) == pytest.approx(found, abs=0.03)
