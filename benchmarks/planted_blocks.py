@@ -25,8 +25,9 @@ them worked documents, seed 0), one a layer:
   the target, since they never look at it;
 - most-features and mixture on the target's counts through the source's SAEs;
 - quality: change of the target's loss with the source's SAE inserted, lowest wins (1,024 tokens);
-- gradient-probe: our reading, on the target, worked documents (8 batches of 4 x 128 tokens); and
-  weight-gradients: what the authors' package computes, on the same batches;
+- gradient-probe: what the authors' package computes, on the target, worked documents (8 batches of
+  4 x 128 tokens); and LoRA gradients: benchmarks/lora_gradients.py, on the same batches (when this
+  was registered, the names were weight-gradients and gradient-probe);
 - activation-change: source against target on the same batches;
 - insertion: change of the target's accuracy with the source's SAE inserted, 100 questions of the
   training split, levels 1 to 3;
@@ -60,6 +61,7 @@ from scipy.stats import binom, rankdata
 from torch import Tensor
 
 from benchmarks.insertion_experiment.draws import answers, damaged, questions, records
+from benchmarks.lora_gradients import lora_gradients
 from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.features.config import RULES
@@ -78,7 +80,7 @@ from resa_lens.stages.insertion import standard_error
 from resa_lens.stages.saes import split_records
 from resa_lens.stats import clopper_pearson, holm
 from resa_lens.texts import corpora
-from resa_lens.tuning.gradient_probe import gradient_probe, weight_gradient_norms
+from resa_lens.tuning.gradient_probe import gradient_probe
 
 LAYERS = tuple(range(1, 11))
 POINTS = [Hookpoint(layer, "mlp_out") for layer in LAYERS]
@@ -95,7 +97,7 @@ BATCH, SEQUENCE, TOKENS = 4, 128, 4096
 QUESTIONS = 100
 JUDGED = (
     "most-features either, target", "mixture either, target", "quality", "causal",
-    "gradient-probe", "weight-gradients", "activation-change", "insertion",
+    "LoRA gradients", "gradient-probe", "activation-change", "insertion",
 )  # fmt: skip
 """Selectors that look at the target: Holm's correction is over those of a set."""
 
@@ -218,11 +220,11 @@ class Draw:
         return {layer: (e.value, e.se, e.freedom) for layer, e in effects.items()}
 
     def _gradient(self) -> dict[int, tuple[float, float]]:
-        table = gradient_probe(self.target, worked_batches(self.target, self.seed))
+        table = lora_gradients(self.target, worked_batches(self.target, self.seed))
         return {layer: table[layer] for layer in LAYERS}
 
     def _weights(self) -> dict[int, tuple[float, float]]:
-        table = weight_gradient_norms(self.target, worked_batches(self.target, self.seed))
+        table = gradient_probe(self.target, worked_batches(self.target, self.seed))
         return {layer: table[layer] for layer in LAYERS}
 
     def _change(self) -> dict[int, tuple[float, float]]:
@@ -347,14 +349,14 @@ def answers_of(stored: dict[str, Any]) -> dict[str, Answer]:
             rows[f"mixture {rule}, {who}"] = Answer(first["mixture"], None)
     for key, selector, argument, sign in (
         ("quality", "quality", "quality", -1.0), ("causal", "causal", "causal", 1.0),
-        ("gradient", "gradient-probe", "gradient", 1.0),
-        ("weights", "weight-gradients", "gradient", 1.0),
+        ("gradient", "LoRA gradients", "gradient", 1.0),
+        ("weights", "gradient-probe", "gradient", 1.0),
         ("change", "activation-change", "change", 1.0),
         ("insertion", "insertion", "insertion", 1.0),
     ):  # fmt: skip
         if key in stored:
             table = numbers(stored[key])
-            through = "gradient-probe" if selector == "weight-gradients" else selector
+            through = "gradient-probe" if argument == "gradient" else selector
             rows[selector] = Answer(
                 named_by(through, plain, **{argument: table}), rank(table, sign)
             )

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.lora_gradients import lora_gradients
 from resa_lens.layers.regret import Regrets, SelectorRegret, regrets
 from resa_lens.layers.selectors import recommend
 from resa_lens.models.activation_change import activation_change
@@ -26,7 +27,7 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import load_model
 from resa_lens.stages.layer_probes import documents
 from resa_lens.texts.corpora import CorpusConfig
-from resa_lens.tuning.gradient_probe import gradient_probe, weight_gradient_norms
+from resa_lens.tuning.gradient_probe import gradient_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = ROOT / "data" / "workspace" / "sweeps"
@@ -44,8 +45,8 @@ def measure(into: Path) -> None:
         target = load_model(job["model"])
         batches = documents(target, corpus)
         tables: dict[str, Any] = {
-            "gradient": gradient_probe(target, batches, targets=job["objective"]["targets"]),
-            "weights": weight_gradient_norms(target, batches),
+            "gradient": lora_gradients(target, batches, targets=job["objective"]["targets"]),
+            "weights": gradient_probe(target, batches),
         }
         if job["source_model"]:
             points = [Hookpoint(layer, job["objective"]["site"]) for layer in layers]
@@ -73,7 +74,7 @@ def judged(folder: Path, tables: dict[str, Any]) -> Regrets:
         selector = "activation-change" if name == "change" else "gradient-probe"
         argument: dict[str, Any] = {"change" if name == "change" else "gradient": values}
         answer = recommend({}, n_layers=sweep["n_layers"], selector=selector, **argument)
-        picks["weight-gradients" if name == "weights" else selector] = answer.recommended[0]
+        picks["LoRA gradients" if name == "gradient" else selector] = answer.recommended[0]
     return regrets(picks, scores)
 
 

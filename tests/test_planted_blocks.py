@@ -11,9 +11,10 @@ from scipy import stats
 
 from benchmarks import planted_blocks as planted
 from benchmarks import sweep_selectors
+from benchmarks.lora_gradients import lora_gradients
 from resa_lens.models.activation_change import activation_change
 from resa_lens.models.host import load_model
-from resa_lens.tuning.gradient_probe import gradient_probe, weight_gradient_norms
+from resa_lens.tuning.gradient_probe import gradient_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "data" / "experiment" / "planted_blocks"
@@ -27,9 +28,9 @@ def test_a_planted_block_from_its_seed() -> None:
     assert max(change, key=lambda layer: change[layer][0]) == 6
     assert all(change[layer] == (0.0, 0.0) for layer in range(1, 6))
     assert change[6][0] > 10 * max(change[layer][0] for layer in range(7, 11))
-    weights = weight_gradient_norms(target, batches)
+    weights = gradient_probe(target, batches)
     assert max(planted.LAYERS, key=lambda layer: weights[layer][0]) == 6
-    energy = gradient_probe(target, batches)
+    energy = lora_gradients(target, batches)
     ranked = sorted(planted.LAYERS, key=lambda layer: -energy[layer][0])
     assert 6 in ranked[:2]
 
@@ -52,7 +53,7 @@ def draw(block: int, peak: int) -> dict[str, Any]:
 def test_hits_intervals_and_ranks_by_hand() -> None:
     draws = [draw(4, 4), draw(8, 8), draw(9, 2), draw(10, 10)]
     rows = {row["selector"]: row for row in planted.judge(draws)}
-    for name in ("quality", "gradient-probe", "weight-gradients", "activation-change"):
+    for name in ("quality", "LoRA gradients", "gradient-probe", "activation-change"):
         row = rows[name]
         assert (row["hits"], row["layers"]) == (3, [4, 8, 2, 10])
         peer = stats.binomtest(3, 4, 0.1, alternative="greater")

@@ -44,8 +44,8 @@ class Tune(Tuning):
     )  # fmt: skip
     lora: TuneConfig = part(
         TuneConfig,
-        "rank alpha dropout learning_rate batch accumulation weight_decay gradient_checkpointing "
-        "checkpoint_every seed",
+        "rank alpha dropout learning_rate batch accumulation weight_decay adapter_layers "
+        "gradient_checkpointing checkpoint_every seed",
         "Tuning",
     )
     trigger_data: str | None = setting(
@@ -115,7 +115,7 @@ class Sweep(AtLayers, Ruled, Tuning):
     )
     effects: bool = setting(True, "Measure causal effects, for the selectors causal and blend.")
     probes: bool = setting(
-        False, "Measure gradients of fresh adapters and, with --source-model, the change of "
+        False, "Measure weight gradients and, with --source-model, the change of "
         "activations, for the selectors gradient-probe and activation-change.",
     )  # fmt: skip
     asking: EvalConfig = part(EvalConfig, "limit levels", "Questions", limit=500)

@@ -104,8 +104,7 @@ class Tables:
     insertion: Mapping[int, Effect] | None = None
     """Change of accuracy with the SAE inserted and nothing tuned; largest wins."""
     gradient: Mapping[int, Effect] | None = None
-    """Gradient energy of fresh adapters on the tuning data (`tuning.gradient_probe`); largest
-    wins."""
+    """Norms of weight gradients on the tuning data (`tuning.gradient_probe`); largest wins."""
     change: Mapping[int, Effect] | None = None
     """Relative change of the site's activations from source to target
     (`models.activation_change`); largest wins."""
@@ -253,7 +252,7 @@ def _insertion(tables: Tables) -> Choice:
 
 
 def _gradient(tables: Tables) -> Choice:
-    what = "largest gradient energy of fresh adapters on the tuning data"
+    what = "largest weight gradients on the tuning data"
     return _ranked(tables.gradient, "gradient", what, 1.0, tables.n_layers)
 
 
@@ -340,7 +339,7 @@ def recommend(
         causal: {layer: effect}, or {layer: (effect beyond its control, standard error)} with or
             without the error's degrees of freedom, for "causal" and "blend".
         insertion: {layer: (change of accuracy with the SAE inserted, standard error)}.
-        gradient: {layer: gradient energy of fresh adapters}, for "gradient-probe".
+        gradient: {layer: norm of its weights' gradients}, for "gradient-probe".
         change: {layer: relative change of activations}, for "activation-change".
         draws: of each null and of the bootstrap.
 

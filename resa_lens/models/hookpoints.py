@@ -201,6 +201,12 @@ def describe_layer(layer: int, n_layers: int) -> str:
     return f"layer {layer} (0-based; {ordinal(layer + 1)} of {n_layers})"
 
 
+def module_layer(name: str) -> int | None:
+    """Return the 0-based layer that a module's or weight's dotted name speaks of, or None."""
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
 def list_layers(layers: Sequence[int], *, one_based: bool = False) -> str:
     """Return 0-based layers in a few words: "layer 3, 7"."""
     return f"layer {', '.join(str(layer + one_based) for layer in layers)}"
@@ -254,6 +260,28 @@ def check_layer(text: str, n_layers: int = MOST_LAYERS) -> None:
     """Raise BadInputError where a text is neither auto nor a layer, of so many or of any model."""
     if text != "auto":
         parse_layer(text, n_layers)
+
+
+def adapted_layers(spec: str, n_layers: int) -> list[int]:
+    """Read which layers get adapters: "all", "middle", or a set as `parse_layers` reads it.
+
+    "middle" is the block between 20 and 80 % of the depth (arXiv 2604.11838); a layer l of n is in
+    it where its middle, (l + 1/2) / n, is, which is our reading of the borders.
+
+    Returns:
+        Sorted distinct 0-based layers.
+
+    Raises:
+        BadInputError: not a range, or a layer outside the model.
+    """
+    if spec == "middle":
+        return [i for i in range(n_layers) if 2 * n_layers <= 10 * i + 5 <= 8 * n_layers]
+    return parse_layers(spec, n_layers)
+
+
+def check_adapted_layers(spec: str, n_layers: int = MOST_LAYERS) -> None:
+    """Raise BadInputError where a text names no layers for adapters, of so many or of any model."""
+    adapted_layers(spec, n_layers)
 
 
 def _check_wildcard(spec: str) -> None:

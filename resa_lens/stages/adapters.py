@@ -20,7 +20,13 @@ from resa_lens.evals.tasks import EvalItem
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.needs import activations_mb, read_shape
 from resa_lens.models.bounds import check_shapes
-from resa_lens.models.hookpoints import Hookpoint, check_layer, describe_layer
+from resa_lens.models.hookpoints import (
+    Hookpoint,
+    adapted_layers,
+    check_layer,
+    describe_layer,
+    module_layer,
+)
 from resa_lens.models.host import Model, load_model
 from resa_lens.models.packing import end_of_documents, separate_documents
 from resa_lens.saes.coder import SparseCoder
@@ -88,6 +94,7 @@ def questions_of(ctx: Context, job: TuneJob) -> list[EvalItem]:
     """
     target = ctx.unloaded(job.model, job.base)
     check_layer(job.layer, target.n_layers)
+    adapted_layers(job.lora.adapter_layers, target.n_layers)
     if job.source_model:
         check_shapes(ctx.unloaded(job.source_model), target)
     columns = job.elicitation
@@ -404,10 +411,11 @@ class _Run:
 def adapter_mb(model: Model, job: TuneJob) -> float:
     """Return the MB of a job's adapter, whose weights are in float32."""
     names = {*lora_targets(model.model, job.objective.targets)}
+    layers = {*adapted_layers(job.lora.adapter_layers, model.n_layers)}
     adapted = (
         weight.shape
         for name, weight in model.model.named_parameters()
-        if weight.ndim == 2 and names & {*name.split(".")}
+        if weight.ndim == 2 and names & {*name.split(".")} and module_layer(name) in layers
     )
     return job.lora.rank * 4 * sum(map(sum, adapted)) / MB
 

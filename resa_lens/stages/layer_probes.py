@@ -20,30 +20,24 @@ from resa_lens.stages.saes import fit_corpus, packed, split_records
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
-from resa_lens.tuning.gradient_probe import PROJECTIONS, gradient_probe
+from resa_lens.tuning.gradient_probe import gradient_probe
 
 BATCHES, SEQUENCES = 8, 4
 """Batches, and sequences in each: enough for a standard error, and short beside a tuning."""
 
 
-def measure_gradient(
-    ctx: Context,
-    target: Model,
-    corpus: CorpusConfig,
-    targets: Sequence[str] = PROJECTIONS,
-) -> MeasureLayers:
-    """Return what the selector gradient-probe asks for: the energy of fresh adapters by layer.
+def measure_gradient(ctx: Context, target: Model, corpus: CorpusConfig) -> MeasureLayers:
+    """Return what the selector gradient-probe asks for: the norms of weight gradients by layer.
 
     Args:
         ctx: the workspace and who to tell.
         target: the model that would be tuned.
         corpus: the documents, in place of those of a tuning.
-        targets: modules that would get adapters.
     """
 
     def measure(layers: Sequence[int]) -> Effects:
         with ctx.metered(), packed(target, fit_corpus(corpus, target)):
-            table = gradient_probe(target, documents(target, corpus), targets=targets)
+            table = gradient_probe(target, documents(target, corpus))
         return {layer: table[layer] for layer in layers}
 
     return measure
@@ -80,11 +74,11 @@ def measure_probes(
         ctx: the workspace and who to tell.
         source: the SAEs' model.
         target: the model that is tuned; where it is the source, nothing can have changed.
-        job: what the sweep's tunings share: documents, site and adapted modules.
+        job: what the sweep's tunings share: documents and site.
         layers: 0-based.
     """
     corpus, objective = job.elicitation, job.objective
-    tables = {"gradient": measure_gradient(ctx, target, corpus, objective.targets)(layers)}
+    tables = {"gradient": measure_gradient(ctx, target, corpus)(layers)}
     if source is not target:
         tables["change"] = measure_change(ctx, source, target, corpus, objective.site)(layers)
     return tables

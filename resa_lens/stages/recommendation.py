@@ -83,7 +83,7 @@ def recommend_run(
             recommendation is made anew.
         causal: effects by layer, for the selectors causal and blend.
         insertion: changes of accuracy by layer, for the selector insertion.
-        gradient: gradient energies by layer, for the selector gradient-probe.
+        gradient: norms of weight gradients by layer, for the selector gradient-probe.
         change: changes of activations by layer, for the selector activation-change.
     """
     measured = {"causal": causal, "insertion": insertion, "gradient": gradient, "change": change}
@@ -208,7 +208,7 @@ def discover(
         anew: train SAEs even where they are found.
         causal: measures the effects by layer, for the selectors causal (which needs it) and blend.
         insertion: measures what the SAEs do when inserted, for the selector insertion.
-        gradient: measures gradient energies by layer, for the selector gradient-probe.
+        gradient: measures norms of weight gradients by layer, for the selector gradient-probe.
         change: measures changes of activations by layer, for the selector activation-change.
 
     Raises:

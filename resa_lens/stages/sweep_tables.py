@@ -67,7 +67,7 @@ def analyse(
         quality: change of the loss with the SAE inserted, by layer.
         causal: effects by layer, for the selectors causal and blend.
         insertion: changes of accuracy with the SAE inserted, for the selector of that name.
-        gradient: gradient energies of fresh adapters, for the selector gradient-probe.
+        gradient: norms of weight gradients by layer, for the selector gradient-probe.
         change: changes of activations from source to target, for activation-change.
         fvu: of the SAEs.
         seed: of all draws.

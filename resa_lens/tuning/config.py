@@ -9,7 +9,7 @@ from typing import Any, Literal
 from resa_lens.config import Config, check_value, execution, setting
 from resa_lens.errors import BadInputError
 from resa_lens.files import named_path
-from resa_lens.models.hookpoints import DEFAULT_SITE, SITES
+from resa_lens.models.hookpoints import DEFAULT_SITE, SITES, check_adapted_layers
 
 Schedule = Literal["cosine", "constant"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -48,6 +48,12 @@ class TuneConfig(Config):
     )
     weight_decay: float = setting(0.01, "AdamW's.", min=0)
     """torch's own default, since Table 7 names none."""
+    adapter_layers: str = setting(
+        "all",
+        "Layers that get adapters, 0-based: all, middle (20 to 80 % of the depth) or 3-8,10.",
+        layers=check_adapted_layers,
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError
 from resa_lens.models.bridge import boot, plain_name
 from resa_lens.models.files import check_safetensors
-from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint, adapted_layers, module_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
@@ -90,6 +90,31 @@ def _adaptable(module: torch.nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, kinds)
 
 
+def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> list[str]:
+    """Return the whole names of the modules that get adapters where only some layers do.
+
+    Args:
+        model: a plain transformers model.
+        targets: as `lora_targets` returns them.
+        layers: `TuneConfig.adapter_layers`.
+
+    Raises:
+        BadInputError: a layer outside the model, or layers that have no such module.
+    """
+    endings = tuple(f".{name}" for name in targets)
+    placed = {
+        name: layer
+        for name, module in model.named_modules()
+        if f".{name}".endswith(endings) and _adaptable(module)
+        if (layer := module_layer(name)) is not None
+    }
+    config: Any = model.config
+    chosen = {*adapted_layers(layers, config.get_text_config().num_hidden_layers)}
+    if not (names := [name for name, layer in placed.items() if layer in chosen]):
+        raise BadInputError(f"--adapter-layers {layers}: none of {', '.join(targets)} is in them")
+    return names
+
+
 def add_lora(
     model: Any, targets: Sequence[str], config: TuneConfig, *, shortened: bool = True
 ) -> Any:
@@ -101,6 +126,9 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
+    modules = list(targets)
+    if config.adapter_layers != "all":
+        modules = modules_in(model, targets, config.adapter_layers)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         peft = get_peft_model(
@@ -109,7 +137,7 @@ def add_lora(
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=list(targets),
+                target_modules=modules,
                 task_type="CAUSAL_LM",
             ),
         )

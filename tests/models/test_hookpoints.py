@@ -7,6 +7,7 @@ from resa_lens.models.hookpoints import (
     SITES,
     Hookpoint,
     Names,
+    adapted_layers,
     describe_layer,
     ordinal,
     parse_hookpoint,
@@ -193,3 +194,14 @@ def test_first_and_last_layer_are_left_out_unless_nothing_would_remain():
     assert trainable_layers(3) == [1]
     assert trainable_layers(2) == [0, 1]
     assert trainable_layers(1) == [0]
+
+
+@pytest.mark.parametrize(
+    ("n", "block"),
+    [(12, range(2, 10)), (28, range(6, 22)), (26, range(5, 21)), (1, [0]), (2, [0, 1])],
+)
+def test_the_middle_block_is_symmetric_and_three_fifths_deep(n, block):
+    layers = adapted_layers("middle", n)
+    assert layers == list(block)
+    assert layers == [n - 1 - layer for layer in reversed(layers)]
+    assert adapted_layers("all", n) == list(range(n))

@@ -599,6 +599,7 @@ CASES = {
 
 
 OTHER: dict[tuple[str, str], Any] = {
+    ("TuneConfig", "adapter_layers"): "middle",
     ("SaeConfig", "site"): "resid_post",
     ("SaeConfig", "learning_rate"): 0.125,
     ("SaeConfig", "batch"): 3,

@@ -1,4 +1,4 @@
-"""The gradient probe against PEFT, against a loop on plain layers, and on a planted layer."""
+"""The gradient probes against autograd, against PEFT, by a loop on plain layers, and planted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lora_gradients import lora_gradients
 from resa_lens.errors import BadInputError
 from resa_lens.models.host import Model, load_model
 from resa_lens.tuning.config import TuneConfig
-from resa_lens.tuning.gradient_probe import gradient_probe, weight_gradient_norms
+from resa_lens.tuning.gradient_probe import gradient_probe
 from resa_lens.tuning.train import add_lora
 
 CONFIG = TuneConfig(rank=4, alpha=8, seed=3)
@@ -53,7 +54,7 @@ def batches(count: int = 3, vocabulary: int = 11) -> list[Tensor]:
 
 def test_the_energy_is_that_of_a_loop_on_plain_layers() -> None:
     stack = Stack(0)
-    measured = gradient_probe(host(stack), batches(), targets=["up_proj"], config=CONFIG)
+    measured = lora_gradients(host(stack), batches(), targets=["up_proj"], config=CONFIG)
     # The same draw of A, layer by layer in the order of the forward pass.
     generator = torch.Generator().manual_seed(3)
     A = [(2 * torch.rand((4, 6), generator=generator) - 1) / math.sqrt(6) for _ in range(2)]
@@ -103,7 +104,7 @@ def test_the_energy_is_that_of_pefts_own_adapters(monkeypatch: pytest.MonkeyPatc
         return (A * math.sqrt(shape[1]) + 1) / 2
 
     monkeypatch.setattr(torch, "rand", rand)
-    measured = gradient_probe(model, ids, targets=["down_proj", "q_proj"], config=CONFIG)
+    measured = lora_gradients(model, ids, targets=["down_proj", "q_proj"], config=CONFIG)
     monkeypatch.undo()
     expected: dict[int, float] = {}
     for batch in ids:
@@ -125,14 +126,14 @@ def test_nothing_about_the_model_changes_and_a_booted_bridge_is_read_alike() -> 
     ids = batches(2, model.model.config.vocab_size)
     before = {name: weight.clone() for name, weight in model.model.named_parameters()}
     wanted = {name: weight.requires_grad for name, weight in model.model.named_parameters()}
-    first = gradient_probe(model, ids), weight_gradient_norms(model, ids)
+    first = lora_gradients(model, ids), gradient_probe(model, ids)
     for name, weight in model.model.named_parameters():
         assert torch.equal(weight, before[name])
         assert weight.requires_grad == wanted[name]
         assert weight.grad is None
     assert not any(module._forward_hooks for module in model.model.modules())
     _ = model.bridge
-    for plain, booted in zip(first, (gradient_probe(model, ids), weight_gradient_norms(model, ids)),
+    for plain, booted in zip(first, (lora_gradients(model, ids), gradient_probe(model, ids)),
                              strict=True):  # fmt: skip
         assert list(plain) == list(booted) == list(range(12))
         for layer, pair in plain.items():
@@ -144,13 +145,13 @@ def test_a_layer_that_alone_moves_the_loss_has_all_the_energy() -> None:
     with torch.no_grad():
         # Only layer 0 reaches the logits' difference: layer 1 is saturated everywhere.
         stack.layers[1]["up_proj"].weight.mul_(1e4)
-    measured = gradient_probe(host(stack), batches(), targets=["up_proj"], config=CONFIG)
+    measured = lora_gradients(host(stack), batches(), targets=["up_proj"], config=CONFIG)
     assert measured[1][0] < 1e-9 < 1e-6 < measured[0][0]
 
 
 def test_weight_norms_are_autograds() -> None:
     stack = Stack(2)
-    measured = weight_gradient_norms(host(stack), batches())
+    measured = gradient_probe(host(stack), batches())
     for layer in (0, 1):
         norms = []
         for ids in batches():
@@ -163,9 +164,11 @@ def test_weight_norms_are_autograds() -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="1 batch of gradients"):
-        gradient_probe(host(Stack(0)), batches(1), targets=["up_proj"])
+        gradient_probe(host(Stack(0)), batches(1))
+    with pytest.raises(BadInputError, match="1 batch of gradients"):
+        lora_gradients(host(Stack(0)), batches(1), targets=["up_proj"])
     with pytest.raises(BadInputError, match="no module named 'magic'"):
-        gradient_probe(host(Stack(0)), batches(), targets=["magic"])
+        lora_gradients(host(Stack(0)), batches(), targets=["magic"])
 
     class Around(Stack):
         """A forward pass that multiplies by the weight itself."""
@@ -177,4 +180,4 @@ def test_bad_input(tmp_path: Path) -> None:
             return type("Output", (), {"logits": self.head(x)})
 
     with pytest.raises(BadInputError, match=r"goes around layers\.0\.up_proj"):
-        gradient_probe(host(Around(0)), batches(), targets=["up_proj"])
+        lora_gradients(host(Around(0)), batches(), targets=["up_proj"])

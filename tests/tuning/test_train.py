@@ -22,7 +22,7 @@ from transformers import (
 
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.models import bridge as bridge_module
-from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint, module_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.coder import new_coder
 from resa_lens.tuning.objective import Objective, preset
@@ -70,6 +70,33 @@ def test_the_saved_adapter_is_plain_peft(
     torch.testing.assert_close(after, ours, atol=1e-5, rtol=0)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert course.trainable == sum(value.numel() for value in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [("middle", {1, 2}), ("0,3", {0, 3}), ("2-3", {2, 3})]
+)
+def test_adapters_of_some_layers_are_there_and_nowhere_else(
+    small: Callable[[], Model], small_folder: Path, ids: torch.Tensor, tmp_path: Path,
+    layers: str, chosen: set[int],
+) -> None:  # fmt: skip
+    peft, course = tuned(small(), config=replace(FAST, adapter_layers=layers))
+    save_adapter(peft, tmp_path / "adapter", small_folder)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {module_layer(name.removeprefix("base_model.model.")) for name in saved} == chosen
+    # Four modules a layer, two matrices each.
+    assert len(saved) == 8 * len(chosen)
+    assert course.trainable == sum(value.numel() for value in saved.values())
+    untouched = plain(small_folder)
+    with torch.no_grad():
+        before = untouched(ids).logits
+        after = PeftModel.from_pretrained(untouched, tmp_path / "adapter").eval()(ids).logits
+        assert (after - before).abs().max() > 1e-2
+        torch.testing.assert_close(after, peft(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_layers_that_get_no_adapters(small: Callable[[], Model]) -> None:
+    with pytest.raises(BadInputError, match="out of range: the model has 4 layers"):
+        tuned(small(), config=replace(FAST, adapter_layers="4"))
 
 
 def test_adapters_off_is_the_base_exactly(
