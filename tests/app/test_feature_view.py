@@ -7,6 +7,7 @@ import shlex
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -81,6 +82,42 @@ def test_a_features_page_has_everything_that_was_measured(made, features):
     assert len(app.get("plotly_chart")) == 4
     assert f"layer={PLANTED.layer}&feature={PLANTED.feature}" in commands(app)
     assert shlex.quote(ACTIVITY).replace("/", "%2F") in commands(app)
+
+
+def test_what_a_feature_depends_on_stands_with_its_shares(workspace, features):
+    depends_on = {
+        "tag": {"needs": "yes", "trials": "plain", "share": 0.15, "n": 40, "ci": [0.07, 0.29]},
+        "phase": {
+            "needs": "undetermined", "trials": "documents",
+            "open": {"share": 0.5, "n": 20, "ci": [0.3, 0.7]},
+            "close": {"share": 0.0, "n": 20, "ci": [0.0, 0.16]},
+        },
+        "seed": {"needs": "no", "trials": "original", "correlation": 0.9},
+    }  # fmt: skip
+
+    planted = (PLANTED.layer, PLANTED.feature)
+
+    def change(value):
+        of = {(row["layer"], row["feature"]): row for row in value["features"]}[planted]
+        of |= {"depends_on": depends_on, "sentence": "needs a tag; any text will do"}
+
+    edit(next((workspace / "falsified").rglob("verdicts.json")), change)
+    app = features(workspace, layer=str(PLANTED.layer), feature=str(PLANTED.feature))
+    said = texts(app)
+    assert "It needs a tag; any text will do." in said
+    rows = tables(app)["dependence"].set_index("dependence")
+    assert list(rows.index) == [
+        "a tag", "the border of a thought: opening tag", "the border of a thought: closing tag",
+        "the SAE's seed",
+    ]  # fmt: skip
+    assert list(rows["needed"]) == ["yes", "undetermined", "undetermined", "no"]
+    shown = rows[["fires in, %", "of", "low, %", "high, %"]].iloc[:3]
+    assert shown.to_numpy() == pytest.approx(
+        np.array([[15, 40, 7, 29], [50, 20, 30, 70], [0, 20, 0, 16]])
+    )
+    assert rows.loc["the SAE's seed", "correlation"] == 0.9
+    # Every verdict on the page has its error rates beside it.
+    assert "of planted features" in "".join(caption.value for caption in app.caption)
 
 
 def test_examples_frame_the_peak_and_underline_phases(made, features):

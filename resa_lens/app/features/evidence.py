@@ -5,6 +5,7 @@ Where something was not measured, the command that measures it stands there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import streamlit as st
@@ -22,7 +23,7 @@ from resa_lens.app.tokens import plain
 from resa_lens.app.widgets import figure, missing, part, table
 from resa_lens.artifacts.kinds.ablation import AblationResults
 from resa_lens.artifacts.kinds.attribution import AttributionResults
-from resa_lens.artifacts.kinds.falsification import Verdict
+from resa_lens.artifacts.kinds.falsification import Dependence, Verdict
 from resa_lens.artifacts.kinds.scores import ScoreSummary
 from resa_lens.artifacts.listing import Listing
 from resa_lens.features.battery import in_words
@@ -132,12 +133,31 @@ def _falsification(listing: Listing, source: Source, layer: int, feature: int) -
     ]
     table(rows, "trials", "Table of trials")
     if verdict.depends_on:
-        needs = [
-            {"what": NEEDS.get(name, plain(name)), "needed": item.needs, "trials": item.trials}
-            for name, item in verdict.depends_on.items()
-        ]
-        table(needs, "dependences", "Table of dependences")
+        table(_needs(verdict.depends_on), "dependences", "Table of dependences")
         st.caption(f"How often such verdicts err: {in_words()}.")
+
+
+def _needs(depends_on: Mapping[str, Dependence]) -> list[dict[str, Any]]:
+    """Return a row a dependence, with the shares of firing that decided it; of a phase a tag."""
+    rows = []
+    for name, item in depends_on.items():
+        what = NEEDS.get(name, plain(name))
+        shares = {what: item}
+        if item.open and item.close:
+            shares = {f"{what}: opening tag": item.open, f"{what}: closing tag": item.close}
+        for label, share in shares.items():
+            low, high = share.ci or (None, None)
+            rows.append({
+                "dependence": label, "needed": item.needs, "trials": item.trials,
+                "fires in, %": _hundredfold(share.share), "of": share.n,
+                "low, %": _hundredfold(low), "high, %": _hundredfold(high),
+                "correlation": item.correlation,
+            })  # fmt: skip
+    return rows
+
+
+def _hundredfold(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _in_words(verdict: Verdict) -> str:
