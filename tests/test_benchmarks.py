@@ -27,8 +27,9 @@ def run(script: str, *options: str) -> str:
 
 
 def test_killed_runs_end_in_the_same_bits() -> None:
-    out = run("kill_resume.py", "--runs", "3", "--seed", "7")
-    assert out.count("bit-identical") == 3
+    # Twenty runs are recorded in docs/log.md; each is killed up to three times.
+    out = run("kill_resume.py", "--runs", "1", "--seed", "7", "--tokens", "30720")
+    assert out.count("bit-identical") == 1
     assert "DIFFERENT" not in out
 
 
