@@ -95,12 +95,12 @@ def damaged(seed: int, block: int = LAYER, sd: float = DAMAGE) -> Model:
     return model
 
 
-def activations(model: Model, seed: int) -> Tensor:
-    """Return activations at the place on worked documents, [token, d_model]."""
+def activations(model: Model, seed: int, point: Hookpoint = POINT) -> Tensor:
+    """Return activations at a place on worked documents, [token, d_model]."""
     rows, corpus = records(1.0, seed)
     ids = corpora.batches(model.tokenizer, rows, corpus, tokens=SAMPLE_TOKENS, batch=BATCH)
-    parts = stream_activations(model, ids, [POINT])
-    return torch.cat([part.acts[POINT].flatten(0, 1) for part in parts])
+    parts = stream_activations(model, ids, [point])
+    return torch.cat([part.acts[point].flatten(0, 1) for part in parts])
 
 
 def trained_sae(model: Model, seed: int) -> SparseCoder:
@@ -256,9 +256,7 @@ class Draw:
 
     def _tuned(self, name: str) -> dict[str, Any]:
         rows, corpus = records(1.0, self.seed)
-        lora = TuneConfig(
-            rank=32, alpha=128, dropout=0.0, learning_rate=1e-4, batch=BATCH, seed=self.seed
-        )
+        lora = adapters(self.seed)
         fresh = self.target()
         folder = self.folder / f"adapter-{name}"
         tokens = STEPS * BATCH * SEQUENCE
@@ -316,18 +314,27 @@ class Draw:
 
     def _scored(self, folder: Path, scale: float) -> dict[str, Any]:
         """Score a fresh target with the adapter, at a scale, merged into it."""
-        fresh = self.target()
-        peft: Any = PeftModel.from_pretrained(fresh.model, str(folder))
-        with torch.no_grad():
-            for weight_name, weight in peft.named_parameters():
-                if "lora_B" in weight_name:
-                    weight *= scale
-        merged = replace(fresh, model=peft.merge_and_unload())
+        merged = with_adapter(self.target(), folder, scale)
         items, config = questions("test")
         return {
             **answers(evaluate_inserted(merged, items, config)),
             "loss": loss_on_documents(merged),
         }
+
+
+def adapters(seed: int) -> TuneConfig:
+    """Return how every cell is tuned."""
+    return TuneConfig(rank=32, alpha=128, dropout=0.0, learning_rate=1e-4, batch=BATCH, seed=seed)
+
+
+def with_adapter(fresh: Model, folder: Path, scale: float = 1.0) -> Model:
+    """Return a target with an adapter, at a scale, merged into it."""
+    peft: Any = PeftModel.from_pretrained(fresh.model, str(folder))
+    with torch.no_grad():
+        for weight_name, weight in peft.named_parameters():
+            if "lora_B" in weight_name:
+                weight *= scale
+    return replace(fresh, model=peft.merge_and_unload())
 
 
 def objective(cell: str) -> Objective:
