@@ -21,7 +21,7 @@ def test_rho_is_scipys_and_its_p_that_of_permutations() -> None:
     values = rng.normal(size=10)
     for gains in (rng.normal(size=10), values + rng.normal(size=10), np.round(values)):
         rho, p = sweep.correlation(values, gains)
-        peer = stats.spearmanr(values, gains)
+        peer: Any = stats.spearmanr(values, gains)
         assert rho == pytest.approx(peer.statistic)
         # The peer's p is Student's approximation.
         assert p == pytest.approx(peer.pvalue, abs=0.03)
