@@ -144,7 +144,7 @@ class Sweep(AtLayers, Ruled, Tuning):
             )
         goes_with(self, "gpus_per_job", "ray")
         if self.ray is not None:
-            check_ray()
+            check_ray(self.ray)
 
     def cluster(self) -> Cluster | None:
         """Return the Ray cluster that does the jobs, if one does."""

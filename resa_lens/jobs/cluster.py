@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ INSTALL = (
     "--ray needs Ray, which is not installed here; "
     '`pip install -c constraints.txt "resa-lens[ray]"` installs it'
 )
+REACH_S = 10.0
+"""Seconds that the head of a cluster may take to answer."""
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone, for this command."""
 
@@ -37,10 +41,53 @@ class Cluster:
     gpus: float | None = None
     """May be a part of one; None: one where the cluster has any, else none."""
 
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Connect to the cluster, or start a local one; a notebook's connection is used and stays.
 
-def check_ray() -> None:
-    """Raise BadInputError where Ray is not installed, or cannot be imported."""
+        Raises:
+            BadInputError: there is none.
+        """
+        ray = _import()
+        if ray.is_initialized():
+            yield
+            return
+        check_ray(self.address)
+        # Nothing of a run is sent anywhere.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        own = {"include_dashboard": False} if self.address == LOCAL else {}
+        # Ray says on stdout, which is the result's, that a worker died.
+        with redirect_stdout(sys.stderr):
+            try:
+                ray.init(address=self.address, log_to_driver=False, logging_level="error", **own)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise BadInputError(
+                    f"--ray {self.address}: no connection ({reason});\n"
+                    f"give host:port of the head of a cluster, auto, or {LOCAL}"
+                ) from error
+            try:
+                yield
+            finally:
+                ray.shutdown()
+
+
+def check_ray(address: str) -> None:
+    """Raise BadInputError where Ray cannot be imported, or nothing answers at its address."""
     _import()
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        if address in (LOCAL, "auto"):
+            return
+        raise BadInputError(f"--ray {address!r} is no address; give host:port, auto or {LOCAL}")
+    # Ray itself would try for minutes.
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise BadInputError(
+            f"--ray {address}: nothing answers there ({error}); give host:port of the head of a "
+            f"cluster, auto, or {LOCAL}"
+        ) from error
 
 
 def hand_out(
@@ -62,7 +109,7 @@ def hand_out(
         RunFailedError: as of `JobList.do`.
     """
     ray = _import()
-    with _connected(ray, cluster.address):
+    with cluster.connected():
         gpus = cluster.gpus
         if gpus is None:
             gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
@@ -97,30 +144,6 @@ def _outcome(ray: Any, task: Any, jobs: JobList, name: str) -> str:
         # Ray has begun it again as often as it does: its worker dies each time, or has no memory.
         jobs.fail(name, " ".join(str(error).split())[:300])
         return "done"
-
-
-@contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
-    """Connect to a cluster, or start one; the connection of a notebook is used and stays."""
-    if ray.is_initialized():
-        yield
-        return
-    # Nothing of a run is sent anywhere.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own = {"include_dashboard": False} if address == LOCAL else {}
-    try:
-        # Workers' lines would land on stdout, which is the result's.
-        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInputError(
-            f"--ray {address}: no Ray cluster answers there ({reason}); "
-            "give host:port of its head, auto, or local"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _import() -> Any:

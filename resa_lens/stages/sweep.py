@@ -95,12 +95,14 @@ def sweep_run(ctx: Context, config: SweepConfig, *, cluster: Cluster | None = No
         BadInputError: as `stages.tuning.tune_run`, a single question, or no Ray cluster.
         RunFailedError: no job of a layer could be finished.
     """
-    plan = _plan(ctx, config)
-    if not plan.finished():
-        plan.prepare()
-        with plan.stage.as_begun():
-            plan.hand_out(cluster) if cluster else plan.share()
-    run = plan.gather()
+    # A cluster that cannot be reached shows before long work.
+    with cluster.connected() if cluster else nullcontext():
+        plan = _plan(ctx, config)
+        if not plan.finished():
+            plan.prepare()
+            with plan.stage.as_begun():
+                plan.hand_out(cluster) if cluster else plan.share()
+        run = plan.gather()
     assert run is not None
     return run
 
