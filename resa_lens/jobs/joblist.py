@@ -112,35 +112,45 @@ class JobList:
             RunFailedError: as of `do`.
         """
         mine: list[str] = []
-        counted = 0
+        over = 0
         while not self.closed():
             left = self.open()
             if advance:
-                advance(len(self.names) - len(left) - counted)
-            counted = len(self.names) - len(left)
-            before, living = len(mine), 0
-            for name in left:
-                if self._at_work(name):
-                    living += 1
-                elif not self._is_over(name) and self.do(name, work) == "done":
-                    mine.append(name)
-                    if advance:
-                        advance(1)
-                    counted += 1
+                advance(len(self.names) - len(left) - over)
+            over = len(self.names) - len(left)
             if not left:
                 break
-            if len(mine) == before:
+            # Jobs that nobody has begun come first: a look at a claim of another host is a file
+            # operation on the network, and a thousand jobs have many.
+            fresh = self._never_begun(left)
+            living = 0
+            for name in fresh or left:
+                alive = False if fresh else self._is_at_work(name)
+                living += alive is True
+                if alive is False and self.do(name, work) == "done":
+                    mine.append(name)
+                    break
+            else:
+                if fresh:
+                    continue
                 if not stay and living == len(left):
                     break
                 time.sleep(WAIT_S)
         return mine
 
-    def _at_work(self, name: str) -> bool:
-        """Return whether a job's claim is of a process that shows that it lives."""
-        with suppress(OSError):
+    def _never_begun(self, names: list[str]) -> list[str]:
+        with suppress(FileNotFoundError):
+            begun = {place.name for place in (self.folder / "locks").iterdir()}
+            return [name for name in names if name not in begun]
+        return names
+
+    def _is_at_work(self, name: str) -> bool | None:
+        """Return whether a live process is at a job; None: only time will tell."""
+        try:
             claim = claims.newest(self.folder / "locks" / name)
-            return claim is not None and claims.is_alive(claim) is True
-        return False
+            return claim is not None and claims.is_alive(claim)
+        except OSError:
+            return None
 
     def _files(self, place: str) -> Iterable[Path]:
         return (self.folder / place).glob("*.json")
