@@ -26,7 +26,8 @@ SHARED = ("workspace", "seed", "device", "dtype", "threads", "deterministic", "f
 
 ROOMS = {
     "Ground floor": (
-        "errors", "config", "processes", "claims", "files", "hashes", "progress", "resources", "jobs",
+        "errors", "config", "processes", "claims", "files", "hashes", "progress", "resources",
+        "jobs",
     ),
     "Statistics": ("stats",),
     "Texts": ("texts",),

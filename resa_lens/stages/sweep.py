@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -313,14 +313,22 @@ class _Plan:
             wait: for another process that gathers now; else return None.
         """
 
-        def gathered() -> Artifact:
-            work, name = self.stage.work, "gathering the results"
-            with nullcontext() if self.finished() else run_lock(work / "locks" / "tables", name):
+        def gathered() -> Artifact | None:
+            with ExitStack() as stack:
+                if not self.finished():
+                    place = self.stage.work / "locks" / "tables"
+                    try:
+                        stack.enter_context(run_lock(place, "gathering the results"))
+                    except TakenError:
+                        if wait:
+                            raise
+                        return None
+                # Counts that another command is at are waited for in any case.
                 artifact = self.stage.obtain(self._tables, usable=self._will_do)
-                shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(self.stage.work, ignore_errors=True)
                 return artifact
 
-        artifact = _in_turn(self.ctx, gathered, wait=wait)
+        artifact = _in_turn(self.ctx, gathered)
         return SweepRun(artifact, artifact.read(SWEEP, SweepTables)) if artifact else None
 
     def results(self) -> dict[str, tuple[Artifact, Artifact]]:

@@ -21,7 +21,7 @@ from resa_lens import claims
 from resa_lens.artifacts.artifact import Parent
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
-from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import run_lock
 from resa_lens.jobs import joblist
@@ -145,8 +145,18 @@ def test_a_worker_that_joins_leaves_what_another_is_at_and_the_last_one_writes(c
         first = sweep_join(ctx, asked)
     assert (first.jobs, first.left, first.run) == (["L05-s0"], ["L04-s0"], None)
     assert not stage.folder.exists()
-    # A killed one begins where the jobs stand.
+    # A killed one begins where the jobs stand; what another command counts is waited for.
+    count_run, counts = sweeps.count_run, []
+
+    def taken_at_first(*args):
+        counts.append(args)
+        if len(counts) == 1:
+            raise TakenError("process 1 is counting")
+        return count_run(*args)
+
+    monkeypatch.setattr(sweeps, "count_run", taken_at_first)
     last = sweep_join(ctx, asked)
+    assert len(counts) == 2
     assert (last.jobs, last.left) == (["L04-s0"], [])
     assert [job["name"] for job in last.run.sweep.jobs] == ["L04-s0", "L05-s0"]
     assert not stage.work.exists()
