@@ -27,6 +27,7 @@ SHARED = ("workspace", "seed", "device", "dtype", "threads", "deterministic", "f
 ROOMS = {
     "Ground floor": (
         "errors", "config", "processes", "claims", "files", "hashes", "progress", "resources",
+        "jobs",
     ),
     "Statistics": ("stats",),
     "Texts": ("texts",),

@@ -32,7 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {}
 """Each command's function for Typer, by the command's name."""
 CLASSES: dict[str, type] = {}
 """Each command's class of options."""
-NOT_RECORDED = ("as_json", "force", "config")
+NOT_RECORDED = ("as_json", "force", "config", "join", "ray", "gpus_per_job")
 """Options that say nothing of what a command makes."""
 
 

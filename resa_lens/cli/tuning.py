@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from resa_lens.cli.common import Outcome
 from resa_lens.cli.groups import AtLayers, Ruled, Tuning
 from resa_lens.cli.options import command, options, part
-from resa_lens.config import setting
+from resa_lens.config import goes_with, setting
+from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EvalConfig
 from resa_lens.files import check_path
+from resa_lens.jobs.cluster import Cluster, check_ray
 from resa_lens.models.hookpoints import check_layer, check_layers, parse_layers
 from resa_lens.stages.reports import tuning as reports
 from resa_lens.texts.config import check_data, check_source
@@ -119,6 +122,35 @@ class Sweep(AtLayers, Ruled, Tuning):
         "activations, for the selectors gradient-probe and activation-change.",
     )  # fmt: skip
     asking: EvalConfig = part(EvalConfig, "limit levels", "Questions", limit=500)
+    join: bool = setting(
+        False, "Work on it as one of several equal workers: leave when others are at all that is "
+        "left; the last one writes the sweep.",
+    )  # fmt: skip
+    ray: str | None = setting(
+        None, "Let Ray do the jobs: its address (host:port or auto), or local.", metavar="ADDRESS"
+    )
+    gpus_per_job: float | None = setting(
+        None, "Of --ray; may be a part of one. One where the cluster has any.", min=0, max=64
+    )
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where options of many machines contradict each other."""
+        if self.join and self.ray is not None:
+            raise BadInputError(f"--join and --ray {self.ray}: give one")
+        if self.force and (self.join or self.ray is not None):
+            raise BadInputError(
+                f"--force with --{'join' if self.join else 'ray'}: workers would make anew what "
+                "others have just done; remove the sweep's folder, or give --force alone"
+            )
+        goes_with(self, "gpus_per_job", "ray")
+        if self.ray is not None:
+            check_ray(self.ray)
+
+    def cluster(self) -> Cluster | None:
+        """Return the Ray cluster that does the jobs, if one does."""
+        if self.ray is None:
+            return None
+        return Cluster(self.ray, self.threads or 1, self.gpus_per_job)
 
     def config(self, n_layers: int) -> SweepConfig:
         """Return the configuration of the sweep over a model of so many layers."""
@@ -144,12 +176,13 @@ def sweep(args: Sweep) -> Outcome:
     """Tune through every layer, with seeds and controls.
 
     Each is scored. Killed, the same command goes on; run by several processes, they share the jobs.
+    On many machines: --join, or --ray.
 
     Example: resa-lens sweep --model tiny-reasoner --layers all --seeds 3 --learning-rate 1e-4
     """
     ctx = args.context()
     from resa_lens.stages.adapters import questions_of
-    from resa_lens.stages.sweep import sweep_run
+    from resa_lens.stages.sweep import sweep_join, sweep_run
     from resa_lens.stages.sweep_jobs import jobs_of
 
     questions_of(ctx, args.job(args.model))
@@ -157,9 +190,19 @@ def sweep(args: Sweep) -> Outcome:
     n_layers = ctx.unloaded(args.model, args.base).n_layers
     config = args.config(n_layers)
     ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
-    run = sweep_run(ctx, config)
-    values = {
-        **run.sweep.to_dict(), "start": run.artifact.manifest.results.get("start"),
-        "folder": str(run.artifact.path), "page": str(run.page),
-    }  # fmt: skip
-    return values, reports.sweep(run)
+    if args.join:
+        share = sweep_join(ctx, config)
+        values = {"joined": {"jobs": share.jobs, "left": share.left}}
+        run, lines = share.run, [reports.share(share)]
+    else:
+        values, lines = {}, []
+        run = sweep_run(ctx, config, cluster=args.cluster())
+    if run is None:
+        return values, lines
+    values |= {
+        **run.sweep.to_dict(),
+        "start": run.artifact.manifest.results.get("start"),
+        "folder": str(run.artifact.path),
+        "page": str(run.page),
+    }
+    return values, chain(lines, reports.sweep(run))

@@ -1,39 +1,36 @@
 """Many tunings, each scored: every layer and seed, and controls beside them.
 
-A sweep is a list of named jobs.  Each job leaves an adapter and an evaluation of its own, so a
-killed sweep goes on at the job where it was, and several processes that run the same command share
-the jobs: a job belongs to the process that has claimed it.
+A sweep is a list of named jobs (`jobs.joblist`).  Each job leaves an adapter and an evaluation of
+its own, so a killed sweep goes on at the job where it was, and several processes that run the same
+command share the jobs: a job belongs to the process that has claimed it.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from resa_lens.artifacts.artifact import Artifact, Parent
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
-from resa_lens.artifacts.stage import Context, Draft
+from resa_lens.artifacts.stage import Context, Draft, Stage
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.compare import run_scores
 from resa_lens.evals.run import ask
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.config import RULES, CountConfig
-from resa_lens.files import read_json, run_lock, write_errors, write_json
+from resa_lens.files import run_lock
 from resa_lens.hashes import digest
+from resa_lens.jobs import joblist
+from resa_lens.jobs.cluster import Cluster, hand_out
+from resa_lens.jobs.joblist import JobList
 from resa_lens.models.host import Model
-from resa_lens.progress import Reporter
-from resa_lens.stages.adapters import (
-    adapter_mb,
-    adapter_run,
-    elicitation_records,
-    questions_of,
-)
+from resa_lens.stages.adapters import adapter_mb, elicitation_records, questions_of
 from resa_lens.stages.attribution import measure_effects
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.insertion import InsertionRun, gains, starting_point
@@ -52,35 +49,12 @@ from resa_lens.stages.scores import (
 from resa_lens.stages.sweep_jobs import Job, SweepConfig, jobs_of
 from resa_lens.stages.sweep_page import PAGE, write_sweep_page
 from resa_lens.stages.sweep_tables import JobScores, analyse, write_tables
+from resa_lens.stages.sweep_tunings import RemoteTunings, Tunings, recorded
 from resa_lens.stages.tune_job import with_sequence
-from resa_lens.stages.tuning import score_adapter, score_base
+from resa_lens.stages.tuning import score_base
 from resa_lens.texts import corpora
 
 T = TypeVar("T")
-WAIT_S = 2.0
-"""Between two looks at the jobs that another process is at."""
-
-
-@dataclass
-class _Board:
-    """Where the jobs stand."""
-
-    folder: Path
-    jobs: int
-    done: dict[str, tuple[Artifact, Artifact]] = field(default_factory=dict)
-    """Adapter and evaluation by the job's name."""
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    """Of the jobs that this process has done."""
-
-    def left(self) -> str:
-        """Say how many jobs are done and how long the rest would take this process alone."""
-        over = len(self.done) + len(self.failed)
-        minutes = (self.jobs - over) * sum(self.seconds) / len(self.seconds) / 60
-        return f"{over} of {self.jobs}, about {minutes:.0f} min left"
-
-    def record(self, job: Job) -> Path:
-        return self.folder / "jobs" / f"{job.name}.json"
 
 
 @dataclass(frozen=True)
@@ -96,12 +70,68 @@ class SweepRun:
         return self.artifact.path / PAGE
 
 
-def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
+@dataclass(frozen=True)
+class SweepShare:
+    """What one of several equal workers did of a sweep."""
+
+    jobs: list[str]
+    """Names of the jobs that it did."""
+    left: list[str]
+    """Jobs that other workers were at when it left."""
+    run: SweepRun | None
+    """The whole sweep; None where another worker writes it."""
+
+
+def sweep_run(ctx: Context, config: SweepConfig, *, cluster: Cluster | None = None) -> SweepRun:
     """Tune and score every job, or go on with a killed sweep, or read the finished one.
 
+    Args:
+        ctx: the workspace and who to tell.
+        config: what is tuned.
+        cluster: a Ray cluster that does the jobs; by default this process does, with all others
+            that run the same sweep.
+
     Raises:
-        BadInputError: as `stages.tuning.tune_run`, or a single question.
+        BadInputError: as `stages.tuning.tune_run`, a single question, or no Ray cluster.
         RunFailedError: no job of a layer could be finished.
+    """
+    # A cluster that cannot be reached shows before long work.
+    with cluster.connected() if cluster else nullcontext():
+        plan = _plan(ctx, config)
+        if not plan.finished():
+            plan.prepare()
+            with plan.stage.as_begun():
+                plan.hand_out(cluster) if cluster else plan.share()
+        run = plan.gather()
+    assert run is not None
+    return run
+
+
+def sweep_join(ctx: Context, config: SweepConfig) -> SweepShare:
+    """Do what no other worker of the same sweep is at, and leave when nothing is left to take.
+
+    The worker that ends last gathers the results.
+
+    Raises:
+        BadInputError: as `sweep_run`.
+        RunFailedError: as `sweep_run`.
+    """
+    plan = _plan(ctx, config)
+    done: list[str] = []
+    if not plan.finished():
+        plan.prepare(wait=False)
+        with plan.stage.as_begun():
+            done = plan.share(stay=False)
+        if not plan.finished() and (left := plan.jobs.open()):
+            return SweepShare(done, left, None)
+    return SweepShare(done, [], plan.gather(wait=False))
+
+
+def _plan(ctx: Context, config: SweepConfig) -> _Plan:
+    """Open what all jobs of a sweep share, and name the sweep; SAEs that are missing are trained.
+
+    Raises:
+        BadInputError: as `sweep_run`.
     """
     config = replace(config, tune=with_sequence(config.tune))
     shared = config.tune
@@ -130,6 +160,7 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
             only=layers,
         ),
     )
+    assert saes is not None
     shared = replace(shared, trigger=as_trained(saes, shared.trigger, trigger))
     stage = ctx.stage(
         Sweep,
@@ -166,88 +197,193 @@ def sweep_run(ctx: Context, config: SweepConfig) -> SweepRun:
             "questions": questions_hash(items)[:8],
         },
     )
+    before = stage.done(again=True)
+    return _Plan(
+        ctx, replace(config, tune=shared), items, target, source, saes, jobs, stage,
+        before.manifest.created if before else None,
+    )  # fmt: skip
 
-    def complete(artifact: Artifact) -> bool:
-        # What failed is tried again.
-        return not artifact.manifest.results["failed"]
 
-    def finished() -> bool:
+@dataclass(frozen=True)
+class _Plan:
+    """A sweep with everything opened that its jobs share."""
+
+    ctx: Context
+    config: SweepConfig
+    """Its `tune` is settled: lengths and shares of the data are what they are."""
+    items: Sequence[EvalItem]
+    target: Model
+    source: Model
+    saes: SaeRun
+    tunings: Sequence[Job]
+    stage: Stage
+    before: str | None
+    """When the sweep that was there at the start was made."""
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are tuned through, 0-based."""
+        return sorted({job.layer for job in self.tunings if job.layer is not None})
+
+    @property
+    def jobs(self) -> JobList:
+        """The tunings by name, and where they stand."""
+        return JobList(self.stage.work, tuple(job.name for job in self.tunings), self.finished)
+
+    def finished(self) -> bool:
         """Return whether the whole sweep is there: from before, or by another process since."""
-        artifact = stage.done(again=True)
-        return artifact is not None and complete(artifact)
+        artifact = self.stage.done(again=True)
+        return artifact is not None and self._will_do(artifact)
 
-    began = time.monotonic()
-    board = _Board(stage.work, len(jobs))
-    start: InsertionRun | None = None
-    base: EvalRun | None = None
-    if not finished():
-        left = sum(not board.record(job).exists() for job in jobs)
-        adapters = left * adapter_mb(target, shared)
-        stage.expect(0, adapters)
-        every = replace(shared.evaluation, limit=None, levels=None)
-        answers = answers_mb(ask(items, every, target.tokenizer), every)
-        # The base model answers too.
-        stage.expect(0, adapters + (left + 1) * answers, FEWER_ANSWERS)
-        base = _in_turn(ctx, lambda: score_base(ctx, shared, items))
-        if config.start_check:
-            start = _in_turn(
-                ctx,
-                lambda: starting_point(
-                    ctx, target, saes, items, shared.elicitation, shared.evaluation, layers,
-                    source=source, tasks=shared.eval_source,
-                ),
-            )  # fmt: skip
+    def _will_do(self, artifact: Artifact) -> bool:
+        # What failed is tried again, but not what has failed in another process just now.
+        return not artifact.manifest.results["failed"] or artifact.manifest.created != self.before
+
+    def base(self) -> EvalRun:
+        """Score the base model, or read its scores."""
+        return score_base(self.ctx, self.config.tune, self.items)
+
+    def start(self) -> InsertionRun | None:
+        """Insert each SAE and tune nothing, where that is asked for."""
+        shared = self.config.tune
+        if not self.config.start_check:
+            return None
+        return starting_point(
+            self.ctx, self.target, self.saes, self.items, shared.elicitation, shared.evaluation,
+            self.layers, source=self.source, tasks=shared.eval_source,
+        )  # fmt: skip
+
+    def prepare(self, *, wait: bool = True) -> None:
+        """Compare the jobs with the free disk, score the base model, and make room for the jobs.
+
+        Args:
+            wait: for another process that scores the base model now; else go on without.
+        """
+        ctx, shared, jobs = self.ctx, self.config.tune, self.jobs
         if ctx.force:
             # Not the claims of those who are at it.
-            shutil.rmtree(stage.work / "jobs", ignore_errors=True)
-        stage.work.mkdir(parents=True, exist_ok=True)
-        with stage.as_begun():
-            _work_through(ctx, config, jobs, items, saes, board, finished)
+            jobs.retry(jobs.names)
+        # What failed is tried again.
+        jobs.retry(jobs.failed())
+        left = len(jobs.open())
+        adapters = left * adapter_mb(self.target, shared)
+        self.stage.expect(0, adapters)
+        every = replace(shared.evaluation, limit=None, levels=None)
+        answers = answers_mb(ask(self.items, every, self.target.tokenizer), every)
+        # The base model answers too.
+        self.stage.expect(0, adapters + (left + 1) * answers, FEWER_ANSWERS)
+        _in_turn(ctx, self.base, wait=wait)
+        _in_turn(ctx, self.start, wait=wait)
+        self.stage.work.mkdir(parents=True, exist_ok=True)
 
-    def work(draft: Draft) -> None:
-        assert base is not None
-        _analyse(ctx, config, jobs, target, source, saes, base, board, start, draft)
-        draft.seconds = time.monotonic() - began
+    def _work(self) -> Tunings:
+        shared = self.config.tune
+        return Tunings(self.ctx, shared, self.tunings, self.items, self.saes, self.jobs)
 
-    artifact = _in_turn(ctx, lambda: stage.obtain(work, usable=complete))
-    shutil.rmtree(stage.work, ignore_errors=True)
-    return SweepRun(artifact, artifact.read(SWEEP, SweepTables))
+    def share(self, *, stay: bool = True) -> list[str]:
+        """Do the jobs that nobody else is at; see `JobList.share`."""
+        jobs, work = self.jobs, self._work()
+        # Not metered: each job's own stages are.
+        with self.ctx.reporter.bar(f"sweep, {len(jobs.names)} tunings", len(jobs.names)) as bar:
+            done = jobs.share(work, stay=stay, advance=bar)
+        if self.finished():
+            self.ctx.reporter.note("sweep: done by another process")
+        return done
+
+    def hand_out(self, cluster: Cluster) -> None:
+        """Let a Ray cluster do the jobs."""
+        jobs, note, n = self.jobs, self.ctx.reporter.note, len(self.tunings)
+        with self.ctx.reporter.bar(f"sweep, {n} tunings by Ray", n) as advance:
+            advance(n - len(jobs.open()))
+
+            def ended(name: str) -> None:
+                if scored := recorded(self.ctx, jobs.record(name)):
+                    results = scored[1].manifest.results
+                    accuracy = f"{100 * results['accuracy']:.1f} %, n = {results['n']}"
+                    note(f"{name}: {accuracy}; {n - len(jobs.open())} of {n}")
+                    advance(1)
+
+            hand_out(cluster, jobs, RemoteTunings.of(self._work()), ended)
+
+    def gather(self, *, wait: bool = True) -> SweepRun | None:
+        """Write what the finished jobs say, or read it.
+
+        Args:
+            wait: for another process that gathers now; else return None.
+        """
+
+        def gathered() -> Artifact | None:
+            with ExitStack() as stack:
+                if not self.finished():
+                    place = self.stage.work / "locks" / "tables"
+                    try:
+                        stack.enter_context(run_lock(place, "gathering the results"))
+                    except TakenError:
+                        if wait:
+                            raise
+                        return None
+                # Counts that another command is at are waited for in any case.
+                artifact = self.stage.obtain(self._tables, usable=self._will_do)
+                shutil.rmtree(self.stage.work, ignore_errors=True)
+                return artifact
+
+        artifact = _in_turn(self.ctx, gathered)
+        return SweepRun(artifact, artifact.read(SWEEP, SweepTables)) if artifact else None
+
+    def results(self) -> dict[str, tuple[Artifact, Artifact]]:
+        """Return adapter and evaluation of each finished job; what is damaged is made again."""
+        jobs = self.jobs
+        while True:
+            failed = jobs.failed()
+            pairs = {
+                name: recorded(self.ctx, jobs.record(name))
+                for name in jobs.names
+                if name not in failed
+            }
+            whole = {name: pair for name, pair in pairs.items() if pair}
+            if len(whole) == len(pairs):
+                return whole
+            jobs.retry(set(pairs) - set(whole))
+            with self.stage.as_begun():
+                self.share()
+
+    def _tables(self, draft: Draft) -> None:
+        base, start, done = self.base(), self.start(), self.results()
+        _analyse(self, base, start, done, self.jobs.failed(), draft)
+        draft.seconds = time.monotonic() - self.began
 
 
 def _analyse(
-    ctx: Context,
-    config: SweepConfig,
-    jobs: Sequence[Job],
-    target: Model,
-    source: Model,
-    saes: SaeRun,
+    plan: _Plan,
     base: EvalRun,
-    board: _Board,
     start: InsertionRun | None,
+    done: Mapping[str, tuple[Artifact, Artifact]],
+    failed: Mapping[str, str],
     draft: Draft,
 ) -> None:
     """Compute what the finished jobs say, and fill the draft with it."""
-    for name, reason in board.failed.items():
+    ctx, config, target, source, saes = plan.ctx, plan.config, plan.target, plan.source, plan.saes
+    for name, reason in failed.items():
         ctx.reporter.note(f"warning: job {name} failed and is left out: {reason}")
     scored = [
         JobScores(job.name, job.layer, job.seed, job.control, adapter.relative, scores.relative)
-        for job in jobs
-        if job.name in board.done
-        for adapter, scores in (board.done[job.name],)
+        for job in plan.tunings
+        if job.name in done
+        for adapter, scores in (done[job.name],)
     ]
     if not any(job.control is None for job in scored):
         raise RunFailedError(
             f"sweep: no tuning through an SAE finished; first reason: "
-            f"{next(iter(board.failed.values()), 'none')}"
+            f"{next(iter(failed.values()), 'none')}"
         )
     # One run's texts at a time: answers may be long and runs many.
     runs = {
-        job.name: run_scores(job.name, read_result(board.done[job.name][1]).samples)
-        for job in scored
+        job.name: run_scores(job.name, read_result(done[job.name][1]).samples) for job in scored
     }
     shared = config.tune
     site = shared.objective.site
-    layers = sorted({job.layer for job in jobs if job.layer is not None})
+    layers = plan.layers
     counts = count_run(ctx, source, saes, CountConfig(), layers)
     effects = (
         dict(measure_effects(ctx, source, config.rule, shared.trigger)(saes, counts))
@@ -259,7 +395,7 @@ def _analyse(
         base=base.result,
         runs=runs,
         jobs=scored,
-        failed=board.failed,
+        failed=dict(failed),
         n_layers=target.n_layers,
         counts={rule: counts.counts.table(rule) for rule in RULES},
         rule=config.rule,
@@ -270,7 +406,7 @@ def _analyse(
         fvu={layer: row["fvu"] for layer, row in saes.quality.items() if layer in layers},
         seed=ctx.seed,
     )
-    steps = board.done[scored[0].name][0].manifest.config["steps"]
+    steps = done[scored[0].name][0].manifest.config["steps"]
     draft.parents = [counts.artifact.relative, base.artifact.relative]
     draft.results = {
         "model": target.name,
@@ -278,7 +414,7 @@ def _analyse(
         "site": site,
         "preset": shared.objective.preset,
         "n_layers": target.n_layers,
-        "failed": board.failed,
+        "failed": dict(failed),
     }
     if start:
         draft.parents.append(start.artifact.relative)
@@ -292,17 +428,22 @@ def _analyse(
     draft.write(write)
 
 
-def _in_turn(ctx: Context, work: Callable[[], T]) -> T:
-    """Do a piece of work that all jobs need; where another process is at it, wait for its end."""
+def _in_turn(ctx: Context, work: Callable[[], T], *, wait: bool = True) -> T | None:
+    """Do a piece of work that all jobs need, after another process that is at it.
+
+    Return None where another process is, and this one does not wait.
+    """
     waiting = False
     while True:
         try:
             return work()
         except TakenError as error:
+            if not wait:
+                return None
             if not waiting:
                 ctx.reporter.note(f"waiting: {error}")
             waiting = True
-            time.sleep(WAIT_S)
+            time.sleep(joblist.WAIT_S)
 
 
 def _title(target: Model, source: Model, config: SweepConfig) -> str:
@@ -317,119 +458,3 @@ def _lead(config: SweepConfig, sweep: SweepTables, steps: int) -> str:
         f"{len(sweep.layers)} layers x {config.seeds} seeds, {sweep.n} questions, learning rate "
         f"{lora.learning_rate:g}, LoRA rank {lora.rank}, {steps} steps."
     )
-
-
-def _work_through(
-    ctx: Context,
-    config: SweepConfig,
-    jobs: Sequence[Job],
-    items: Sequence[EvalItem],
-    saes: SaeRun,
-    board: _Board,
-    finished: Callable[[], bool],
-) -> None:
-    """Do every job that nobody else is at, until all are done or have failed.
-
-    It also ends where another process has finished the sweep.
-    """
-    open_jobs = list(jobs)
-    # Not metered: each job's own stages are.
-    with ctx.reporter.bar(f"sweep, {len(jobs)} tunings", len(jobs)) as advance:
-        while open_jobs:
-            left = []
-            for job in open_jobs:
-                if finished():
-                    ctx.reporter.note("sweep: done by another process")
-                    return
-                try:
-                    with run_lock(board.folder / "locks" / job.name, wait=False):
-                        over = _one(ctx, config, job, items, saes, board)
-                except TakenError:
-                    over = False
-                if over:
-                    advance(1)
-                else:
-                    left.append(job)
-            if len(left) == len(open_jobs):
-                time.sleep(WAIT_S)
-            open_jobs = left
-
-
-def _one(
-    ctx: Context,
-    config: SweepConfig,
-    job: Job,
-    items: Sequence[EvalItem],
-    saes: SaeRun,
-    board: _Board,
-) -> bool:
-    """Do a job, or note why it failed; False where another command is at this very work."""
-    file = board.record(job)
-    if recorded := _recorded(ctx, file):
-        board.done[job.name] = recorded
-        return True
-    shared = config.tune
-    tune = replace(
-        shared,
-        layer="auto" if job.layer is None else str(job.layer),
-        reason=f"job {job.name}",
-        lora=replace(shared.lora, seed=job.seed),
-        elicitation=replace(shared.elicitation, seed=job.seed),
-        control=job.control,
-        start_check=False,
-    )
-    # The seed of a control is the job's; of the stages of one job only warnings are said.
-    own = replace(ctx, seed=job.seed, reporter=_Warnings(ctx.reporter))
-    began, started = time.monotonic(), datetime.now(UTC).isoformat()
-    try:
-        adapter = adapter_run(own, tune, saes)
-        scores = score_adapter(own, tune, adapter, items)
-    except TakenError:
-        return False
-    except RunFailedError as error:
-        board.failed[job.name] = str(error)
-        return True
-    artifacts = adapter.artifact, scores.artifact
-    with write_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, [[a.relative, a.manifest.identity] for a in artifacts])
-    board.done[job.name] = artifacts
-    if scores.artifact.manifest.created < started:
-        return True  # all was there: by another process, or before a kill
-    board.seconds.append(time.monotonic() - began)
-    result = scores.result
-    ctx.reporter.note(
-        f"{job.name}: {100 * result.accuracy:.1f} %, n = {result.n}, {board.seconds[-1]:.0f} s; "
-        f"{board.left()}"
-    )
-    return True
-
-
-def _recorded(ctx: Context, file: Path) -> tuple[Artifact, Artifact] | None:
-    """Return a finished job's adapter and evaluation, where both are still as they were."""
-    if not file.exists():
-        return None
-    artifacts = []
-    for relative, identity in read_json(file):
-        try:
-            artifact = ctx.workspace.read(ctx.workspace.path(relative))
-        except BadInputError:
-            return None
-        if artifact is None or artifact.manifest.identity != identity:
-            return None
-        if next(artifact.damage(), None):
-            return None
-        artifacts.append(artifact)
-    return artifacts[0], artifacts[1]
-
-
-class _Warnings(Reporter):
-    """Passes on what went wrong and nothing else."""
-
-    def __init__(self, outer: Reporter) -> None:
-        self.outer = outer
-
-    def note(self, text: str) -> None:
-        """Say one line if it is a warning."""
-        if text.startswith("warning"):
-            self.outer.note(text)

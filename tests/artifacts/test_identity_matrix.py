@@ -79,7 +79,7 @@ STRUCTURE = {
     "target",
 }  # fmt: skip
 """Arguments of the stages that are ingredients, or hold the options; each stands in the calls."""
-HARMLESS = {"world", "allow_mismatch", "label"}
+HARMLESS = {"world", "cluster", "allow_mismatch", "label"}
 """Arguments that say with whom, how strictly or under which name it is done."""
 
 

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from resa_lens.cli import GROUPS, app
-from resa_lens.cli.options import CLASSES, Option, build, options, options_of
+from resa_lens.cli.options import CLASSES, NOT_RECORDED, Option, build, options, options_of
 from resa_lens.config import bare, choices, setting
 from resa_lens.evals.config import EvalConfig, GenerationConfig
 from resa_lens.features.config import CountConfig
@@ -222,7 +222,7 @@ def test_words_and_options_say_the_same(name: str) -> None:
     sub = command.commands[name]
     parsed = sub.make_context(name, words[2:]).params
     for key, value in values.items():
-        if key not in ("as_json", "force"):
+        if key not in NOT_RECORDED:
             assert parsed[key] == value, key
     assert set(given) <= {o.label.lstrip("-") for o in options_of(CLASSES[name]).values()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -23,13 +24,16 @@ from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import run_lock
+from resa_lens.jobs import joblist
+from resa_lens.jobs.joblist import JobList
 from resa_lens.progress import Reporter
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages import sweep as sweeps
-from resa_lens.stages.saes import SaeRun
+from resa_lens.stages import sweep_tunings
 from resa_lens.stages.scores import load_eval_items
-from resa_lens.stages.sweep import sweep_run
+from resa_lens.stages.sweep import sweep_join, sweep_run
 from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
+from resa_lens.stages.sweep_tunings import RemoteTunings
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.loop import TuneConfig
@@ -115,67 +119,99 @@ def test_a_sweep_scores_every_job_and_is_read_again(ctx):
 
 
 def test_a_failed_job_is_named_and_left_out_and_tried_again(ctx, monkeypatch):
-    real = sweeps.adapter_run
+    real = sweep_tunings.adapter_run
 
     def fails(own, tune, saes):
         if tune.layer == "5":
             raise RunFailedError("the loss is nan")
         return real(own, tune, saes)
 
-    monkeypatch.setattr(sweeps, "adapter_run", fails)
+    monkeypatch.setattr(sweep_tunings, "adapter_run", fails)
     made = sweep_run(ctx, config(seeds=1)).sweep
     assert made.failed == {"L05-s0": "the loss is nan"}
     assert [row["layer"] for row in made.layers] == [4]
     assert any("L05-s0 failed" in line for line in ctx.reporter.lines)
-    monkeypatch.setattr(sweeps, "adapter_run", real)
+    monkeypatch.setattr(sweep_tunings, "adapter_run", real)
     whole = sweep_run(ctx, config(seeds=1)).sweep
     assert whole.failed == {}
     assert [row["layer"] for row in whole.layers] == [4, 5]
 
 
-def test_a_job_that_another_process_holds_is_left_to_it(ctx, monkeypatch):
-    monkeypatch.setattr(sweeps, "WAIT_S", 0.01)
+def test_a_worker_that_joins_leaves_what_another_is_at_and_the_last_one_writes(ctx, monkeypatch):
+    monkeypatch.setattr(joblist, "WAIT_S", 0.01)
     asked = config(seeds=1)
-    held, order = [], []
-    real = sweeps._one
+    stage = sweeps._plan(ctx, asked).stage
+    with run_lock(stage.work / "locks" / "L04-s0"):
+        first = sweep_join(ctx, asked)
+    assert (first.jobs, first.left, first.run) == (["L05-s0"], ["L04-s0"], None)
+    assert not stage.folder.exists()
+    # A killed one begins where the jobs stand; what another command counts is waited for.
+    count_run, counts = sweeps.count_run, []
 
-    def one(own, asked, job, items, saes, board):
-        order.append(job.name)
-        if job.name == "L05-s0":
-            held[0].__exit__(None, None, None)
-        return real(own, asked, job, items, saes, board)
+    def taken_at_first(*args):
+        counts.append(args)
+        if len(counts) == 1:
+            raise TakenError("process 1 is counting")
+        return count_run(*args)
 
-    real_through = sweeps._work_through
+    monkeypatch.setattr(sweeps, "count_run", taken_at_first)
+    last = sweep_join(ctx, asked)
+    assert len(counts) == 2
+    assert (last.jobs, last.left) == (["L04-s0"], [])
+    assert [job["name"] for job in last.run.sweep.jobs] == ["L04-s0", "L05-s0"]
+    assert not stage.work.exists()
+    late = sweep_join(ctx, asked)
+    assert (late.jobs, late.left) == ([], [])
+    assert late.run.sweep == last.run.sweep == sweep_run(ctx, asked).sweep
 
-    def through(own, asked, jobs, items, saes, board, finished):
-        held.append(run_lock(board.folder / "locks" / "L04-s0"))
-        held[0].__enter__()
-        return real_through(own, asked, jobs, items, saes, board, finished)
 
-    monkeypatch.setattr(sweeps, "_one", one)
-    monkeypatch.setattr(sweeps, "_work_through", through)
+def test_a_worker_that_joins_leaves_the_tables_to_the_one_that_is_at_them(ctx, monkeypatch):
+    asked = config(seeds=1)
+    plan = sweeps._plan(ctx, asked)
+    for name in plan.jobs.names:
+        plan.jobs.fail(name, "not tried")
+    monkeypatch.setattr(JobList, "retry", lambda *_: None)
+    with run_lock(plan.stage.work / "locks" / "tables"):
+        share = sweep_join(ctx, asked)
+    assert (share.jobs, share.left, share.run) == ([], [], None)
+
+
+def test_what_is_damaged_before_the_tables_is_made_again(ctx, monkeypatch):
+    asked, damaged = config(seeds=1, layers=(4,)), []
+    real = sweeps._Plan.gather
+
+    def gather(plan, **options):
+        record = plan.jobs.record("L04-s0")
+        adapter = ctx.workspace.path(json.loads(record.read_text())[0][0])
+        (adapter / "adapter_config.json").write_text("{}")
+        damaged.append(adapter)
+        return real(plan, **options)
+
+    monkeypatch.setattr(sweeps._Plan, "gather", gather)
+    assert len(sweep_run(ctx, asked).sweep.jobs) == 1
+    assert next(ctx.workspace.read(damaged[0]).damage(), None) is None
+
+
+def test_one_job_in_a_worker_of_its_own_is_that_of_the_sweep(ctx, tmp_path):
+    """What Ray's workers are told is enough, and makes the same artifacts."""
+    asked = config(seeds=1, controls=("cot-free",), layers=(4,))
+    plan = sweeps._plan(ctx, asked)
+    remote = pickle.loads(pickle.dumps(RemoteTunings.of(plan._work())))
+    assert len(pickle.dumps(remote)) < 20_000
+    apart = {name: remote(name) for name in plan.jobs.names}
     made = sweep_run(ctx, asked).sweep
-    assert order == ["L05-s0", "L04-s0"]
-    assert len(made.jobs) == 2
-
-
-def test_work_that_another_command_is_at_is_left_to_it(tmp_path, monkeypatch):
-    def taken(*_):
-        raise TakenError("process 1 is tuning")
-
-    monkeypatch.setattr(sweeps, "adapter_run", taken)
-    board = sweeps._Board(tmp_path / "board", 1)
-    own = Context(Workspace(tmp_path / "workspace"), Notes())
-    job, saes = sweeps.Job("L04-s0", 4, 0), SaeRun(tmp_path, (), {}, 0, 0.0, False)
-    assert sweeps._one(own, config(), job, [], saes, board) is False
-    assert (board.done, board.failed) == ({}, {})
+    assert {job["name"]: [job["adapter"], job["eval"]] for job in made.jobs} == {
+        name: [path for path, _ in pair] for name, pair in apart.items()
+    }
+    # Found, and not made a second time.
+    assert not any(line.startswith("L04") for line in ctx.reporter.lines)
 
 
 def test_other_data_is_another_sweep_and_test_questions_in_it_are_told(tmp_path, monkeypatch):
     folders = []
 
-    def work(own, asked, jobs, items, saes, board, finished):
-        folders.append(board.folder.name)
+    def work(plan, **_):
+        folders.append(plan.jobs.folder.name)
         raise RunFailedError("far enough")
 
     notes = Notes()
@@ -185,7 +221,7 @@ def test_other_data_is_another_sweep_and_test_questions_in_it_are_told(tmp_path,
     )
     monkeypatch.setattr(sweeps, "saes_for", lambda *_, **__: saes)
     monkeypatch.setattr(sweeps, "score_base", lambda *_: (tmp_path, None))
-    monkeypatch.setattr(sweeps, "_work_through", work)
+    monkeypatch.setattr(sweeps._Plan, "share", work)
     data = tmp_path / "data.jsonl"
     plain = config()
     asked = replace(plain, tune=replace(plain.tune, elicitation=CorpusConfig(source=str(data))))
@@ -239,7 +275,7 @@ def results(text: str) -> dict:
     return {key: made[key] for key in ("jobs", "scores", "layers", "selectors", "power", "n")}
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_killed_sweeps_go_on_to_the_same_result(prepared, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for place in (whole, killed):
@@ -267,7 +303,7 @@ def test_killed_sweeps_go_on_to_the_same_result(prepared, tmp_path):
     assert kills == 2
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_two_processes_share_the_jobs(prepared, tmp_path):
     place = tmp_path / "workspace"
     shutil.copytree(prepared, place)
@@ -281,7 +317,7 @@ def test_two_processes_share_the_jobs(prepared, tmp_path):
     assert sum(done) == 10
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_four_workers_of_two_hosts_two_killed_and_one_suspended(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("RESA_LENS_CLAIM_INTERVAL", "0.5")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
