@@ -7,13 +7,14 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AtLayers, Ruled, Tuning
+from resa_lens.cli.groups import AtLayers, Planned, Ruled, Tuning
 from resa_lens.cli.options import command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import EvalConfig
 from resa_lens.files import check_path
 from resa_lens.models.hookpoints import check_layer, check_layers, parse_layers
 from resa_lens.stages.reports import tuning as reports
+from resa_lens.stages.reports.plans import plan as plan_report
 from resa_lens.texts.config import check_data, check_source
 from resa_lens.tuning.config import Control, Objective, TuneConfig, check_controls
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @options("Tuning")
-class Tune(Tuning):
+class Tune(Planned, Tuning):
     """One tuning: its objective, its schedule and its data."""
 
     model: str | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -87,6 +88,11 @@ def tune(args: Tune) -> Outcome:
     job = args.job(args.model or recommended_model(ctx, "tiny-reasoner"))
     questions_of(ctx, job)
     check_data(job.trigger, job.elicitation)
+    if args.plan:
+        from resa_lens.stages.plans import plan_tune
+
+        plan = plan_tune(ctx, job)
+        return plan.to_dict(), plan_report(plan)
     world = join_processes(ctx.device) if "RANK" in os.environ else ALONE
     if world.size > 1:
         adapter_run(ctx, job, world=world)
@@ -101,7 +107,7 @@ def tune(args: Tune) -> Outcome:
 
 
 @options("Sweep")
-class Sweep(AtLayers, Ruled, Tuning):
+class Sweep(Planned, AtLayers, Ruled, Tuning):
     """Which layers, seeds and controls are tuned."""
 
     seeds: int = setting(
@@ -156,6 +162,11 @@ def sweep(args: Sweep) -> Outcome:
     check_data(args.corpus)
     n_layers = ctx.unloaded(args.model, args.base).n_layers
     config = args.config(n_layers)
+    if args.plan:
+        from resa_lens.stages.plans import plan_sweep
+
+        plan = plan_sweep(ctx, config)
+        return plan.to_dict(), plan_report(plan)
     ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
     run = sweep_run(ctx, config)
     values = {
