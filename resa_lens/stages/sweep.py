@@ -26,6 +26,7 @@ from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.config import RULES, CountConfig
 from resa_lens.files import read_json, run_lock, write_errors, write_json
 from resa_lens.hashes import digest
+from resa_lens.machine.plans import duration
 from resa_lens.models.host import Model
 from resa_lens.progress import Reporter
 from resa_lens.stages.adapters import (
@@ -76,8 +77,8 @@ class _Board:
     def left(self) -> str:
         """Say how many jobs are done and how long the rest would take this process alone."""
         over = len(self.done) + len(self.failed)
-        minutes = (self.jobs - over) * sum(self.seconds) / len(self.seconds) / 60
-        return f"{over} of {self.jobs}, about {minutes:.0f} min left"
+        seconds = (self.jobs - over) * sum(self.seconds) / len(self.seconds)
+        return f"{over} of {self.jobs}, about {duration(seconds)} left"
 
     def record(self, job: Job) -> Path:
         return self.folder / "jobs" / f"{job.name}.json"

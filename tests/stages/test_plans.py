@@ -128,7 +128,7 @@ def wide_vocabulary(folder: Path) -> Path:
     """Write a model whose logits are more than its weights: what a quality report holds."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=65_536, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=32_768, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=True,
     )  # fmt: skip
