@@ -70,7 +70,7 @@ def activity(args: Activity) -> Outcome:
         plan = plan_activity(
             ctx, model, args.corpus, args.activity, args.sae, layers=args.indices(model),
             tokens=args.text_tokens, max_new_tokens=args.generation.max_new_tokens,
-            given=args.saes, allow_mismatch=args.allow_site_mismatch,
+            folder=args.saes, allow_mismatch=args.allow_site_mismatch,
             **args.pick("generations", "memory_limit_mb"),
         )  # fmt: skip
         return plan.to_dict(), plan_report(plan)
@@ -129,7 +129,7 @@ def falsify(args: Falsify) -> Outcome:
 
         plan = plan_falsify(
             ctx, model, args.corpus, args.count, args.tests, args.sae, layers=args.indices(model),
-            given=args.saes, allow_mismatch=args.allow_site_mismatch, plain_texts=plain,
+            folder=args.saes, allow_mismatch=args.allow_site_mismatch, plain_texts=plain,
             **args.pick("other_seed", "random_weights"),
         )  # fmt: skip
         return plan.to_dict(), plan_report(plan)

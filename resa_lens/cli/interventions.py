@@ -179,7 +179,7 @@ def insert(args: Insert) -> Outcome:
 
         plan = plan_insert(
             ctx, target, items, args.corpus, config, args.sae, layers=args.indices(source),
-            given=args.saes, source=source, allow_mismatch=args.allow_site_mismatch,
+            folder=args.saes, source=source, allow_mismatch=args.allow_site_mismatch,
         )  # fmt: skip
         return plan.to_dict(), plan_report(plan)
     saes = args.find(ctx, source)

@@ -49,7 +49,7 @@ def plan_insert(
     sae: SaeConfig,
     *,
     layers: Sequence[int],
-    given: str | None = None,
+    folder: str | None = None,
     source: Model | None = None,
     allow_mismatch: bool = False,
 ) -> Plan:
@@ -63,18 +63,18 @@ def plan_insert(
         config: what is inserted, read and asked.
         sae: the SAEs that are looked for.
         layers: 0-based.
-        given: SAEs that the user has.
+        folder: SAEs that the user has.
         source: the SAEs' model; the target by default.
         allow_mismatch: warn where SAEs do not fit.
     """
     other = source is not None and source is not target
     saes = missing_saes(
-        ctx, source or target, layers, sae, corpus, given, allow_mismatch=allow_mismatch
+        ctx, source or target, layers, sae, corpus, folder, allow_mismatch=allow_mismatch
     )
     point = Hookpoint(layers[0], sae.site)
-    asked, every = fitting_questions(target, items, config.eval)
-    base = try_answers(target, asked, every)
-    inserted = try_answers(target, asked, every, point, saes.coder)
+    questions, every = fitting_questions(target, items, config.eval)
+    base = try_answers(target, questions, every)
+    inserted = try_answers(target, questions, every, point, saes.coder)
     full, count = config.arms == "full", len(layers)
     # SAE and noise; PCA and both ablations; the target's own SAE and the source itself.
     arms = 2 + (3 + 2 * other if full else 0)
@@ -89,14 +89,14 @@ def plan_insert(
         parts += [replace(part, name=f"{part.name} of the target") for part in own.parts]
         notes.append("the source beside the target is reckoned as an SAE in it")
     parts += [
-        answers_part("answers of the target", asked, every, base),
-        answers_part("answers with something inserted", asked, every, inserted, count * arms),
+        answers_part("answers of the target", questions, every, base),
+        answers_part("answers with something inserted", questions, every, inserted, count * arms),
         part_of("documents", documents, "readings", report.time * documents, report.peak_memory_mb),
     ]
     each = inserted.time.seconds * arms
     levers = [
         f"fewer --layers: each takes {duration(each)}",
-        *answer_levers(asked, every, inserted),
+        *answer_levers(questions, every, inserted),
     ]
     if full:
         levers.append(f"--arms short: each layer takes {duration(2 * inserted.time.seconds)}")
@@ -116,7 +116,7 @@ def plan_activity(
     tokens: int,
     generations: int = 0,
     max_new_tokens: int = 160,
-    given: str | None = None,
+    folder: str | None = None,
     allow_mismatch: bool = False,
     memory_limit_mb: float | None = None,
 ) -> Plan:
@@ -132,11 +132,11 @@ def plan_activity(
         tokens: of the documents.
         generations: the model's own answers in their place.
         max_new_tokens: of one generation.
-        given: SAEs that the user has.
+        folder: SAEs that the user has.
         allow_mismatch: warn where SAEs do not fit.
         memory_limit_mb: what the process may take.
     """
-    saes = missing_saes(ctx, model, layers, sae, corpus, given, allow_mismatch=allow_mismatch)
+    saes = missing_saes(ctx, model, layers, sae, corpus, folder, allow_mismatch=allow_mismatch)
     corpus = phased_corpus(corpus, model)
     parts: list[Part] = list(saes.parts)
     levers = [f"fewer --text-tokens: there are {tokens:,}"]
@@ -146,12 +146,12 @@ def plan_activity(
             question_column=corpus.question_column, answer_column=corpus.answer_column,
         )  # fmt: skip
         asking = EvalConfig(generation=GenerationConfig(max_new_tokens=max_new_tokens))
-        asked, _ = answerable(ask(items, asking), model.tokenizer, model.context)
-        answers = try_answers(model, asked, asking)
-        parts.append(answers_part("answers", asked, asking, answers))
-        levers = answer_levers(asked, asking, answers)
+        questions, _ = answerable(ask(items, asking), model.tokenizer, model.context)
+        answers = try_answers(model, questions, asking)
+        parts.append(answers_part("answers", questions, asking, answers))
+        levers = answer_levers(questions, asking, answers)
         # A prompt of a question is as long as its document without an answer.
-        read: int = sum(map(len, model.tokenizer([one.prompt for one in asked])["input_ids"]))  # pyright: ignore
+        read: int = sum(map(len, model.tokenizer([one.prompt for one in questions])["input_ids"]))  # pyright: ignore
         tokens = read + answers.tokens
     batches = phased_batches(
         model.tokenizer, phased_texts(corpora.read_records(corpus), corpus), tokens=tokens,
@@ -183,7 +183,7 @@ def plan_falsify(
     sae: SaeConfig,
     *,
     layers: Sequence[int],
-    given: str | None = None,
+    folder: str | None = None,
     allow_mismatch: bool = False,
     plain_texts: Sequence[str] = PLAIN_TEXTS,
     other_seed: bool = True,
@@ -199,13 +199,13 @@ def plan_falsify(
         config: how hard features are tried.
         sae: the SAEs that are looked for.
         layers: 0-based.
-        given: SAEs that the user has.
+        folder: SAEs that the user has.
         allow_mismatch: warn where SAEs do not fit.
         plain_texts: sentences without reasoning.
         other_seed: whether another seed's SAEs are tried too.
         random_weights: whether a random-weights model's are.
     """
-    saes = missing_saes(ctx, model, layers, sae, corpus, given, allow_mismatch=allow_mismatch)
+    saes = missing_saes(ctx, model, layers, sae, corpus, folder, allow_mismatch=allow_mismatch)
     training = (sae, corpus) if saes.run is None else saes.run.training()
     parts, sets = list(saes.parts), 1
     work = saes.work_disk_mb

@@ -75,18 +75,18 @@ def plan_of(
 
 
 def answers_part(
-    name: str, asked: Sequence[Asked], config: EvalConfig, trial: AnswersTrial, times: int = 1
+    name: str, questions: Sequence[Asked], config: EvalConfig, trial: AnswersTrial, times: int = 1
 ) -> Part:
     """Return the part of answering all questions, so many times."""
     return part_of(
-        name, times * len(asked), "answers", trial.time * times, trial.peak_memory_mb,
-        disk_mb=round(times * answers_mb(asked, config), 1), at_most=trial.at_most,
+        name, times * len(questions), "answers", trial.time * times, trial.peak_memory_mb,
+        disk_mb=round(times * answers_mb(questions, config), 1), at_most=trial.at_most,
     )  # fmt: skip
 
 
-def answer_levers(asked: Sequence[Asked], config: EvalConfig, trial: AnswersTrial) -> list[str]:
+def answer_levers(questions: Sequence[Asked], config: EvalConfig, trial: AnswersTrial) -> list[str]:
     """Say what fewer and shorter answers would save."""
-    day = int(len(asked) * DAY / max(trial.time.seconds, 1e-9))
+    day = int(len(questions) * DAY / max(trial.time.seconds, 1e-9))
     levers = [f"a smaller --limit: {day:,} answers take a day"]
     if trial.at_most:
         half = config.generation.max_new_tokens // 2
@@ -114,14 +114,14 @@ def plan_eval(
         config: how it is asked.
         engine: what would generate; engine hf is tried.
     """
-    asked, every = fitting_questions(model, items, config)
-    trial = try_answers(model, asked, every)
+    questions, every = fitting_questions(model, items, config)
+    trial = try_answers(model, questions, every)
     notes = [f"tried with engine hf; {engine} has another time"] if engine != "hf" else []
-    levers = answer_levers(asked, every, trial)
+    levers = answer_levers(questions, every, trial)
     if config.samples > 1:
         each = duration(trial.time.seconds / config.samples)
         levers.append(f"fewer --samples: each takes {each}")
-    parts = [answers_part("answers", asked, every, trial)]
+    parts = [answers_part("answers", questions, every, trial)]
     return plan_of(ctx, "eval", model, parts, levers, notes=notes)
 
 
@@ -143,7 +143,7 @@ def missing_saes(
     layers: Sequence[int],
     config: SaeConfig,
     corpus: CorpusConfig,
-    given: str | None,
+    folder: str | None,
     *,
     allow_mismatch: bool = False,
     layer: int | None = None,
@@ -156,7 +156,7 @@ def missing_saes(
         layers: 0-based.
         config: what they are.
         corpus: what they are trained on.
-        given: a folder or a hub id, of SAEs that the user has.
+        folder: of SAEs, or a hub id, that the user has.
         allow_mismatch: warn where they do not fit.
         layer: where one is loaded; the first by default.
     """
@@ -164,10 +164,10 @@ def missing_saes(
     point = Hookpoint(layer, config.site)
     run = (
         open_saes(
-            ctx, model, named_path(given, "SAEs"), config.site, allow_mismatch=allow_mismatch,
+            ctx, model, named_path(folder, "SAEs"), config.site, allow_mismatch=allow_mismatch,
             corpus=corpus, only=[layer],
         )
-        if given
+        if folder
         else find_saes(ctx, model, config, corpus, layers)
     )  # fmt: skip
     if run is not None:
@@ -183,11 +183,11 @@ def missing_saes(
 
 
 @dataclass(frozen=True)
-class _Tried:
+class _Trials:
     """What was tried of a tuning or a sweep."""
 
     target: Model
-    asked: list[Asked]
+    questions: list[Asked]
     config: EvalConfig
     saes: MissingSaes
     steps: int
@@ -198,12 +198,12 @@ class _Tried:
     start: tuple[Part, ...]
 
 
-def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers: int) -> _Tried:
+def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers: int) -> _Trials:
     """Try all that a tuning is made of, through the middle one of the layers."""
     items, records = questions_of(ctx, job), elicitation_records(job)
     target = ctx.model(job.model, job.base)
     source = ctx.model(job.source_model) if job.source_model else target
-    asked, every = fitting_questions(target, items, job.evaluation)
+    questions, every = fitting_questions(target, items, job.evaluation)
     site = job.objective.site
     layers = layers or trainable_layers(target.n_layers)
     point = Hookpoint(layers[len(layers) // 2], site)
@@ -211,12 +211,12 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
         ctx, source, layers, replace(job.sae, site=site), job.trigger, job.saes,
         allow_mismatch=job.allow_mismatch, layer=point.layer,
     )  # fmt: skip
-    base = try_answers(target, asked, every)
+    base = try_answers(target, questions, every)
     inserted, start = None, ()
     if start_layers:
-        inserted = try_answers(target, asked, every, point, saes.coder)
+        inserted = try_answers(target, questions, every, point, saes.coder)
         share = min(1.0, min(SHORT, job.evaluation.limit or SHORT) / len(items))
-        some = asked[: math.ceil(share * len(asked))]
+        some = questions[: math.ceil(share * len(questions))]
         time = (base.time + inserted.time * (2 * start_layers)) * share
         start = (
             part_of(
@@ -226,28 +226,30 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
                 at_most=base.at_most or inserted.at_most,
             ),
         )  # fmt: skip
-    tuning = try_tuning(ctx, job, target, records, point, saes.coder, asked)
+    tuning = try_tuning(ctx, job, target, records, point, saes.coder, questions)
     corpus = fit_corpus(job.elicitation, target)
     steps = job.steps or default_steps(target, records, corpus, job.lora)
-    return _Tried(target, asked, every, saes, steps, corpus.sequence, base, inserted, tuning, start)
+    return _Trials(
+        target, questions, every, saes, steps, corpus.sequence, base, inserted, tuning, start
+    )
 
 
-def _tuning_part(job: TuneJob, tried: _Tried, times: int = 1) -> Part:
-    time = tried.tuning.update * tried.steps + tried.tuning.looks
-    kept = tried.steps // job.lora.checkpoint_every if job.lora.checkpoint_every else 0
+def _tuning_part(job: TuneJob, trials: _Trials, times: int = 1) -> Part:
+    time = trials.tuning.update * trials.steps + trials.tuning.looks
+    kept = trials.steps // job.lora.checkpoint_every if job.lora.checkpoint_every else 0
     return part_of(
-        "tuning", times * tried.steps, "updates", time * times, tried.tuning.peak_memory_mb,
-        disk_mb=round(times * (1 + kept) * adapter_mb(tried.target, job), 1),
+        "tuning", times * trials.steps, "updates", time * times, trials.tuning.peak_memory_mb,
+        disk_mb=round(times * (1 + kept) * adapter_mb(trials.target, job), 1),
     )  # fmt: skip
 
 
-def _tuning_levers(job: TuneJob, tried: _Tried) -> list[str]:
-    whole = tried.tuning.update.seconds * tried.steps
-    tokens = job.lora.batch * job.lora.accumulation * tried.sequence
+def _tuning_levers(job: TuneJob, trials: _Trials) -> list[str]:
+    whole = trials.tuning.update.seconds * trials.steps
+    tokens = job.lora.batch * job.lora.accumulation * trials.sequence
     return [
-        f"fewer --steps: each takes {duration(tried.tuning.update.seconds)} of "
+        f"fewer --steps: each takes {duration(trials.tuning.update.seconds)} of "
         f"{tokens:,} tokens; {HALF} {duration(whole / 2)}",
-        f"a larger --sequence or --batch: {tried.steps:,} updates of {tokens:,} tokens are many "
+        f"a larger --sequence or --batch: {trials.steps:,} updates of {tokens:,} tokens are many "
         "small ones; as many tokens in fewer updates take less on a wide device",
     ]
 
@@ -283,14 +285,18 @@ def plan_tune(ctx: Context, job: TuneJob) -> Plan:
             layers = [int(newest.manifest.results["recommended"][0])]
         else:
             notes.append("no recommendation is there: counting, which chooses the layer, is short")
-    tried = _try(ctx, job, layers, 1 if job.start_check and job.control not in KINDS else 0)
+    trials = _try(ctx, job, layers, 1 if job.start_check and job.control not in KINDS else 0)
     parts = [
-        *tried.saes.parts, *tried.start, _tuning_part(job, tried),
-        answers_part("answers of the base", tried.asked, tried.config, tried.base),
-        answers_part("answers of the tuned", tried.asked, tried.config, tried.tuning.answers),
+        *trials.saes.parts, *trials.start, _tuning_part(job, trials),
+        answers_part("answers of the base", trials.questions, trials.config, trials.base),
+        answers_part(
+            "answers of the tuned", trials.questions, trials.config, trials.tuning.answers
+        ),
     ]  # fmt: skip
-    levers = _tuning_levers(job, tried) + answer_levers(tried.asked, tried.config, tried.base)
-    work = max(tried.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
+    levers = _tuning_levers(job, trials) + answer_levers(
+        trials.questions, trials.config, trials.base
+    )
+    work = max(trials.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
     return plan_of(ctx, "tune", target, parts, levers, work_disk_mb=work, notes=notes)
 
 
@@ -308,24 +314,24 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
     target = ctx.model(job.model, job.base)
     jobs = jobs_of(config, target.n_layers)
     layers = sorted({one.layer for one in jobs if one.layer is not None})
-    tried = _try(ctx, job, layers, len(layers) if config.start_check else 0)
-    n, answers = len(jobs), tried.tuning.answers
+    trials = _try(ctx, job, layers, len(layers) if config.start_check else 0)
+    n, answers = len(jobs), trials.tuning.answers
     parts = [
-        *tried.saes.parts, *tried.start,
-        answers_part("answers of the base", tried.asked, tried.config, tried.base),
-        _tuning_part(job, tried, n),
-        answers_part("answers of the tuned", tried.asked, tried.config, answers, n),
+        *trials.saes.parts, *trials.start,
+        answers_part("answers of the base", trials.questions, trials.config, trials.base),
+        _tuning_part(job, trials, n),
+        answers_part("answers of the tuned", trials.questions, trials.config, answers, n),
     ]  # fmt: skip
-    each = tried.tuning.update.seconds * tried.steps + answers.time.seconds
+    each = trials.tuning.update.seconds * trials.steps + answers.time.seconds
     per_layer = n / max(1, len(layers))
     levers = [
         f"more workers: {n} tunings are shared by processes that run this command; four take "
         f"{duration(n * each / 4)}",
         f"fewer --seeds: each takes {duration(n * each / config.seeds)}",
         f"fewer --layers: each takes {duration(per_layer * each)}",
-        *_tuning_levers(job, tried),
+        *_tuning_levers(job, trials),
         f"a smaller --limit: half as many answers take {duration(n * answers.time.seconds / 2)}",
     ]
     notes = ["counts, causal effects and probes are not in it: a few documents a layer"]
-    work = max(tried.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
+    work = max(trials.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
     return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work, notes=notes)

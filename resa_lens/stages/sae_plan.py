@@ -98,9 +98,9 @@ def plan_job(
         job.model, job.layers, job.config, next(job.batches()), job.steps,
         memory_limit_mb=memory_limit_mb, processes=world.size,
     )  # fmt: skip
-    tried = _try_report(job, _blank(job)) if report and world.rank == 0 else None
+    trial = _try_report(job, _blank(job)) if report and world.rank == 0 else None
     return training, plan_of_training(
-        ctx, job.model, training, layers=job.layers, tokens=job.tokens, report=tried, **more
+        ctx, job.model, training, layers=job.layers, tokens=job.tokens, report=trial, **more
     )
 
 
@@ -133,10 +133,8 @@ def _plan_pretrained(ctx: Context, job: SaeJob, report: bool) -> Plan:
     size = {"disk_mb": round(count * each, 1)}
     parts = [part_of("measuring and copying", count, "SAEs", time, peak[0], **size)]
     if report:
-        tried = _try_report(job, coder)
-        parts.append(
-            part_of("quality report", count, "SAEs", tried.time * count, tried.peak_memory_mb)
-        )
+        one = _try_report(job, coder)
+        parts.append(part_of("quality report", count, "SAEs", one.time * count, one.peak_memory_mb))
     return Plan(
         stage="train-saes", model=model.name, device=model.device, parts=tuple(parts),
         available_mb=round(meter.now() + meter.available(), 1),

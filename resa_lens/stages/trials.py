@@ -49,7 +49,7 @@ class AnswersTrial:
 
 def try_answers(
     model: Model,
-    asked: Sequence[Asked],
+    questions: Sequence[Asked],
     config: EvalConfig,
     point: Hookpoint | None = None,
     inserted: SparseCoder | Replacement | None = None,
@@ -58,15 +58,15 @@ def try_answers(
 
     Args:
         model: the model that answers.
-        asked: all prompts that fit the model's context.
+        questions: all prompts that fit the model's context.
         config: how they are asked.
         point: where something stands in the activations' place.
         inserted: what stands there.
     """
     generation = config.generation
-    rows = min(len(asked), generation.batch_size)
+    rows = min(len(questions), generation.batch_size)
     # From all parts of the list, whose levels may stand one after the other.
-    some = [asked[i * len(asked) // rows] for i in range(rows)]
+    some = [questions[i * len(questions) // rows] for i in range(rows)]
     prompts = [one.prompt for one in some]
     engine = HFEngine(model.model, model.tokenizer)
 
@@ -88,7 +88,7 @@ def try_answers(
     longer = generation.max_new_tokens / max(1, written) if cut else 1.0
     if generation.timeout is not None:
         longer = min(longer, generation.timeout / limit)
-    share = longer * len(asked) / rows
+    share = longer * len(questions) / rows
     tokens = round(share * sum(answer.tokens for answer in answers))
     return AnswersTrial(trial[0] * share, peak[0], tokens, bool(cut))
 
@@ -111,7 +111,7 @@ def try_tuning(
     records: Sequence[Record],
     point: Hookpoint,
     coder: SparseCoder,
-    asked: Sequence[Asked],
+    questions: Sequence[Asked],
 ) -> TuningTrial:
     """Take a few updates and answer a batch with their adapters; nothing is left of them.
 
@@ -122,7 +122,7 @@ def try_tuning(
         records: that are tuned on.
         point: where the SAE is inserted.
         coder: an SAE of the size of the one that will be inserted.
-        asked: the questions.
+        questions: the questions.
     """
     corpus = fit_corpus(job.elicitation, target)
     marks: list[tuple[str, float, float]] = []
@@ -146,7 +146,7 @@ def try_tuning(
         save_adapter(peft, Path(folder), target.folder)
         del peft, fresh
         adapted = load_model(folder, base=job.base or job.model, **options)
-        answers = try_answers(adapted, asked, job.evaluation)
+        answers = try_answers(adapted, questions, job.evaluation)
     spans = [
         (second[0], Trial(second[1] - first[1], second[2] - first[2]))
         for first, second in pairwise(marks)
