@@ -151,7 +151,7 @@ def try_tuning(
         (second[0], Trial(second[1] - first[1], second[2] - first[2]))
         for first, second in pairwise(marks)
     ]
-    taken = sorted((t for what, t in spans if what == "updated"), key=lambda t: t.seconds)
+    steps = sorted((t for what, t in spans if what == "updated"), key=lambda t: t.seconds)
     looks = sorted((t for what, t in spans if what == "begun"), key=lambda t: t.seconds)
     # The slowest is the first.
-    return TuningTrial(taken[(len(taken) - 1) // 2], looks[0] * LOOKS, peak[0], answers)
+    return TuningTrial(steps[(len(steps) - 1) // 2], looks[0] * LOOKS, peak[0], answers)
