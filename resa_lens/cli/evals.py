@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AdapterBase, Adapters, OnModel, Output, Place, Questions, Seeded
+from resa_lens.cli.groups import (
+    AdapterBase,
+    Adapters,
+    OnModel,
+    Output,
+    Place,
+    Planned,
+    Questions,
+    Seeded,
+)
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import setting as option
 from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EngineName, EvalConfig, GenerationConfig, preset
 from resa_lens.files import check_path, named_path
 from resa_lens.stages.reports import evals as reports
+from resa_lens.stages.reports.plans import plan as plan_report
 
 
 @options("Questions")
-class Eval(Adapters, AdapterBase, Questions, OnModel):
+class Eval(Planned, Adapters, AdapterBase, Questions, OnModel):
     """What is asked of which model, and how its answers are drawn."""
 
     asking: EvalConfig = part(
@@ -86,6 +96,11 @@ def evaluate(args: Eval) -> Outcome:
     model = ctx.model(name, base, adapters=args.adapter or (), scale=args.scale or 1.0)
     for note in model.notes:
         ctx.reporter.note(f"note: {note}")
+    if args.plan:
+        from resa_lens.stages.plans import plan_eval
+
+        plan = plan_eval(ctx, model, items, config, args.engine)
+        return plan.to_dict(), plan_report(plan)
     run = eval_run(
         ctx, model, items, config, source=args.tasks, engine=args.engine,
         lora="merged" if args.merge else "request",

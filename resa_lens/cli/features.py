@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AtLayers, Counting, MemoryLimit, OnData, WithSaesAt
+from resa_lens.cli.groups import AtLayers, Counting, MemoryLimit, OnData, Planned, WithSaesAt
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import GenerationConfig
@@ -23,13 +23,14 @@ from resa_lens.saes.config import SaeConfig
 from resa_lens.stages.config import MatchConfig, ScoreConfig
 from resa_lens.stages.reports import features as reports
 from resa_lens.stages.reports import scores as score_reports
+from resa_lens.stages.reports.plans import plan as plan_report
 
 if TYPE_CHECKING:
     from resa_lens.artifacts.stage import Context
 
 
 @options("Activity")
-class Activity(MemoryLimit, WithSaesAt):
+class Activity(Planned, MemoryLimit, WithSaesAt):
     """The documents that features are tallied over."""
 
     show: str | None = setting(
@@ -63,6 +64,16 @@ def activity(args: Activity) -> Outcome:
 
     ctx, model = args.load()
     feature = parse_feature(args.show, model.n_layers) if args.show else None
+    if args.plan:
+        from resa_lens.stages.look_plans import plan_activity
+
+        plan = plan_activity(
+            ctx, model, args.corpus, args.activity, args.sae, layers=args.indices(model),
+            tokens=args.text_tokens, max_new_tokens=args.generation.max_new_tokens,
+            folder=args.saes, allow_mismatch=args.allow_site_mismatch,
+            **args.pick("generations", "memory_limit_mb"),
+        )  # fmt: skip
+        return plan.to_dict(), plan_report(plan)
     saes = args.find(ctx, model)
     run = activity_run(
         ctx, model, saes, args.corpus, args.activity, layers=args.scope(model),
@@ -82,7 +93,7 @@ def activity(args: Activity) -> Outcome:
 
 
 @options("Tests")
-class Falsify(Counting, WithSaesAt):
+class Falsify(Planned, Counting, WithSaesAt):
     """How hard the counted features are tried."""
 
     rule: Rule | None = setting(
@@ -113,6 +124,15 @@ def falsify(args: Falsify) -> Outcome:
 
     plain = read_plain_texts(args.plain_texts) if args.plain_texts else PLAIN_TEXTS
     ctx, model = args.load()
+    if args.plan:
+        from resa_lens.stages.look_plans import plan_falsify
+
+        plan = plan_falsify(
+            ctx, model, args.corpus, args.count, args.tests, args.sae, layers=args.indices(model),
+            folder=args.saes, allow_mismatch=args.allow_site_mismatch, plain_texts=plain,
+            **args.pick("other_seed", "random_weights"),
+        )  # fmt: skip
+        return plan.to_dict(), plan_report(plan)
     saes = args.find(ctx, model)
     counts = count_run(ctx, model, saes, args.count, args.scope(model))
     run = falsify_run(

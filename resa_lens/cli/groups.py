@@ -289,6 +289,15 @@ class Counting(OnModel):
         return ctx, model
 
 
+@options("Output")
+class Planned:
+    """A long stage, which can be planned."""
+
+    plan: bool = setting(
+        False, "Only say what it will take, from a short trial: time, memory, disk."
+    )
+
+
 @options("Machine")
 class MemoryLimit:
     """The memory that a stage may take."""

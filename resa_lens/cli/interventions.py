@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AdapterBase, AskedOf, Ruled, SaeUse, WithSaesAt
+from resa_lens.cli.groups import AdapterBase, AskedOf, Planned, Ruled, SaeUse, WithSaesAt
 from resa_lens.cli.options import command, options, part
 from resa_lens.config import setting
 from resa_lens.evals.config import EvalConfig, GenerationConfig
@@ -15,6 +15,7 @@ from resa_lens.files import check_path
 from resa_lens.models.hookpoints import Hookpoint, check_layer, parse_layer, trainable_layers
 from resa_lens.stages.config import AblationConfig, InsertionConfig
 from resa_lens.stages.reports import interventions as reports
+from resa_lens.stages.reports.plans import plan as plan_report
 
 if TYPE_CHECKING:
     from resa_lens.artifacts.stage import Context
@@ -147,7 +148,7 @@ def attribute(args: Attribute) -> Outcome:
 
 
 @options("Insertion")
-class Insert(AdapterBase, AskedOf, WithSaesAt):
+class Insert(Planned, AdapterBase, AskedOf, WithSaesAt):
     """What is inserted into which model."""
 
     source_model: str | None = setting(
@@ -172,9 +173,18 @@ def insert(args: Insert) -> Outcome:
     items = args.items()
     ctx, target = args.load()
     source = ctx.model(args.source_model) if args.source_model else target
+    config = replace(args.insertion, eval=args.evaluation())
+    if args.plan:
+        from resa_lens.stages.look_plans import plan_insert
+
+        plan = plan_insert(
+            ctx, target, items, args.corpus, config, args.sae, layers=args.indices(source),
+            folder=args.saes, source=source, allow_mismatch=args.allow_site_mismatch,
+        )  # fmt: skip
+        return plan.to_dict(), plan_report(plan)
     saes = args.find(ctx, source)
     run = insertion_run(
-        ctx, target, saes, items, args.corpus, replace(args.insertion, eval=args.evaluation()),
+        ctx, target, saes, items, args.corpus, config,
         layers=args.scope(source) or saes.layers, source=source, tasks=args.tasks,
     )  # fmt: skip
     return run.to_dict(), reports.insertion(target.slug, target.n_layers, run.to_dict())

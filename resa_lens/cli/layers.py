@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from resa_lens.cli.common import Outcome
@@ -12,6 +12,7 @@ from resa_lens.cli.groups import (
     AtLayers,
     Counting,
     MemoryLimit,
+    Planned,
     Recommending,
     Ruled,
     SaeFit,
@@ -24,12 +25,13 @@ from resa_lens.features.config import RULES, CountConfig, check_prompt, check_ru
 from resa_lens.files import check_path
 from resa_lens.saes.config import SaeConfig
 from resa_lens.stages.reports import layers as reports
+from resa_lens.stages.reports.plans import plan as plan_report
 from resa_lens.texts.config import CorpusConfig
 from resa_lens.texts.prompts import SYSTEM_PROMPTS
 
 
 @options("Training")
-class TrainSaes(MemoryLimit, AtLayers, SaeFit):
+class TrainSaes(Planned, MemoryLimit, AtLayers, SaeFit):
     """How the SAEs are trained."""
 
     sae: SaeConfig = part(
@@ -51,7 +53,6 @@ class TrainSaes(MemoryLimit, AtLayers, SaeFit):
         1, "So many seeds, from --seed on; their features are compared.", min=1, max=10_000
     )
     report: bool = setting(True, "Measure their quality by phase.")
-    plan: bool = setting(False, "Only say what it will need: memory, disk, time.")
     spread_layers: bool = setting(False, "Under torchrun: divide layers, not rows.")
 
     def __post_init__(self) -> None:
@@ -75,18 +76,20 @@ def train_saes(args: TrainSaes) -> Outcome:
     from resa_lens.saes.world import join_world, local_device
 
     ctx, model = args.load(local_device(args.device))
+    from resa_lens.stages.sae_plan import plan_run
     from resa_lens.stages.sae_quality import quality_run, training_values
-    from resa_lens.stages.sae_training import plan_run, train_run
+    from resa_lens.stages.sae_training import train_run
 
     world = join_world(model.device)
     config, layers, corpus = args.sae, args.indices(model), args.corpus
     if args.expansion is not None:
         config = replace(config, latents=args.expansion * model.d_model)
-    shared: Any = {"source": args.saes, "memory_limit_mb": args.memory_limit_mb, "world": world}
+    shared: Any = {
+        "source": args.saes, "world": world, **args.pick("memory_limit_mb", "report"),
+    }  # fmt: skip
     if args.plan:
-        plan = plan_run(ctx, model, layers, config, corpus, **shared)
-        values = {**asdict(plan), "layers": layers, "model": model.name, "site": config.site}
-        return values, [plan.describe()]
+        plan = plan_run(ctx, model, layers, config, corpus, **shared, seeds=args.seeds)
+        return {**plan.to_dict(), "site": config.site}, plan_report(plan)
     runs = [
         train_run(
             ctx, model, layers, replace(config, seed=seed), replace(corpus, seed=seed), **shared,

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AtLayers, Ruled, Tuning
+from resa_lens.cli.groups import AtLayers, Planned, Ruled, Tuning
 from resa_lens.cli.options import command, options, part
 from resa_lens.config import goes_with, setting
 from resa_lens.errors import BadInputError
@@ -17,6 +17,7 @@ from resa_lens.files import check_path
 from resa_lens.jobs.cluster import Cluster, check_ray
 from resa_lens.models.hookpoints import check_layer, check_layers, parse_layers
 from resa_lens.stages.reports import tuning as reports
+from resa_lens.stages.reports.plans import plan as plan_report
 from resa_lens.texts.config import check_data, check_source
 from resa_lens.tuning.config import Control, Objective, TuneConfig, check_controls
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @options("Tuning")
-class Tune(Tuning):
+class Tune(Planned, Tuning):
     """One tuning: its objective, its schedule and its data."""
 
     model: str | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -90,6 +91,11 @@ def tune(args: Tune) -> Outcome:
     job = args.job(args.model or recommended_model(ctx, "tiny-reasoner"))
     questions_of(ctx, job)
     check_data(job.trigger, job.elicitation)
+    if args.plan:
+        from resa_lens.stages.plans import plan_tune
+
+        plan = plan_tune(ctx, job)
+        return plan.to_dict(), plan_report(plan)
     world = join_processes(ctx.device) if "RANK" in os.environ else ALONE
     if world.size > 1:
         adapter_run(ctx, job, world=world)
@@ -104,7 +110,7 @@ def tune(args: Tune) -> Outcome:
 
 
 @options("Sweep")
-class Sweep(AtLayers, Ruled, Tuning):
+class Sweep(Planned, AtLayers, Ruled, Tuning):
     """Which layers, seeds and controls are tuned."""
 
     seeds: int = setting(
@@ -189,6 +195,11 @@ def sweep(args: Sweep) -> Outcome:
     check_data(args.corpus)
     n_layers = ctx.unloaded(args.model, args.base).n_layers
     config = args.config(n_layers)
+    if args.plan:
+        from resa_lens.stages.plans import plan_sweep
+
+        plan = plan_sweep(ctx, config)
+        return plan.to_dict(), plan_report(plan)
     ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
     if args.join:
         share = sweep_join(ctx, config)

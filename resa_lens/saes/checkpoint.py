@@ -29,7 +29,9 @@ from safetensors.torch import save_file
 from resa_lens import claims
 from resa_lens.errors import BadInputError
 from resa_lens.files import read_json, write_errors
+from resa_lens.machine.hardware import MB
 from resa_lens.machine.limits import is_out_of_memory
+from resa_lens.machine.plans import TRIAL_MB, write_seconds
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.kernels import kernel_path
 from resa_lens.saes.world import ALONE, World
@@ -38,10 +40,38 @@ if TYPE_CHECKING:
     from resa_lens.saes.train import LayerTrainer
 
 SHARE = 12
-"""At least so many checkpoints a run: less than a tenth of the work can be lost."""
-COST = 0.03
-"""Share of the time that checkpoints between those may take."""
+"""So many checkpoints a run where they cost little: less than a tenth of the work can be lost."""
+COST = 0.05
+"""Share of the time that checkpoints may take; where they cost more they are rarer."""
+UNNOTICED_S = 0.1
+"""A write this short is none that anybody waits for, however short the run is."""
+PAUSE_S = 0.5
+"""At least, between two checkpoints of which there are more than `SHARE`."""
 STATE = "state.json"
+
+
+def is_due(waited: float, write_seconds: float, share: float) -> bool:
+    """Return whether a checkpoint is to be written now.
+
+    Each is preceded by 1 / `COST` times what it takes, so that all together take less than that
+    share of the time.
+
+    Args:
+        waited: seconds since the last one, or the start.
+        write_seconds: what one takes.
+        share: of the run's steps that passed since the last one.
+    """
+    cheap = waited * COST > write_seconds
+    part = share * SHARE >= 1 and (cheap or write_seconds <= UNNOTICED_S)
+    return part or (cheap and waited > PAUSE_S)
+
+
+def planned_writes(seconds: float, write_seconds: float, steps: int) -> int:
+    """Return how many checkpoints a run of so many seconds and steps will write (`is_due`)."""
+    step = seconds / steps
+    due = (n for n in range(1, steps) if is_due(n * step, write_seconds, n / steps))
+    # The last step is followed by the result itself.
+    return (steps - 1) // next(due, steps)
 
 
 def newest(folder: Path) -> Path | None:
@@ -122,7 +152,8 @@ class Checkpoints:
     world: World = ALONE
     last_step: int = 0
     last_time: float = field(default_factory=time.monotonic)
-    write_seconds: float = 0.0
+    write_seconds: float | None = None
+    """What the last one took; before the first, what a trial of the disk says of a large one."""
 
     def load(self, trainers: Mapping[Hookpoint, LayerTrainer]) -> int:
         """Restore the newest checkpoint into the trainers; return the steps that it holds.
@@ -156,10 +187,12 @@ class Checkpoints:
         return self.last_step
 
     def keep(self, step: int, steps: int, trainers: Mapping[Hookpoint, LayerTrainer]) -> None:
-        """Write a checkpoint if one is due: a twelfth of the run passed, or it costs little."""
+        """Write a checkpoint if one is due: they may take `COST` of the time, and no more."""
         waited = time.monotonic() - self.last_time
-        cheap = waited * COST > self.write_seconds and waited > 0.5
-        due = (step - self.last_step) * SHARE >= steps or cheap
+        if self.write_seconds is None:
+            size = sum(v.nbytes for t in trainers.values() for v in t.tensors().values()) / MB
+            self.write_seconds = write_seconds(self.folder, size) if size > TRIAL_MB else 0.0
+        due = is_due(waited, self.write_seconds, (step - self.last_step) / steps)
         # Ranks must write together, so rank 0's clock decides.
         if step < steps and self.world.agree(due):
             self.write(step, trainers)

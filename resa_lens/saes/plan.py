@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from resa_lens.errors import BadInputError
 from resa_lens.machine.hardware import MB, available_mb
 from resa_lens.machine.meters import peak_memory_mb
+from resa_lens.machine.plans import Trial, timed
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
@@ -34,8 +34,8 @@ RESERVE = 0.1
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Needs of a run; memory in MB is the process's peak (on a GPU, of its memory)."""
+class TrainingPlan:
+    """Needs of a training; memory in MB is the process's peak (on a GPU, of its memory)."""
 
     groups: tuple[tuple[int, ...], ...]
     """Layers that are trained together, one pass over the data each."""
@@ -45,26 +45,16 @@ class Plan:
     """Of the finished SAEs."""
     work_disk_mb: float
     """Of two checkpoints, while it runs."""
-    seconds: float
+    checkpoint_mb: float
+    """Of one checkpoint of the largest group."""
+    time: Trial
+    """Of all passes, without checkpoints."""
     steps: int
     """Of one pass."""
-    forward_seconds: float
+    forward: Trial
     """The model on one batch, up to the last layer asked for."""
-    step_seconds: float
+    step: Trial
     """One SAE on one batch."""
-    own_thoughts_seconds: float = 0.0
-    """Before the training, for the thoughts that the model writes itself."""
-
-    def describe(self) -> str:
-        """Say it in one line."""
-        own = self.own_thoughts_seconds
-        before = f"{own:.0f} s for the model's own thoughts, then " if own else ""
-        passes = f" in {len(self.groups)} passes over the data" if len(self.groups) > 1 else ""
-        return (
-            f"expected: {before}{self.seconds:.0f} s{passes}, {self.peak_memory_mb:.0f} MB of "
-            f"memory at the peak ({self.available_mb:.0f} MB available), {self.disk_mb:.0f} MB on "
-            f"disk and {self.work_disk_mb:.0f} MB for checkpoints while it runs"
-        )
 
 
 class Meter:
@@ -129,7 +119,7 @@ def plan_training(
     *,
     memory_limit_mb: float | None = None,
     processes: int = 1,
-) -> Plan:
+) -> TrainingPlan:
     """Probe the model and one SAE on one batch, and plan the run.
 
     Args:
@@ -152,9 +142,8 @@ def plan_training(
     with meter.peak() as forward:
         # The first pass allocates and warms up; the second is timed.
         next(stream_activations(model, [part], points))
-        began = time.perf_counter()
-        sample = next(stream_activations(model, [part], points))
-        forward_seconds = time.perf_counter() - began
+        with timed(model.device) as passed:
+            sample = next(stream_activations(model, [part], points))
     x = sample.acts[points[len(points) // 2]].flatten(0, 1).float().clone()
     acts = part.numel() * model.d_model * next(iter(sample.acts.values())).element_size() / MB
     del sample
@@ -166,10 +155,10 @@ def plan_training(
     with meter.peak() as stepping:
         half = half_room(config.latents or 0, model.d_model, model.device)
         for _ in range(4):
-            began = time.perf_counter()
-            trainer.step(x, half)
-            times.append(time.perf_counter() - began)
-    step_seconds = sorted(times[1:])[1]
+            with timed(model.device) as stepped:
+                trainer.step(x, half)
+            times += stepped
+    step = sorted(times[1:], key=lambda trial: trial.seconds)[1]
     del trainer, trainers, half, x
     layer_mb = state_mb(config, model.d_model)
     step_mb = max(0.0, stepping[0] - before)
@@ -193,14 +182,15 @@ def plan_training(
     groups = tuple(tuple(layers[i : i + size]) for i in range(0, len(layers), size))
     most = max(len(group) for group in groups)
     disk = len(layers) * 2 * (config.latents or 0) * model.d_model * 4 / MB
-    return Plan(
+    return TrainingPlan(
         groups=groups,
         peak_memory_mb=round(max(peak(most), 0.0 if meter.cuda else peak_memory_mb()), 1),
         available_mb=round(available, 1),
         disk_mb=round(disk, 1),
         work_disk_mb=round(2 * most * layer_mb + (disk if len(groups) > 1 else 0), 1),
-        seconds=round(steps * (len(groups) * forward_seconds + len(layers) * step_seconds), 1),
+        checkpoint_mb=round(most * layer_mb, 1),
+        time=(passed[0] * len(groups) + step * len(layers)) * steps,
         steps=steps,
-        forward_seconds=forward_seconds,
-        step_seconds=step_seconds,
+        forward=passed[0],
+        step=step,
     )

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from resa_lens.machine.hardware import MB
+from resa_lens.machine.needs import LOGIT_MB
 from resa_lens.models.activations import (
     check_hookpoints,
     ordinary,
@@ -44,8 +46,8 @@ from resa_lens.texts.phases import PHASES, PhasedBatch
 ALL = "all"
 DENSE = 0.1
 """A latent that fires on more than this share of the tokens is dense."""
-LOGIT_BYTES = 256 * 2**20
-"""Of float32 logits held at once while distributions are compared."""
+LOGIT_BYTES = int(LOGIT_MB * MB)
+"""Of float32 logits in each piece while distributions are compared: about five are held at once."""
 
 
 @dataclass(frozen=True)
@@ -130,17 +132,12 @@ def measure_quality(
                 output = decode(coder, latents)
             else:
                 latents, output = None, substitute(coder, flat)
+            # Logits of one pass at a time beside the clean ones: they are most of the memory.
+            without = _losses(_replaced(model, ids, point, torch.zeros_like(x)), ids)
             inserted = _replaced(model, ids, point, output.reshape(x.shape).to(x.dtype))
-            ablated = _replaced(model, ids, point, torch.zeros_like(x))
-            tallies[point].add(
-                batch,
-                flat,
-                output,
-                latents,
-                torch.stack(
-                    [losses, _losses(inserted, ids), _losses(ablated, ids), _kl(clean, inserted)]
-                ),
-            )
+            figures = [losses, _losses(inserted, ids), without, _kl(clean, inserted)]
+            del inserted
+            tallies[point].add(batch, flat, output, latents, torch.stack(figures))
     return {point: tally.quality() for point, tally in tallies.items()}
 
 
@@ -170,29 +167,35 @@ def _replaced(
         return model.bridge(ids)
 
 
-def _rows(logits: Float[Tensor, "batch position vocab"]) -> Iterator[slice]:
-    """Cut the predicting positions so that few logits are held as float32."""
-    count = logits.shape[0] * (logits.shape[1] - 1)
+def _rows(logits: Float[Tensor, "batch position vocab"]) -> Iterator[tuple[int, slice]]:
+    """Cut each sequence's predicting positions so that few logits are copied, as float32."""
+    last = logits.shape[1] - 1
     step = max(1, LOGIT_BYTES // (4 * logits.shape[-1]))
-    return (slice(first, first + step) for first in range(0, count, step))
+    return (
+        (row, slice(first, min(first + step, last)))
+        for row in range(logits.shape[0])
+        for first in range(0, last, step)
+    )
 
 
 def _losses(
     logits: Float[Tensor, "batch position vocab"], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, " predicted"]:
-    flat, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    parts = [F.cross_entropy(flat[s].float(), targets[s], reduction="none") for s in _rows(logits)]
+    targets = ids[:, 1:]
+    parts = [
+        F.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
+        for rows in _rows(logits)
+    ]
     return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.double)
 
 
 def _kl(
     p: Float[Tensor, "batch position vocab"], q: Float[Tensor, "batch position vocab"]
 ) -> Float[Tensor, " predicted"]:
-    first, second = p[:, :-1].flatten(0, 1), q[:, :-1].flatten(0, 1)
     parts = []
     for rows in _rows(p):
-        log_p = F.log_softmax(first[rows].float(), dim=-1)
-        log_q = F.log_softmax(second[rows].float(), dim=-1)
+        log_p = F.log_softmax(p[rows].float(), dim=-1)
+        log_q = F.log_softmax(q[rows].float(), dim=-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.double)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ from resa_lens.features.activity import (
 )
 from resa_lens.features.lens import logit_lens, nearest_directions
 from resa_lens.files import read_json, write_errors, write_json
+from resa_lens.machine.plans import Trial, duration, timed
 from resa_lens.models.hookpoints import Hookpoint, describe_layer
 from resa_lens.models.host import Model
 from resa_lens.saes.checkpoint import Checkpoints, newest
+from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.plan import MB, RESERVE, Meter
 from resa_lens.stages.activity_tables import (
     Documents,
@@ -208,6 +210,79 @@ def _generate(
 
 
 @dataclass(frozen=True)
+class ActivityTrial:
+    """What one layer takes."""
+
+    time: Trial
+    """Of one token."""
+    top_mb: float
+    """The process's peak with one layer."""
+    layer_mb: float
+    """Each layer's encoder and figures."""
+    latents: int
+    available_mb: float
+
+    def groups(self, layers: int, limit_mb: float | None) -> tuple[float, float, int]:
+        """Divide layers into groups of nearly equal size that fit the memory.
+
+        Args:
+            layers: how many.
+            limit_mb: what the process may take; by default what is free.
+
+        Returns:
+            MB at the peak, MB available, and the number of groups.
+
+        Raises:
+            BadInputError: the memory is too small for one layer.
+        """
+        limit = self.available_mb if limit_mb is None else limit_mb
+        fitting = int((limit - self.top_mb) // self.layer_mb) + 1
+        if fitting < 1:
+            raise BadInputError(
+                f"one layer of {self.latents} latents needs {self.top_mb:.0f} MB at the peak, "
+                f"{limit:.0f} MB are available; keep fewer --examples, or give a larger "
+                "--memory-limit"
+            )
+        passes = -(-layers // fitting)
+        most = -(-layers // passes)
+        return self.top_mb + (most - 1) * self.layer_mb, self.available_mb, passes
+
+
+def try_activity(
+    model: Model,
+    coders: Mapping[Hookpoint, SparseCoder],
+    batches: Sequence[PhasedBatch],
+    config: ActivityConfig,
+) -> ActivityTrial:
+    """Measure one layer on the largest batch.
+
+    Args:
+        model: the host.
+        coders: of one layer.
+        batches: all that will be read.
+        config: what is kept of each feature.
+    """
+    meter, (coder,) = Meter(model.device), coders.values()
+    largest = max(batches, key=lambda batch: batch.ids.numel())
+
+    def measure() -> Trial:
+        with timed(model.device) as trial:
+            measure_activity(model, coders, [largest], config)
+        return trial[0]
+
+    measure()  # allocates and warms up
+    base = meter.now()
+    with meter.peak() as reached:
+        one = min(measure(), measure(), key=lambda trial: trial.seconds)
+    width, size = model.d_model, int(coder.num_latents or 0)
+    tokens = largest.ids.numel()
+    each = (needed_bytes(width, size, config) + 4 * tokens * width) / MB
+    available = meter.now() + meter.available() * (1 - RESERVE)
+    top = max(reached[0], base) + each + ROOM_MB
+    return ActivityTrial(one * (1 / tokens), top, each, size, available)
+
+
+@dataclass(frozen=True)
 class _Job:
     """SAEs that are measured on documents, and where what is finished is kept."""
 
@@ -294,32 +369,9 @@ class _Job:
         Raises:
             BadInputError: the memory is too small for one layer.
         """
-        meter = Meter(self.model.device)
-        probe = max(self.batches, key=lambda batch: batch.ids.numel())
         coders = self.saes.coders(self.model, [points[0].layer], decoder=False)
-
-        def measure() -> float:
-            began = time.perf_counter()
-            measure_activity(self.model, coders, [probe], self.config)
-            return time.perf_counter() - began
-
-        measure()  # allocates and warms up
-        base = meter.now()
-        with meter.peak() as reached:
-            one = min(measure(), measure())
-        width, size = self.model.d_model, int(coders[points[0]].num_latents or 0)
-        acts = 4 * probe.ids.numel() * width
-        each = (needed_bytes(width, size, self.config) + acts) / MB
-        top = max(reached[0], base) + each + ROOM_MB
-        available = meter.now() + meter.available() * (1 - RESERVE)
-        limit = available if limit_mb is None else limit_mb
-        fitting = int((limit - top) // each) + 1
-        if fitting < 1:
-            raise BadInputError(
-                f"one layer of {size} latents needs {top:.0f} MB at the peak, {limit:.0f} MB are "
-                "available; keep fewer --examples, or give a larger --memory-limit"
-            )
-        passes = -(-len(points) // fitting)
+        trial = try_activity(self.model, coders, self.batches, self.config)
+        peak, available, passes = trial.groups(len(points), limit_mb)
         count = -(-len(points) // passes)
         # Layers that a killed run measured together stay together where they fit.
         blocks, rest = [], list(points)
@@ -331,13 +383,12 @@ class _Job:
         ]
         passes = len(groups)
         tokens = sum(batch.ids.numel() for batch in self.batches)
-        seconds = one * len(points) * tokens / probe.ids.numel()
-        peak = top + (count - 1) * each
+        seconds = trial.time.seconds * len(points) * tokens
         # Two checkpoints of a group while it runs, and the tables, which hold less than tallies.
-        self.draft.expect(0, (2 * count + len(points)) * each)
+        self.draft.expect(0, (2 * count + len(points)) * trial.layer_mb)
         note = f" in {passes} passes over the documents" if passes > 1 else ""
         self.ctx.reporter.note(
-            f"expected: at most {seconds:.0f} s{note}, {peak:.0f} MB of memory at "
+            f"expected: at most {duration(seconds)}{note}, {peak:.0f} MB of memory at "
             f"the peak ({available:.0f} MB available); {tokens} tokens"
         )
         return groups, round(peak, 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from resa_lens.artifacts.stage import Context
 from resa_lens.evals.config import GenerationConfig
 from resa_lens.evals.engines.hf import HFEngine
 from resa_lens.files import write_errors
+from resa_lens.machine.plans import Trial, timed
 from resa_lens.models.host import Model
 from resa_lens.texts import prompts
 from resa_lens.texts.corpora import CorpusConfig, Record
@@ -36,12 +36,12 @@ def chosen(records: Sequence[Record], corpus: CorpusConfig) -> list[int]:
     return sorted(draw.sample(askable, min(corpus.own_thoughts, len(askable))))
 
 
-def expected_seconds(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> float:
-    """Return what the thoughts will take, in seconds, from the first few of them."""
+def try_thoughts(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> Trial:
+    """Return what the thoughts will take, from the first few of them."""
     indices = chosen(records, corpus)
-    began = time.monotonic()
-    _answers(model, [records[index] for index in indices[:PROBE]], corpus)
-    return (time.monotonic() - began) * len(indices) / max(1, min(PROBE, len(indices)))
+    with timed(model.device) as trial:
+        _answers(model, [records[index] for index in indices[:PROBE]], corpus)
+    return trial[0] * (len(indices) / max(1, min(PROBE, len(indices))))
 
 
 def with_own_thoughts(

@@ -16,8 +16,8 @@ from resa_lens.saes.quality import measure_quality
 from resa_lens.saes.stability import decoder_stability
 from resa_lens.stages.saes import SaeRun, phased_corpus, split_records
 from resa_lens.texts import corpora
-from resa_lens.texts.corpora import CorpusConfig
-from resa_lens.texts.phases import phased_batches, phased_texts
+from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.texts.phases import PhasedBatch, phased_batches, phased_texts
 
 REPORT_TOKENS = 2048
 
@@ -29,6 +29,23 @@ class QualityReport:
     artifact: Artifact
     layers: dict[int, dict[str, dict[str, Any]]]
     """{0-based layer: {phase: figures}}; phases prompt, think, answer and all."""
+
+
+def report_batches(
+    model: Model, held_out: Sequence[Record], corpus: CorpusConfig, tokens: int = REPORT_TOKENS
+) -> list[PhasedBatch]:
+    """Return the documents that a report reads, in batches.
+
+    Args:
+        model: the model the SAEs stand in.
+        held_out: records that were not trained on.
+        corpus: how they become documents.
+        tokens: of all documents, or a few more.
+    """
+    corpus = phased_corpus(corpus, model)
+    return phased_batches(
+        model.tokenizer, phased_texts(held_out, corpus), tokens=tokens, longest=corpus.sequence
+    )
 
 
 def quality_run(
@@ -56,9 +73,7 @@ def quality_run(
 
     def work(draft: Draft) -> None:
         draft.expect(max(run.size_mb(run.layers).values()), 0)
-        batches = phased_batches(
-            model.tokenizer, phased_texts(records, corpus), tokens=tokens, longest=corpus.sequence
-        )
+        batches = report_batches(model, records, corpus, tokens)
         figures: dict[str, dict[str, Any]] = {}
         with ctx.bar(f"quality of {len(run.points)} SAEs", len(run.points)) as advance:
             for point in run.points:

@@ -9,38 +9,28 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resa_lens.artifacts.artifact import Parent
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.stage import Context, Draft
-from resa_lens.errors import BadInputError
 from resa_lens.files import named_path, read_json, write_errors, write_json
 from resa_lens.machine.hardware import MB
+from resa_lens.machine.plans import duration
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.progress import Advance
 from resa_lens.saes.checkpoint import Checkpoints
-from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.kernels import kernel_path
-from resa_lens.saes.plan import Plan, plan_training
 from resa_lens.saes.train import SaeConfig, TrainedSaes, keep_pretrained, train_saes
 from resa_lens.saes.world import ALONE, World
-from resa_lens.stages.own_thoughts import expected_seconds, with_own_thoughts
-from resa_lens.stages.saes import (
-    SaeRun,
-    find_saes,
-    fit_corpus,
-    open_saes,
-    packed,
-    sae_run,
-    split_records,
-)  # fmt: skip
-from resa_lens.texts import corpora
-from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.stages.own_thoughts import try_thoughts, with_own_thoughts
+from resa_lens.stages.sae_job import SaeJob, sae_job
+from resa_lens.stages.sae_plan import plan_job
+from resa_lens.stages.saes import SaeRun, find_saes, open_saes, packed, sae_run
+from resa_lens.texts.corpora import CorpusConfig
 
 SAES, FIGURES = "saes", "figures.json"
 
@@ -56,6 +46,7 @@ def train_run(
     memory_limit_mb: float | None = None,
     world: World = ALONE,
     spread_layers: bool = False,
+    report: bool = False,
 ) -> SaeRun:
     """Train SAEs at the layers, go on with a killed run, or return the finished one.
 
@@ -70,12 +61,13 @@ def train_run(
             one group after the other.
         world: the processes that train together.
         spread_layers: give each process some of the layers, in place of some of the rows.
+        report: whether a quality report follows, which the line of what is expected counts in.
 
     Raises:
         BadInputError: another process trains this run, or it cannot go on to the same bits here.
         RunFailedError: a loss that is not finite, or a full disk.
     """
-    job = _job(ctx, model, layers, config, corpus, source)
+    job = sae_job(ctx, model, layers, config, corpus, source)
     stage = ctx.stage(
         Saes,
         model,
@@ -92,163 +84,33 @@ def train_run(
         fresh = True
         with packed(model, job.corpus):
             own = _own_thoughts(ctx, job, draft.work, world) if corpus.own_thoughts else job
-            _train_groups(ctx, own, draft, memory_limit_mb, world, spread_layers)
+            _train_groups(ctx, own, draft, memory_limit_mb, world, spread_layers, report)
 
     artifact = stage.obtain(work, doing="training", world=world)
     return sae_run(artifact, job.config.site, fresh=fresh)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A training run with every default filled in, and its place."""
-
-    model: Model
-    layers: tuple[int, ...]
-    config: SaeConfig
-    corpus: CorpusConfig
-    training: list[Record]
-    held: list[Record]
-    data: str
-    """Hash of all records."""
-    source: Parent | None
-    """The SAEs that the training begins with."""
-    initial: Mapping[Hookpoint, SparseCoder] | None
-    """Loaded when they are looked up, and not kept."""
-
-    @property
-    def steps(self) -> int:
-        assert self.config.tokens is not None
-        assert self.config.batch is not None
-        return max(1, self.config.tokens // (self.config.batch * self.corpus.sequence))
-
-    def batches(self) -> Iterator[Any]:
-        assert self.config.tokens is not None
-        assert self.config.batch is not None
-        return corpora.batches(
-            self.model.tokenizer,
-            self.training,
-            self.corpus,
-            tokens=self.config.tokens,
-            batch=self.config.batch,
-        )
-
-    def held_out(self) -> list[Any]:
-        corpus = replace(self.corpus, seed=self.corpus.seed + 1)
-        tokens = 8 * corpus.sequence
-        return list(
-            corpora.batches(self.model.tokenizer, self.held, corpus, tokens=tokens, batch=4)
-        )
-
-
-def _job(
-    ctx: Context,
-    model: Model,
-    layers: Sequence[int],
-    config: SaeConfig,
-    corpus: CorpusConfig,
-    source: str | None,
-) -> _Job:
-    initial = parent = None
-    if config.mode in ("finetune", "pretrained"):
-        if source is None:
-            raise BadInputError(
-                f"mode {config.mode!r} begins with SAEs; pass their folder or hub id with --saes"
-            )
-        given = open_saes(ctx, model, named_path(source, "SAEs"), config.site, only=layers)
-        initial = given.each(model, layers)
-        parent = given.parent(layers)
-        first = next(iter(initial.values()))
-        for what, value, has in (
-            ("--latents", config.latents, first.num_latents),
-            ("--k", config.k if config.k != SaeConfig().k else None, first.cfg.k),
-        ):
-            if value not in (None, has):
-                raise BadInputError(f"{what} {value} is not that of {source}, {has}; leave it out")
-        config = replace(
-            config, latents=first.num_latents, k=first.cfg.k, activation=first.cfg.activation
-        )
-    elif source is not None:
-        raise BadInputError("--saes goes with --mode finetune or pretrained")
-    config = config.for_width(model.d_model)
-    longest, corpus = corpus.sequence, fit_corpus(corpus, model)
-    if corpus.sequence < longest:
-        ctx.note_once([
-            f"sequences of {corpus.sequence} tokens, the most that {model.name} reads, in place of "
-            f"{longest}"
-        ])  # fmt: skip
-    records = corpora.read_records(corpus)
-    ctx.note_once(corpora.doubtful(records, corpus.source))
-    share, corpus = corpus.thought_share, corpora.settled(corpus, records)
-    if share is None and not corpus.thought_share:
-        ctx.note_once([
-            f"warning: data {corpus.source!r} hold no worked steps, so these SAEs never see a "
-            "thought; name a column of steps with --steps-column, or let the model write some with "
-            "--own-thoughts"
-        ])  # fmt: skip
-    training, held = split_records(records)
-    return _Job(
-        model=model,
-        layers=tuple(layers),
-        config=config,
-        corpus=corpus,
-        training=training,
-        held=held,
-        data=corpora.hash_records(records),
-        source=parent,
-        initial=initial,
-    )
-
-
-def _own_thoughts(ctx: Context, job: _Job, work: Path, world: World) -> _Job:
+def _own_thoughts(ctx: Context, job: SaeJob, work: Path, world: World) -> SaeJob:
     """Return the job with the model's own thoughts in its records; one process writes them."""
     if world.rank == 0:
-        seconds = expected_seconds(job.model, job.training, job.corpus)
-        ctx.reporter.note(f"expected: {seconds:.0f} s for the model's own thoughts")
+        trial = try_thoughts(job.model, job.training, job.corpus)
+        ctx.reporter.note(f"expected: {duration(trial.seconds)} for the model's own thoughts")
         with_own_thoughts(ctx, job.model, job.training, job.corpus, work)
     world.barrier()
     return replace(job, training=with_own_thoughts(ctx, job.model, job.training, job.corpus, work))
 
 
-def plan_run(
-    ctx: Context,
-    model: Model,
-    layers: Sequence[int],
-    config: SaeConfig,
-    corpus: CorpusConfig,
-    *,
-    source: str | None = None,
-    memory_limit_mb: float | None = None,
-    world: World = ALONE,
-) -> Plan:
-    """Return what the run will need, from a short probe; trains nothing."""
-    job = _job(ctx, model, layers, config, corpus, source)
-    own = expected_seconds(model, job.training, job.corpus) if job.corpus.own_thoughts else 0.0
-    with packed(model, job.corpus):
-        return replace(_plan(job, memory_limit_mb, world.size), own_thoughts_seconds=own)
-
-
-def _plan(job: _Job, memory_limit_mb: float | None, processes: int) -> Plan:
-    return plan_training(
-        job.model,
-        job.layers,
-        job.config,
-        next(job.batches()),
-        job.steps,
-        memory_limit_mb=memory_limit_mb,
-        processes=processes,
-    )
-
-
 def _train_groups(
     ctx: Context,
-    job: _Job,
+    job: SaeJob,
     draft: Draft,
     memory_limit_mb: float | None,
     world: World,
     spread_layers: bool,
+    report: bool,
 ) -> None:
     model, config, work = job.model, job.config, draft.work
-    groups = _groups(ctx, job, draft, memory_limit_mb, world)
+    groups = _groups(ctx, job, draft, memory_limit_mb, world, report)
     world.barrier()
     began = time.monotonic()
     parts = []
@@ -289,7 +151,12 @@ def _train_groups(
 
 
 def _groups(
-    ctx: Context, job: _Job, draft: Draft, memory_limit_mb: float | None, world: World
+    ctx: Context,
+    job: SaeJob,
+    draft: Draft,
+    memory_limit_mb: float | None,
+    world: World,
+    report: bool,
 ) -> list[tuple[int, ...]]:
     """Return the layers that are trained together, as begun, or fewer where memory is less now.
 
@@ -308,13 +175,16 @@ def _groups(
             for layer in group if not (work / f"group-{number}" / FIGURES).exists()]  # fmt: skip
     if not left:
         return groups
-    plan = _plan(replace(job, layers=tuple(left)), memory_limit_mb, world.size)
-    ctx.reporter.note(plan.describe())
-    if plan.peak_memory_mb > plan.available_mb:
+    rest = replace(job, layers=tuple(left))
+    plan, whole = plan_job(ctx, rest, memory_limit_mb, world, report=report)
+    ctx.reporter.note(whole.describe())
+    if whole.peak_memory_mb > whole.available_mb:
         ctx.reporter.note(
-            f"warning: {plan.peak_memory_mb:.0f} MB are planned for, {plan.available_mb:.0f} MB "
+            f"warning: {whole.peak_memory_mb:.0f} MB are planned for, {whole.available_mb:.0f} MB "
             "are free; use a smaller --memory-limit"
         )
+    for lever in whole.shorter:
+        ctx.reporter.note(f"shorter: {lever}")
     # SAEs of finished groups lie among what is kept, and are linked, not copied.
     draft.expect(0, plan.work_disk_mb + (plan.disk_mb if len(plan.groups) == 1 else 0))
     planned = world.agree(plan.groups)
@@ -337,7 +207,7 @@ def _groups(
 
 
 def _train_group(
-    job: _Job,
+    job: SaeJob,
     group: Sequence[int],
     place: Path,
     advance: Advance,
@@ -390,7 +260,7 @@ def _train_group(
     return found
 
 
-def _keep_each(job: _Job, points: Sequence[Hookpoint], place: Path, *, save: bool) -> TrainedSaes:
+def _keep_each(job: SaeJob, points: Sequence[Hookpoint], place: Path, *, save: bool) -> TrainedSaes:
     """Measure and copy SAEs as they are, one at a time: of a large model each is a gigabyte."""
     assert job.initial is not None
     parts: list[TrainedSaes] = []

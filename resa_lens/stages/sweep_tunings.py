@@ -18,6 +18,7 @@ from resa_lens.errors import BadInputError
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.files import read_json
 from resa_lens.jobs.joblist import JobList
+from resa_lens.machine.plans import duration
 from resa_lens.progress import SILENT, Reporter
 from resa_lens.stages.adapters import adapter_run, questions_of
 from resa_lens.stages.sae_training import saes_for
@@ -80,8 +81,8 @@ class Tunings:
         """Say how many jobs are done and how long the rest would take this process alone."""
         n = len(self.board.names)
         left = len(self.board.open()) - 1
-        minutes = left * sum(self.seconds) / len(self.seconds) / 60
-        return f"{n - left} of {n}, about {minutes:.0f} min left"
+        seconds = left * sum(self.seconds) / len(self.seconds)
+        return f"{n - left} of {n}, about {duration(seconds)} left"
 
 
 def recorded(ctx: Context, file: Path) -> tuple[Artifact, Artifact] | None:

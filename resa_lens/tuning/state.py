@@ -34,7 +34,7 @@ from resa_lens import claims
 from resa_lens.errors import BadInputError, DamagedError
 from resa_lens.files import read_json, write_errors
 from resa_lens.machine.limits import is_out_of_memory
-from resa_lens.saes.checkpoint import COST, SHARE, STATE, machine, newest, sync
+from resa_lens.saes.checkpoint import STATE, is_due, machine, newest, sync
 from resa_lens.saes.world import ALONE, World
 from resa_lens.tuning.collapse import CollapseWatch
 
@@ -146,14 +146,14 @@ class TuningState:
         optimizer: torch.optim.Optimizer,
         course: Course,
     ) -> None:
-        """Write the state if it is due: a twelfth of the run passed, or it costs little.
+        """Write the state if it is due: that may take a twentieth of the time, and no more.
 
         Raises:
             RunFailedError: the disk is full, or another write error.
         """
         waited = time.monotonic() - self.last_time
-        cheap = waited * COST > self.write_seconds and waited > 0.5
-        if self.world.rank == 0 and ((step - self.last_step) * SHARE >= steps or cheap):
+        due = is_due(waited, self.write_seconds, (step - self.last_step) / steps)
+        if self.world.rank == 0 and due:
             self.write(step, weights, optimizer, course)
 
     def finish(

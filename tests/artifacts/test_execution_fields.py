@@ -18,9 +18,9 @@ from resa_lens.config import roles
 from resa_lens.evals.engines import GenerationConfig
 from resa_lens.evals.run import EvalConfig
 from resa_lens.evals.tasks import load_questions
-from resa_lens.saes.plan import Plan
+from resa_lens.saes.plan import TrainingPlan
 from resa_lens.saes.train import SaeConfig
-from resa_lens.stages import sae_training
+from resa_lens.stages import sae_plan
 from resa_lens.stages.adapters import adapter_run
 from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.scores import eval_run
@@ -102,12 +102,12 @@ def test_layers_in_groups_of_a_small_memory_are_the_same_saes(
     )
     ctx = context(tmp_path / "together")
     together = train_run(ctx, ctx.model("tiny-reasoner"), [3, LAYER], config, corpus)
-    planned = sae_training._plan
+    planned = sae_plan.plan_training
 
-    def in_groups(*args: Any) -> Plan:
-        return replace(planned(*args), groups=((3,), (LAYER,)))
+    def in_groups(*args: Any, **options: Any) -> TrainingPlan:
+        return replace(planned(*args, **options), groups=((3,), (LAYER,)))
 
-    monkeypatch.setattr(sae_training, "_plan", in_groups)
+    monkeypatch.setattr(sae_plan, "plan_training", in_groups)
     ctx = context(tmp_path / "apart")
     apart = train_run(ctx, ctx.model("tiny-reasoner"), [3, LAYER], config, corpus)
     assert apart.artifact is not None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,18 +113,24 @@ def test_tuning_takes_what_the_plan_says(tmp_path: Path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((data_path("tiny-reasoner") / name).read_bytes())
     new_coder(512, 2048, 16, seed=0).save_to_disk(tmp_path / "saes" / "layers.4.mlp")
-    done = subprocess.run(
-        [
-            sys.executable, "-c", TUNING, "tune", "--model", str(model), "--layer", "4",
-            "--saes", str(tmp_path / "saes"), "--allow-site-mismatch", "--steps", "3",
-            "--limit", "4", "--max-new-tokens", "8", "--no-start-check", "--threads", "1",
-            "--workspace", str(tmp_path / "w"),
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.split("peak ")[1]) / 1024
+    command = [
+        sys.executable, "-c", TUNING, "tune", "--model", str(model), "--layer", "4",
+        "--saes", str(tmp_path / "saes"), "--allow-site-mismatch", "--steps", "3",
+        "--limit", "4", "--max-new-tokens", "8", "--no-start-check", "--threads", "1",
+        "--workspace", str(tmp_path / "w"), "--json",
+    ]  # fmt: skip
+
+    def run(*more: str) -> tuple[dict[str, Any], float]:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        values, _, peak = done.stdout.partition("peak ")
+        return json.loads(values), int(peak) / 1024
+
+    plan, _ = run("--plan")
+    assert not (tmp_path / "w").exists()
+    _, peak = run()
     assert of(read_shape(str(model)), latents=2048).tune_mb == pytest.approx(peak, rel=0.15)
+    assert plan["peak_memory_mb"] == pytest.approx(peak, rel=0.15)
 
 
 def write_model(folder: Path, **config: object) -> Path:

@@ -78,26 +78,58 @@ def test_goes_on_to_the_same_bits(
             assert torch.equal(value, other.state_dict()[key]), (point, key)
 
 
-def test_at_most_a_tenth_is_lost(
+def simulated(
+    seconds: float, write: float, steps: int, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> list[int]:
+    """Return the steps at which a run of so many seconds writes, by a clock of its own."""
+    clock, written = [0.0], []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+
+    def note(self: Checkpoints, step: int, _: object) -> None:
+        written.append(step)
+        clock[0] += write
+        self.last_step, self.last_time, self.write_seconds = step, clock[0], write
+
+    monkeypatch.setattr(Checkpoints, "write", note)
+    store = Checkpoints(folder, last_time=0.0, write_seconds=write)
+    for step in range(1, steps + 1):
+        clock[0] += seconds / steps
+        store.keep(step, steps, {})
+    return written
+
+
+@pytest.mark.parametrize("write", [0.01, 1.0, 84.0])
+@pytest.mark.parametrize("hours", [0.01, 0.3, 24.0])
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: float, write: float
+) -> None:
+    """42 GB at 500 MB/s are 84 s: of 18 minutes eleven of them would be most."""
+    seconds = hours * 3600
+    written = simulated(seconds, write, 1000, monkeypatch, tmp_path)
+    assert len(written) * write <= 0.05 * (seconds + len(written) * write)
+    planned = checkpoint.planned_writes(seconds, write, 1000)
+    assert planned == pytest.approx(len(written), abs=1)
+    if 12 * write <= 0.05 * seconds:
+        assert max(b - a for a, b in zip([0, *written], [*written, 1000], strict=True)) < 100
+
+
+def test_a_short_write_is_made_however_short_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = simulated(0.2, 0.05, STEPS, monkeypatch, tmp_path)
+    assert written == list(range(1, STEPS))
+
+
+def test_the_first_large_one_waits_for_what_a_trial_of_the_disk_says(
     tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However slow a checkpoint is, one is written every twelfth of the run."""
-    written = []
-    monkeypatch.setattr(checkpoint, "COST", 0.0)
-    monkeypatch.setattr(Checkpoints, "write", lambda self, step, trainers: _note(self, step))
-
-    def _note(store: Checkpoints, step: int) -> None:
-        written.append(step)
-        store.last_step = step
-
+    sizes: list[float] = []
+    monkeypatch.setattr(checkpoint, "TRIAL_MB", 0.0)
+    monkeypatch.setattr(checkpoint, "write_seconds", lambda _, size: sizes.append(size) or 3600.0)
     train(tiny, VARIANTS["signum"], Checkpoints(tmp_path))
-    assert written == list(range(1, STEPS))
-    store, many = Checkpoints(tmp_path), []
-    for step in range(1, 1001):
-        before = len(written)
-        store.keep(step, 1000, {})
-        many += written[before:]
-    assert max(b - a for a, b in zip([0, *many], [*many, 1000], strict=True)) < 100
+    # Two SAEs of 64 latents: weights, their state, and the tokens since each fired.
+    assert sizes == [pytest.approx(2 * (4 * 64 * 128 * 4) / 2**20, rel=0.1)]
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_only_the_newest_is_kept_and_a_half_written_one_is_not_read(

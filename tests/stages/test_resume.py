@@ -29,9 +29,9 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
 from resa_lens.progress import Reporter
 from resa_lens.resources import data_path
-from resa_lens.saes.plan import Meter, Plan
+from resa_lens.saes.plan import Meter, TrainingPlan
 from resa_lens.saes.train import LayerTrainer, SaeConfig
-from resa_lens.stages import activity, sae_training, sweep
+from resa_lens.stages import activity, sae_plan, sae_training, sweep
 from resa_lens.stages.ablation import AblationConfig, ablate_run
 from resa_lens.stages.activity import activity_run
 from resa_lens.stages.adapters import adapter_run
@@ -169,7 +169,7 @@ def often() -> Iterator[None]:
     """Keep a checkpoint after every step, and one thread."""
     with (
         patch("resa_lens.saes.checkpoint.SHARE", 10**9),
-        patch("resa_lens.tuning.state.SHARE", 10**9),
+        patch("resa_lens.saes.checkpoint.UNNOTICED_S", 10**9),
     ):
         yield
     torch.set_num_threads(1)
@@ -419,14 +419,14 @@ def test_a_smaller_memory_limit_goes_on_in_smaller_groups(house: House, tmp_path
     ctx = house.ctx(tmp_path)
     # One layer and no second one has room.
     if name == "train":
-        real = sae_training.plan_training
+        real = sae_plan.plan_training
 
-        def narrow(*args: Any, **options: Any) -> Plan:
+        def narrow(*args: Any, **options: Any) -> TrainingPlan:
             assert options["memory_limit_mb"] == 77.0
             return replace(real(*args, **{**options, "memory_limit_mb": None}),
                            groups=((1,), (2,)))  # fmt: skip
 
-        with patch.object(sae_training, "plan_training", narrow):
+        with patch.object(sae_plan, "plan_training", narrow):
             artifact = case.run(ctx, house, memory_limit_mb=77.0)
         assert artifact.manifest.results["groups"] == [[1], [2]]
         # Ends of documents are read and not trained on.

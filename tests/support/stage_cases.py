@@ -218,7 +218,7 @@ def _train(call: Call) -> Any:
 
 def _finetune(call: Call) -> Any:
     source = run_of(call.given.source_saes)
-    with patch("resa_lens.stages.sae_training.open_saes", lambda *_, **__: source):
+    with patch("resa_lens.stages.sae_job.open_saes", lambda *_, **__: source):
         return train_run(
             call.ctx, call.model, LAYERS, call.options["config"], call.corpus, source="anywhere"
         )
@@ -419,7 +419,7 @@ CASES = {
             "saes", Saes, train_run, _train,
             {"layers": LAYERS, "config": SaeConfig(latents=64, k=4, tokens=512), "corpus": CORPUS},
             {"layers": (3, 4)},
-            {"memory_limit_mb": 4000.0, "spread_layers": True},
+            {"memory_limit_mb": 4000.0, "spread_layers": True, "report": True},
             MODEL | {"data"},
             frozenset({"mode"}),
         ),

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
+from resa_lens.saes import checkpoint
 from resa_lens.saes.baselines import Noise
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.world import World
 from resa_lens.tuning import collapse
-from resa_lens.tuning import state as module
 from resa_lens.tuning.log import LOG, Log, read_log
 from resa_lens.tuning.loop import TuneConfig, fit, rate_share
 from resa_lens.tuning.objective import preset
@@ -93,8 +93,9 @@ def test_goes_on_to_the_same_bits(
     every: int,
     at: int,
 ) -> None:
-    monkeypatch.setattr(module, "SHARE", STEPS / every)
-    monkeypatch.setattr(module, "COST", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", STEPS / every)
+    monkeypatch.setattr(checkpoint, "COST", 0.0)
+    monkeypatch.setattr(checkpoint, "UNNOTICED_S", 10**9)
     whole_peft, whole = tuned(small())
     with pytest.raises(StopError):
         tuned(small(), folder=tmp_path, advance=stop_after(at))
@@ -128,8 +129,8 @@ import sys, time
 from pathlib import Path
 from tests_tuning_loop import tuned
 from resa_lens.models.host import load_model
-from resa_lens.tuning import state
-state.COST, state.SHARE = 0.0, 6
+from resa_lens.saes import checkpoint
+checkpoint.COST, checkpoint.SHARE, checkpoint.UNNOTICED_S = 0.0, 6, 10**9
 peft, course = tuned(load_model(sys.argv[1]), folder=Path(sys.argv[2]),
                      advance=lambda done: (print("at", flush=True), time.sleep(0.1)))
 print("end", course.resumed_at, flush=True)
@@ -258,7 +259,8 @@ def test_a_twelfth_of_the_run_is_lost_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    monkeypatch.setattr(module, "COST", 0.0)
+    monkeypatch.setattr(checkpoint, "COST", 0.0)
+    monkeypatch.setattr(checkpoint, "UNNOTICED_S", 10**9)
     monkeypatch.setattr(
         TuningState,
         "write",

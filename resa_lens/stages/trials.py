@@ -1,0 +1,157 @@
+"""Short trials of long work, on the model that will do it: answers, and updates of a tuning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from resa_lens.artifacts.stage import Context
+from resa_lens.evals.engines import HFEngine
+from resa_lens.evals.run import Asked, EvalConfig, score
+from resa_lens.machine.plans import Trial, timed
+from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.host import Model, load_model
+from resa_lens.saes.baselines import Replacement, substitute
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.plan import Meter
+from resa_lens.stages.saes import fit_corpus
+from resa_lens.stages.tune_job import TuneJob
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import Record
+from resa_lens.tuning.collapse import LOOKS
+from resa_lens.tuning.train import save_adapter, tune
+
+ANSWER_SECONDS = 20.0
+"""Of a batch of answers that is tried: where it takes longer, the rest is reckoned."""
+UPDATES = 3
+"""Of a tuning that is tried; the first one allocates and is not counted."""
+
+
+@dataclass(frozen=True)
+class AnswersTrial:
+    """What answering all questions takes."""
+
+    time: Trial
+    peak_memory_mb: float
+    tokens: int
+    """That all answers have together, by those that were tried."""
+    at_most: bool
+    """Whether the tried answers were cut off, so that the longest length was reckoned with."""
+
+
+def try_answers(
+    model: Model,
+    questions: Sequence[Asked],
+    config: EvalConfig,
+    point: Hookpoint | None = None,
+    inserted: SparseCoder | Replacement | None = None,
+) -> AnswersTrial:
+    """Answer and grade one batch of the questions, and reckon the others by it.
+
+    Args:
+        model: the model that answers.
+        questions: all prompts that fit the model's context.
+        config: how they are asked.
+        point: where something stands in the activations' place.
+        inserted: what stands there.
+    """
+    generation = config.generation
+    rows = min(len(questions), generation.batch_size)
+    # From all parts of the list, whose levels may stand one after the other.
+    some = [questions[i * len(questions) // rows] for i in range(rows)]
+    prompts = [one.prompt for one in some]
+    engine = HFEngine(model.model, model.tokenizer)
+
+    def put(acts: Tensor, hook: object = None) -> Tensor:
+        assert inserted is not None
+        return substitute(inserted, acts)
+
+    with ExitStack() as hooks, Meter(model.device).peak() as peak:
+        if point is not None:
+            hooks.enter_context(model.bridge.hooks(fwd_hooks=[(point.transformer_lens, put)]))
+        # Which tokens can end an answer is worked out once.
+        engine.generate(prompts[:1], replace(generation, max_new_tokens=1))
+        limit = min(ANSWER_SECONDS, generation.timeout or ANSWER_SECONDS)
+        with timed(model.device) as trial:
+            answers = engine.generate(prompts, replace(generation, timeout=limit))
+            score(some, answers, extraction=config.extraction)
+    cut = [answer for answer in answers if answer.timed_out]
+    written = max((answer.tokens for answer in answers), default=1)
+    longer = generation.max_new_tokens / max(1, written) if cut else 1.0
+    if generation.timeout is not None:
+        longer = min(longer, generation.timeout / limit)
+    share = longer * len(questions) / rows
+    tokens = round(share * sum(answer.tokens for answer in answers))
+    return AnswersTrial(trial[0] * share, peak[0], tokens, bool(cut))
+
+
+@dataclass(frozen=True)
+class TuningTrial:
+    """What the updates of a tuning take, and its answers."""
+
+    update: Trial
+    looks: Trial
+    """At the loss, over the whole run, where both sides of the objective may move."""
+    peak_memory_mb: float
+    answers: AnswersTrial
+
+
+def try_tuning(
+    ctx: Context,
+    job: TuneJob,
+    target: Model,
+    records: Sequence[Record],
+    point: Hookpoint,
+    coder: SparseCoder,
+    questions: Sequence[Asked],
+) -> TuningTrial:
+    """Take a few updates and answer a batch with their adapters; nothing is left of them.
+
+    Args:
+        ctx: the device and the dtype.
+        job: what is tuned.
+        target: loaded, and left as it is.
+        records: that are tuned on.
+        point: where the SAE is inserted.
+        coder: an SAE of the size of the one that will be inserted.
+        questions: the questions.
+    """
+    corpus = fit_corpus(job.elicitation, target)
+    marks: list[tuple[str, float, float]] = []
+
+    def mark(what: str) -> None:
+        marks.append((what, time.perf_counter(), time.process_time()))
+
+    options: Any = {"device": ctx.device, "dtype": ctx.dtype, "weights_of": target}
+    with Meter(target.device).peak() as peak:
+        fresh = load_model(job.model, base=job.base, **options)
+        updates = UPDATES * job.lora.accumulation * job.lora.batch
+        batches = corpora.batches(
+            fresh.tokenizer, records, corpus, tokens=updates * corpus.sequence,
+            batch=job.lora.batch,
+        )  # fmt: skip
+        peft, _ = tune(
+            fresh, coder, point, batches, UPDATES, job.objective, job.lora,
+            advance=lambda _: mark("begun"), trackers=[lambda _: mark("updated")],
+        )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        save_adapter(peft, Path(folder), target.folder)
+        del peft, fresh
+        adapted = load_model(folder, base=job.base or job.model, **options)
+        answers = try_answers(adapted, questions, job.evaluation)
+    spans = [
+        (second[0], Trial(second[1] - first[1], second[2] - first[2]))
+        for first, second in pairwise(marks)
+    ]
+    steps = sorted((t for what, t in spans if what == "updated"), key=lambda t: t.seconds)
+    looks = sorted((t for what, t in spans if what == "begun"), key=lambda t: t.seconds)
+    # The slowest is the first.
+    return TuningTrial(steps[(len(steps) - 1) // 2], looks[0] * LOOKS, peak[0], answers)

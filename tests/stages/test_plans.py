@@ -1,0 +1,181 @@
+"""`--plan` of every long stage: what it says, that it leaves nothing, and that it is so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
+
+from resa_lens.cli import app
+from resa_lens.resources import data_path
+from resa_lens.stages.controls import identity_coder
+
+SAE = ("--latents", "64", "--tokens", "512")
+ASKED = ("--limit", "4", "--max-new-tokens", "8")
+COMMANDS: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "eval": (ASKED, ["answers"]),
+    "tune": (
+        ("--layer", "5", *SAE, *ASKED, "--steps", "7"),
+        ["training 1 SAEs", "checkpoints", "insertion before the tuning", "tuning",
+         "answers of the base", "answers of the tuned"],
+    ),
+    "sweep": (
+        ("--layers", "5,6", "--seeds", "3", *SAE, *ASKED, "--steps", "7", "--no-start-check"),
+        ["training 2 SAEs", "checkpoints", "answers of the base", "tuning", "answers of the tuned"],
+    ),
+    "insert": (
+        ("--layers", "5", *SAE, *ASKED, "--text-tokens", "512"),
+        ["training 1 SAEs", "checkpoints", "answers of the target",
+         "answers with something inserted", "documents"],
+    ),
+    "activity": (
+        ("--layers", "4-6", *SAE, "--text-tokens", "2048"),
+        ["training 3 SAEs", "checkpoints", "activity of 3 layers"],
+    ),
+    "falsify": (
+        ("--layers", "4-6", *SAE, "--texts", "2", "--shuffles", "2"),
+        ["training 3 SAEs", "checkpoints", "training 3 SAEs, another seed's",
+         "checkpoints, another seed's", "training 3 SAEs, random weights'",
+         "checkpoints, random weights'", "texts"],
+    ),
+}  # fmt: skip
+
+
+def planned(tmp_path: Path, command: str, *options: str) -> dict[str, Any]:
+    """Run a command with --plan in this process."""
+    words = (command, "--plan", "--json", "--workspace", str(tmp_path / "w"), *options)
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_plan_names_its_parts_and_leaves_nothing(tmp_path: Path, command: str) -> None:
+    options, names = COMMANDS[command]
+    plan = planned(tmp_path, command, "--model", "tiny-reasoner", *options)
+    assert not list(tmp_path.iterdir())
+    assert (plan["stage"], plan["model"]) == (command, "tiny-reasoner")
+    assert [part["name"] for part in plan["parts"]] == names
+    amounts = {part["name"]: part["amount"] for part in plan["parts"]}
+    for part in plan["parts"]:
+        assert part["seconds"] >= 0
+        # The process itself is in it.
+        assert 300 < part["peak_memory_mb"] < plan["available_mb"]
+    assert plan["cpu_seconds"] > 0
+    assert plan["seconds"] == pytest.approx(sum(p["seconds"] for p in plan["parts"]), abs=0.1)
+    if command == "sweep":
+        assert (amounts["tuning"], amounts["answers of the tuned"]) == (6 * 7, 6 * 4)
+        assert any("processes" in lever for lever in plan["levers"])
+        assert any("--seeds" in lever for lever in plan["levers"])
+    if command == "tune":
+        assert (amounts["tuning"], amounts["answers of the base"]) == (7, 4)
+        assert amounts["insertion before the tuning"] == 3 * 4
+        assert {"--steps", "--sequence", "--limit"} <= {
+            word for lever in plan["levers"] for word in lever.split()
+        }
+    if command == "insert":
+        assert amounts["answers with something inserted"] == 5 * 4
+
+
+def test_given_saes_are_measured_and_not_trained(tmp_path: Path) -> None:
+    """Mode pretrained: each is read, measured, copied, and reported on."""
+    for layer in (3, 5):
+        # One that fits its place wherever that is.
+        identity_coder(128).save_to_disk(tmp_path / f"saes/layers.{layer}.mlp")
+    plan = planned(
+        tmp_path, "train-saes", "--mode", "pretrained", "--saes", str(tmp_path / "saes"),
+        "--layers", "3,5",
+    )  # fmt: skip
+    assert [part["name"] for part in plan["parts"]] == ["measuring and copying", "quality report"]
+    assert [part["amount"] for part in plan["parts"]] == [2, 2]
+    assert plan["disk_mb"] == pytest.approx(2 * (2 * 256 * 128) * 4 / 2**20, rel=0.1)
+    assert not (tmp_path / "w").exists()
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from resa_lens.cli import main
+sys.argv = ["resa-lens", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+print("peak", peak / 1024, file=sys.stderr)
+"""
+
+
+def run(*options: str) -> tuple[dict[str, Any], float]:
+    """Run a command in a process of its own; return its object and the process's peak in MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, *options, "--threads", "1", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), float(done.stderr.rsplit("peak ", 1)[1])
+
+
+def wide_vocabulary(folder: Path) -> Path:
+    """Write a model whose logits are more than its weights: what a quality report holds."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32_768, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((data_path("tiny-reasoner") / name).read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_the_report_of_a_large_vocabulary_takes_what_the_plan_says(tmp_path: Path) -> None:
+    """The report is most of the memory; without a plan of it a machine would be too small."""
+    model = wide_vocabulary(tmp_path / "model")
+    options = (
+        "train-saes", "--model", str(model), "--layers", "0", "--latents", "256", "--tokens",
+        "1024", "--workspace", str(tmp_path / "w"),
+    )  # fmt: skip
+    plan, _ = run(*options, "--plan")
+    parts = {part["name"]: part["peak_memory_mb"] for part in plan["parts"]}
+    assert parts["quality report"] > 1.3 * parts["training 1 SAEs"]
+    _, peak = run(*options)
+    assert plan["peak_memory_mb"] == pytest.approx(peak, rel=0.15)
+
+
+TIMED: dict[str, tuple[str, ...]] = {
+    "train-saes": ("--layers", "4-6"),
+    "eval": (),
+    "tune": ("--layer", "5", "--limit", "100"),
+    "insert": ("--layers", "5", "--limit", "100"),
+    "activity": ("--layers", "4-6",),
+    "falsify": ("--layers", "5",),
+    "sweep": ("--layers", "5,6", "--seeds", "2", "--limit", "100", "--no-effects"),
+}  # fmt: skip
+
+
+@pytest.mark.recorded
+@pytest.mark.parametrize("command", TIMED)
+def test_the_time_is_within_a_factor_of_one_and_a_half(tmp_path: Path, command: str) -> None:
+    """Seconds of the processor: of the plan, and of all that the command then makes."""
+    options = (command, "--model", "tiny-reasoner", "--workspace", str(tmp_path / "w"))
+    plan, _ = run(*options, *TIMED[command], "--plan")
+    _, peak = run(*options, *TIMED[command])
+    costs = [json.loads(f.read_text())["cost"] for f in (tmp_path / "w").rglob("manifest.json")]
+    spent = sum(cost.get("cpu_seconds", 0.0) for cost in costs)
+    print(
+        f"{command}: planned {plan['cpu_seconds']:.0f} s and {plan['peak_memory_mb']:.0f} MB, "
+        f"took {spent:.0f} s and {peak:.0f} MB"
+    )
+    assert 1 / 1.5 < plan["cpu_seconds"] / spent < 1.5
+    assert plan["peak_memory_mb"] == pytest.approx(peak, rel=0.15)
