@@ -159,12 +159,12 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of all parts."""
-        return round(sum(part.seconds for part in self.parts), 1)
+        return round(sum(part.seconds for part in self.parts), 2)
 
     @property
     def cpu_seconds(self) -> float:
         """Of all parts, of the processor."""
-        return round(sum(part.cpu_seconds for part in self.parts), 1)
+        return round(sum(part.cpu_seconds for part in self.parts), 2)
 
     @property
     def peak_memory_mb(self) -> float:
