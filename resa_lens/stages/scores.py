@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,6 +40,7 @@ from resa_lens.evals.tasks import EvalItem, load_tasks, select
 from resa_lens.hashes import digest
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.needs import generation_mb
+from resa_lens.machine.plans import HOUR, duration
 from resa_lens.models.host import Model
 from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.saes.checkpoint import machine
@@ -285,6 +287,8 @@ def _answered(
     log = AnswerLog(work / "answers.jsonl")
     if log.answers:
         ctx.reporter.note(f"{len(log.answers)} of {len(asked)} answers are there; going on")
+    elif engine != "vllm" and config.generation.max_new_tokens >= LONG_ANSWERS:
+        _warn_of_hours(ctx, model, asked, config, engine)
     with _threads(ctx, model, engine, asked, log):
         generator = _engine(model, engine, lora)
         with (
@@ -329,6 +333,7 @@ def _answered(
         "model": model.name,
         "slug": model.slug,
         "engine": engine,
+        "generated_by": _generated_by(model, config, engine),
         "threads_probe": log.settings["probe"],
     }
     draft.seconds = result.seconds
@@ -337,6 +342,36 @@ def _answered(
     draft.write(lambda target: evals_run.write_samples(result, target / "samples.parquet"))
     if engine == "lighteval":
         draft.write(lambda target: shutil.move(work / "lighteval", target / "lighteval"))
+
+
+def _generated_by(model: Model, config: EvalConfig, engine: EngineName) -> str:
+    """Say what decides an answer's last bits, and so some answers, besides model and questions."""
+    package = "vllm" if engine == "vllm" else "transformers"
+    parts = [f"{package} {metadata.version(package)}"]
+    # In float32 the batch is below what a token's choice feels; vllm makes batches of its own.
+    if engine != "vllm" and model.dtype != "float32":
+        parts.append(f"batches of {config.generation.batch_size}")
+    if engine == "vllm":
+        parts.append("tensor parallel over 1")
+    return ", ".join(parts)
+
+
+LONG_ANSWERS = 8192
+"""New tokens from which on it is worth a batch's trial to say how long the answers will take."""
+
+
+def _warn_of_hours(
+    ctx: Context, model: Model, asked: Sequence[Asked], config: EvalConfig, engine: EngineName
+) -> None:
+    """Say what long answers will take with an engine that was not made for them."""
+    from resa_lens.stages.trials import try_answers
+
+    trial = try_answers(model, asked, config)
+    if trial.time.seconds >= HOUR:
+        ctx.reporter.note(
+            f"warning: {'at most' if trial.at_most else 'about'} {duration(trial.time.seconds)} "
+            f"with engine {engine}, by one batch of answers; --engine vllm is made for long ones"
+        )
 
 
 FEWER_ANSWERS = "A smaller --limit or --max-new-tokens takes less."

@@ -23,9 +23,13 @@ from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.engines import GenerationConfig
 from resa_lens.evals.run import EvalConfig, read_samples
 from resa_lens.files import run_lock
+from resa_lens.machine.plans import HOUR, Trial
+from resa_lens.models.host import load_model
 from resa_lens.progress import Reporter
 from resa_lens.resources import data_path
+from resa_lens.stages import trials
 from resa_lens.stages.scores import check_engine, eval_run, load_eval_items, read_eval
+from resa_lens.stages.trials import AnswersTrial
 
 CONFIG = EvalConfig(limit=24, generation=GenerationConfig(temperature=0.8, batch_size=8))
 ITEMS = load_eval_items("tiny", CONFIG)
@@ -237,6 +241,30 @@ def test_the_papers_setting_by_command(tmp_path):
     assert evaluated["chat_template"] is True
     assert (evaluated["generation"]["temperature"], evaluated["generation"]["top_p"]) == (0.6, 0.95)
     assert evaluated["generation"]["max_new_tokens"] == 60  # given, so not the setting's
+
+
+def test_long_answers_are_announced_in_hours_where_they_take_some(tmp_path, monkeypatch):
+    """The engine that was not made for them tries a batch first; vllm, and a small rest, do not."""
+    tried = []
+
+    def trial(model, questions, config):
+        tried.append(len(questions))
+        return AnswersTrial(Trial(7.3 * HOUR, 7.3 * HOUR), 100.0, 10**6, True)
+
+    monkeypatch.setattr(trials, "try_answers", trial)
+    model = load_model("tiny-reasoner")
+    model.model.config.max_position_embeddings = 40_000
+    long = replace(CONFIG, generation=replace(CONFIG.generation, max_new_tokens=8192))
+    ctx = context(tmp_path)
+    made = eval_run(ctx, model, ITEMS[:2], long)
+    (warned,) = [text for text in ctx.reporter.said if "warning" in text]
+    assert "at most 7.3 hours with engine hf" in warned
+    assert tried == [2]
+    assert made.artifact.manifest.results["generated_by"].startswith("transformers 5.")
+    short = context(tmp_path)
+    eval_run(short, model, ITEMS[:2], CONFIG)
+    assert tried == [2]
+    assert not [text for text in short.reporter.said if "warning" in text]
 
 
 def test_bad_input_by_command(tmp_path):
