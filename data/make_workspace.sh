@@ -38,6 +38,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from resa_lens.artifacts.manifest import MANIFEST
+from resa_lens.hashes import digest, file_hash
+
 work, target = (Path(argument).resolve() for argument in sys.argv[1:])
 data = Path("data").resolve()
 made = [json.loads(f.read_text()) for f in work.glob("recommendations/*/*/manifest.json")]
@@ -59,5 +62,16 @@ for kind in sorted(path for path in work.iterdir() if path.is_dir()):
             copy.write_text(text)
         else:
             shutil.copyfile(file, copy)
+# A manifest says what its files are: now those with other paths, and without the pages.
+for manifest in sorted(target.rglob(MANIFEST)):
+    folder, value = manifest.parent, json.loads(manifest.read_text())
+    if folder.relative_to(target).parts[0] == "sweeps" or not value.pop("checksum", None):
+        continue
+    value["files"] = {
+        name: file_hash(folder / name, cached=False)
+        for name in value["files"]
+        if (folder / name).is_file()
+    }
+    manifest.write_text(json.dumps({**value, "checksum": digest(value)}, indent=1) + "\n")
 PYTHON
 du -sh "$target"
