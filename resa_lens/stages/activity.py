@@ -52,7 +52,13 @@ from resa_lens.stages.saes import SaeRun, phased_corpus
 from resa_lens.stages.scores import check_new_tokens, questions_hash, unanswerable_text
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig
-from resa_lens.texts.phases import PHASES, PhasedBatch, phased_batches, phased_texts
+from resa_lens.texts.phases import (
+    PHASES,
+    PhasedBatches,
+    phase_counts,
+    phased_texts,
+    stored_batches,
+)
 
 TOKENS = 100_000
 """Of the documents, by default."""
@@ -61,7 +67,7 @@ LENS_PRODUCTS = 2e11
 ROOM_MB = 128
 """What the tables' row groups take in Python and Arrow, and what allocators keep of the
 temporaries of a pass: 100 to 140 MB where it was measured."""
-FIGURES = "figures.json"
+FIGURES, TOKENISED = "figures.json", "documents"
 CHUNK = 64
 """Questions that are answered between two writes of the generations."""
 
@@ -155,16 +161,18 @@ def activity_run(
             most = sum(len(text.encode()) + 1 for text in texts)
         else:
             texts, longest, most = phased_texts(records, corpus), corpus.sequence, tokens
-        batches = phased_batches(model.tokenizer, texts, tokens=most, longest=longest)
+        with write_errors(draft.work):
+            batches = stored_batches(
+                draft.work / TOKENISED, model.tokenizer, texts, tokens=most, longest=longest
+            )
         documents = Documents(batches, model.tokenizer)
         job = _Job(ctx, model, saes, batches, config, documents, draft)
         rows, resumed, planned = job.measure(points, memory_limit_mb)
-        phases = torch.cat([batch.phases.flatten() for batch in batches])
-        counts = torch.bincount(phases, minlength=len(PHASES)).tolist()
+        counts = phase_counts(batches)
         draft.results = {
             "layers": rows,
             "tokens": dict(zip(PHASES, counts, strict=True)),
-            "documents": len(documents.rows),
+            "documents": len(documents),
             "site": saes.site,
             "model": model.name,
             "n_layers": model.n_layers,
@@ -214,7 +222,7 @@ class _Job:
     ctx: Context
     model: Model
     saes: SaeRun
-    batches: Sequence[PhasedBatch]
+    batches: PhasedBatches
     config: ActivityConfig
     documents: Documents
     draft: Draft
@@ -295,7 +303,7 @@ class _Job:
             BadInputError: the memory is too small for one layer.
         """
         meter = Meter(self.model.device)
-        probe = max(self.batches, key=lambda batch: batch.ids.numel())
+        probe = self.batches[self.batches.largest]
         coders = self.saes.coders(self.model, [points[0].layer], decoder=False)
 
         def measure() -> float:
@@ -330,7 +338,7 @@ class _Job:
             block[i : i + count] for block in (*blocks, rest) for i in range(0, len(block), count)
         ]
         passes = len(groups)
-        tokens = sum(batch.ids.numel() for batch in self.batches)
+        tokens = self.batches.tokens
         seconds = one * len(points) * tokens / probe.ids.numel()
         peak = top + (count - 1) * each
         # Two checkpoints of a group while it runs, and the tables, which hold less than tallies.
