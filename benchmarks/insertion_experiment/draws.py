@@ -297,7 +297,7 @@ class Draw:
         save_adapter(peft, folder, fresh.folder)
         return course
 
-    def _answers_of_the_source(self, rows: list[Any]) -> list[Any]:
+    def _answers_of_the_source(self, rows: Sequence[Any]) -> list[Any]:
         items = [EvalItem(str(i), r.question, r.answer, r.family, r.level)
                  for i, r in enumerate(rows)]  # fmt: skip
         chosen = {item.id for item in select(items, levels=(1, 2, 3), limit=300, seed=self.seed)}

@@ -40,7 +40,7 @@ from resa_lens.texts.tables import Table
 
 IN_MEMORY = 64 * 2**20
 """Bytes of a table up to which its records are a list."""
-RATE_MB = 15
+RATE_MB = 30
 """Megabytes a second that a table is read at, for the line that says how long it will take."""
 LAYOUT = 1
 """Raised when a record's file, or what a row becomes, changes."""

@@ -314,8 +314,8 @@ def _no_json(path: Path, line: int, error: ValueError) -> BadInputError:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    # Through a buffer: of one row group, which may be all of the file, a page is in memory.
-    with pq.ParquetFile(path, buffer_size=2**20) as file:
+    # A row group may be all of the file: a page of it is in memory, where nothing is read ahead.
+    with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         _check_columns(path, file.schema_arrow.names)
         number = itertools.count(1)
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
