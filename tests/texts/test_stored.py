@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -303,6 +305,37 @@ def test_a_changed_byte_is_named_and_a_cut_file_is_read_anew(
     assert list(corpora.load_records(str(path))) == listed
     (large.folder / stored.FACTS).write_text("{")
     assert list(corpora.load_records(str(path))) == listed
+
+
+def test_of_two_readers_at_once_one_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    path, real = write(tmp_path / "data.jsonl", ROWS), stored._fill
+    first: list[StoredRecords] = []
+
+    def fill(*args: Any) -> None:
+        real(*args)
+        monkeypatch.setattr(stored, "_fill", real)
+        if not first:  # while this one reads, another process is ready
+            first.append(stored.stored_records(read_table(path), "data"))
+
+    monkeypatch.setattr(stored, "_fill", fill)
+    second = stored.stored_records(read_table(path), "data")
+    assert [*cache.iterdir()] == [second.folder] == [first[0].folder]
+    assert list(second) == list(first[0])
+
+
+def test_what_a_killed_reader_left_is_removed_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    for name, age in ((".filling-old", 90_000), (".filling-new", 60)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / stored.RECORDS).write_text("")
+        when = time.time() - age
+        for place in (cache / name / stored.RECORDS, cache / name):
+            os.utime(place, (when, when))
+    _, large = both(monkeypatch, write(tmp_path / "data.jsonl", ROWS))
+    assert {place.name for place in cache.iterdir()} == {".filling-new", large.folder.name}
 
 
 def test_without_a_cache_folder_a_temporary_one_serves(
