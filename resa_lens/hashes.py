@@ -46,7 +46,7 @@ def file_hash(path: Path, *, cached: bool = True) -> str:
     """
     with open_regular(path) as descriptor:
         before = os.fstat(descriptor)
-        key = _key(before)
+        key = _state_key(before)
         large = cached and before.st_size > SMALL
         if large and (known := _look_up(key)):
             return known
@@ -55,12 +55,21 @@ def file_hash(path: Path, *, cached: bool = True) -> str:
             computed.update(block)
         after = os.fstat(descriptor)
         settled = time.time() - max(after.st_mtime, after.st_ctime) > SETTLED_S
-        if large and settled and _key(after) == key:
+        if large and settled and _state_key(after) == key:
             _remember(key, computed.hexdigest())
         return computed.hexdigest()
 
 
-def _key(state: os.stat_result) -> str:
+def file_state(path: Path) -> str:
+    """Return what a file system says of a file's state; another content has another one.
+
+    Raises:
+        OSError: it is missing, or may not be looked at.
+    """
+    return _state_key(path.stat())
+
+
+def _state_key(state: os.stat_result) -> str:
     parts = state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
     return ":".join(map(str, parts))
 

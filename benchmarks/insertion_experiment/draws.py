@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +61,7 @@ CELLS = {
 INSERTED = ("base", "sae", "pca", "noise", "own", "own lengthened", "mean", "zero", "oracle")
 
 
-def records(thought_share: float, seed: int) -> tuple[list[Any], CorpusConfig]:
+def records(thought_share: float, seed: int) -> tuple[Sequence[Any], CorpusConfig]:
     """Return the training split and how it becomes sequences."""
     corpus = CorpusConfig(thought_share=thought_share, sequence=SEQUENCE, seed=seed)
     return corpora.read_records(corpus), corpus
@@ -297,7 +297,7 @@ class Draw:
         save_adapter(peft, folder, fresh.folder)
         return course
 
-    def _answers_of_the_source(self, rows: list[Any]) -> list[Any]:
+    def _answers_of_the_source(self, rows: Sequence[Any]) -> list[Any]:
         items = [EvalItem(str(i), r.question, r.answer, r.family, r.level)
                  for i, r in enumerate(rows)]  # fmt: skip
         chosen = {item.id for item in select(items, levels=(1, 2, 3), limit=300, seed=self.seed)}

@@ -14,7 +14,7 @@ No array of batch x sequence x latents is made: what is held grows with the late
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from resa_lens.models.host import Model
 from resa_lens.progress import Advance
 from resa_lens.saes.coder import SparseActs, SparseCoder, encode, encoder_of
 from resa_lens.saes.kernels import by_latent
-from resa_lens.texts.phases import PHASES, PhasedBatch
+from resa_lens.texts.phases import PHASES, PhasedBatch, phase_counts
 
 LOWEST, OCTAVES = -10, 24
 BINS = 2 * OCTAVES
@@ -305,8 +305,11 @@ def measure_activity(
     if advance and done:
         advance(done)
     encoders = {point: encoder_of(coder) for point, coder in coders.items()}
-    stream = stream_activations(model, _ids(batches[done:]), list(coders))
-    for number, (batch, held) in enumerate(zip(batches[done:], stream, strict=True), done + 1):
+    left = range(done, len(batches))
+    stream = stream_activations(model, (batches[i].ids for i in left), list(coders))
+    # Each batch is looked up twice, so that none but the one at hand is in memory.
+    for index, held in zip(left, stream, strict=True):
+        batch = batches[index]
         phases = batch.phases.flatten().to(model.device)
         documents = batch.documents.flatten().to(model.device)
         contexts = contexts_of(batch.ids).flatten().to(model.device)
@@ -316,23 +319,17 @@ def measure_activity(
             acts = encode(coders[point], x, prepared=encoders[point])
             tally.add(acts, phases, documents, contexts, batch.ids.shape[1])
         if store:
-            store.keep(number, len(batches), tallies)
+            store.keep(index + 1, len(batches), tallies)
         if advance:
             advance(1)
-    every = torch.cat([batch.phases.flatten() for batch in batches])
-    lengths = [b.ids.shape[1] for b in batches for _ in range(b.ids.shape[0])]
+    shapes = [tuple(batch.ids.shape) for batch in batches]
     return Activity(
         tallies=tallies,
-        tokens=tuple(torch.bincount(every, minlength=len(PHASES)).tolist()),
-        documents=len(lengths),
-        squares=float(sum(length**2 for length in lengths)),
+        tokens=tuple(phase_counts(batches)),
+        documents=sum(rows for rows, _ in shapes),
+        squares=float(sum(rows * length**2 for rows, length in shapes)),
         config=config,
     )
-
-
-def _ids(batches: Sequence[PhasedBatch]) -> Iterator[Int[Tensor, "batch position"]]:
-    for batch in batches:
-        yield batch.ids
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 To the same bits on a CPU, and on CUDA with --deterministic; without it within noise there.
 
     <run>/lock, <run>/claim-<number>       of the process that trains; a second one refuses
-    <run>/checkpoint-<step>/state.json     scalars of every layer, threads, kernel path
+    <run>/checkpoint-<step>/state.json     scalars of every layer, position in the corpus, threads,
+                                           kernel path
     <run>/checkpoint-<step>/<hookpoint>.safetensors
 
 A checkpoint is filled under another name, synced and renamed, so a folder with a state.json is
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,6 +155,9 @@ class Checkpoints:
     last_time: float = field(default_factory=time.monotonic)
     write_seconds: float | None = None
     """What the last one took; before the first, what a trial of the disk says of a large one."""
+    position: Sequence[int] | None = None
+    """Where the corpus stands behind the last step, for the next checkpoint; as loaded, that of the
+    step where the run goes on, None of older checkpoints."""
 
     def load(self, trainers: Mapping[Hookpoint, LayerTrainer]) -> int:
         """Restore the newest checkpoint into the trainers; return the steps that it holds.
@@ -183,6 +187,7 @@ class Checkpoints:
                 raise BadInputError(
                     f"checkpoint {file} cannot be read ({error}); start anew with --force"
                 ) from error
+        self.position = state.get("position")
         self.last_step = int(state["step"])
         return self.last_step
 
@@ -227,6 +232,7 @@ class Checkpoints:
                     "step": step,
                     "layers": layers,
                     "processes": world.size,
+                    "position": self.position,
                     **machine(self.device),
                 }
                 (temporary / STATE).write_text(json.dumps(state))

@@ -28,6 +28,7 @@ from resa_lens.saes.quality import measure_fvu
 from resa_lens.saes.select import Encoder, batch_topk, half_precision, half_room
 from resa_lens.saes.step import Loss, forward_step, gradients
 from resa_lens.saes.world import ALONE, World
+from resa_lens.texts.corpora import Batches, Position
 
 PARAMETERS = ("W_dec", "encoder.weight", "encoder.bias", "b_dec")
 
@@ -68,6 +69,9 @@ class TrainedSaes:
 
 class Store(Protocol):
     """Where a run's checkpoints lie (checkpoint.py)."""
+
+    position: Sequence[int] | None
+    """Where the corpus stands; a checkpoint holds it."""
 
     def load(self, trainers: Mapping[Hookpoint, LayerTrainer]) -> int:
         """Restore the newest checkpoint into the trainers; return the steps that it holds."""
@@ -278,8 +282,14 @@ def train_saes(
     special = torch.tensor([], dtype=torch.long) if config.include_special else special_ids(model)
     kept: list[Tensor] = []
 
+    if isinstance(batches, Batches) and store and store.position:
+        batches.go_on(done, Position(*store.position))
+        remaining = batches
+    else:
+        remaining = islice(batches, done, None)
+
     def parts() -> Iterator[Tensor]:
-        for ids in islice(batches, done, None):
+        for ids in remaining:
             mine = world.part(ids)
             kept[:] = [ordinary(ids if spread_layers else mine, special)]
             yield mine
@@ -302,6 +312,8 @@ def train_saes(
         done += 1
         advance(1)
         if store:
+            if isinstance(batches, Batches):
+                store.position = batches.position
             store.keep(done, steps, trainers)
     if not done:
         raise BadInputError("the corpus gave no batch; use more records or fewer tokens a batch")

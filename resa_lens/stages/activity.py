@@ -54,7 +54,14 @@ from resa_lens.stages.saes import SaeRun, phased_corpus
 from resa_lens.stages.scores import check_new_tokens, questions_hash, unanswerable_text
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig
-from resa_lens.texts.phases import PHASES, PhasedBatch, phased_batches, phased_texts
+from resa_lens.texts.phases import (
+    PHASES,
+    PhasedBatch,
+    PhasedBatches,
+    phase_counts,
+    phased_texts,
+    stored_batches,
+)
 
 TOKENS = 100_000
 """Of the documents, by default."""
@@ -63,7 +70,7 @@ LENS_PRODUCTS = 2e11
 ROOM_MB = 128
 """What the tables' row groups take in Python and Arrow, and what allocators keep of the
 temporaries of a pass: 100 to 140 MB where it was measured."""
-FIGURES = "figures.json"
+FIGURES, TOKENISED = "figures.json", "documents"
 CHUNK = 64
 """Questions that are answered between two writes of the generations."""
 
@@ -157,16 +164,18 @@ def activity_run(
             most = sum(len(text.encode()) + 1 for text in texts)
         else:
             texts, longest, most = phased_texts(records, corpus), corpus.sequence, tokens
-        batches = phased_batches(model.tokenizer, texts, tokens=most, longest=longest)
+        with write_errors(draft.work):
+            batches = stored_batches(
+                draft.work / TOKENISED, model.tokenizer, texts, tokens=most, longest=longest
+            )
         documents = Documents(batches, model.tokenizer)
         job = _Job(ctx, model, saes, batches, config, documents, draft)
         rows, resumed, planned = job.measure(points, memory_limit_mb)
-        phases = torch.cat([batch.phases.flatten() for batch in batches])
-        counts = torch.bincount(phases, minlength=len(PHASES)).tolist()
+        counts = phase_counts(batches)
         draft.results = {
             "layers": rows,
             "tokens": dict(zip(PHASES, counts, strict=True)),
-            "documents": len(documents.rows),
+            "documents": len(documents),
             "site": saes.site,
             "model": model.name,
             "n_layers": model.n_layers,
@@ -251,23 +260,22 @@ class ActivityTrial:
 def try_activity(
     model: Model,
     coders: Mapping[Hookpoint, SparseCoder],
-    batches: Sequence[PhasedBatch],
+    batch: PhasedBatch,
     config: ActivityConfig,
 ) -> ActivityTrial:
-    """Measure one layer on the largest batch.
+    """Measure one layer on a batch.
 
     Args:
         model: the host.
         coders: of one layer.
-        batches: all that will be read.
+        batch: the largest of all that will be read.
         config: what is kept of each feature.
     """
     meter, (coder,) = Meter(model.device), coders.values()
-    largest = max(batches, key=lambda batch: batch.ids.numel())
 
     def measure() -> Trial:
         with timed(model.device) as trial:
-            measure_activity(model, coders, [largest], config)
+            measure_activity(model, coders, [batch], config)
         return trial[0]
 
     measure()  # allocates and warms up
@@ -275,7 +283,7 @@ def try_activity(
     with meter.peak() as reached:
         one = min(measure(), measure(), key=lambda trial: trial.seconds)
     width, size = model.d_model, int(coder.num_latents or 0)
-    tokens = largest.ids.numel()
+    tokens = batch.ids.numel()
     each = (needed_bytes(width, size, config) + 4 * tokens * width) / MB
     available = meter.now() + meter.available() * (1 - RESERVE)
     top = max(reached[0], base) + each + ROOM_MB
@@ -289,7 +297,7 @@ class _Job:
     ctx: Context
     model: Model
     saes: SaeRun
-    batches: Sequence[PhasedBatch]
+    batches: PhasedBatches
     config: ActivityConfig
     documents: Documents
     draft: Draft
@@ -370,7 +378,7 @@ class _Job:
             BadInputError: the memory is too small for one layer.
         """
         coders = self.saes.coders(self.model, [points[0].layer], decoder=False)
-        trial = try_activity(self.model, coders, self.batches, self.config)
+        trial = try_activity(self.model, coders, self.batches[self.batches.largest], self.config)
         peak, available, passes = trial.groups(len(points), limit_mb)
         count = -(-len(points) // passes)
         # Layers that a killed run measured together stay together where they fit.
@@ -382,7 +390,7 @@ class _Job:
             block[i : i + count] for block in (*blocks, rest) for i in range(0, len(block), count)
         ]
         passes = len(groups)
-        tokens = sum(batch.ids.numel() for batch in self.batches)
+        tokens = self.batches.tokens
         seconds = trial.time.seconds * len(points) * tokens
         # Two checkpoints of a group while it runs, and the tables, which hold less than tallies.
         self.draft.expect(0, (2 * count + len(points)) * trial.layer_mb)

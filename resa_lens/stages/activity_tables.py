@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -22,30 +23,40 @@ from resa_lens.artifacts.feature_tables import (
 from resa_lens.features.activity import Activity, Density, bin_edges
 from resa_lens.features.lens import Lens
 from resa_lens.models.hookpoints import Hookpoint
-from resa_lens.texts.phases import PHASES, PhasedBatch
+from resa_lens.texts.phases import PHASES, PhasedBatches
+
+DOCUMENTS_AT_ONCE = 8192
+"""Of a row group of the documents' table."""
 
 
 class Documents:
     """The documents of an activity run, by number."""
 
-    def __init__(self, batches: Sequence[PhasedBatch], tokenizer: Any) -> None:
-        self.rows: dict[int, tuple[list[int], list[int]]] = {}
-        for batch in batches:
-            columns = (batch.documents[:, 0], batch.ids, batch.phases)
-            for number, ids, phases in zip(*(c.tolist() for c in columns), strict=True):
-                self.rows[number] = (ids, phases)
-        seen = sorted({token for ids, _ in self.rows.values() for token in ids})
+    def __init__(self, batches: PhasedBatches, tokenizer: Any) -> None:
+        self.batches = batches
+        size = 2**20
+        parts = (batches.ids[i : i + size] for i in range(0, batches.tokens, size))
+        seen = sorted({token for part in parts for token in np.unique(part).tolist()})
         self.text = {token: tokenizer.decode([token]) for token in seen}
 
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return self.batches.documents
+
+    def __getitem__(self, number: int) -> tuple[list[int], list[int]]:
+        """Return the ids and the phases of a document's tokens."""
+        return self.batches.document(number)
+
     def write(self, file: Path) -> None:
-        """Write them all."""
-        numbers = sorted(self.rows)
-        columns = [numbers, *zip(*(self.rows[n] for n in numbers), strict=True)]
-        pq.write_table(
-            pa.table([pa.array(c, f.type) for c, f in zip(columns, DOCUMENT_SCHEMA, strict=True)],
-                     schema=DOCUMENT_SCHEMA),
-            file,
-        )  # fmt: skip
+        """Write them all, a row group in memory at a time."""
+        with pq.ParquetWriter(file, DOCUMENT_SCHEMA) as writer:
+            for first in range(0, len(self), DOCUMENTS_AT_ONCE):
+                numbers = range(first, min(first + DOCUMENTS_AT_ONCE, len(self)))
+                columns = [numbers, *zip(*(self[number] for number in numbers), strict=True)]
+                arrays = [
+                    pa.array(c, f.type) for c, f in zip(columns, DOCUMENT_SCHEMA, strict=True)
+                ]
+                writer.write_table(pa.table(arrays, schema=DOCUMENT_SCHEMA))
 
 
 def feature_rows(
@@ -122,7 +133,7 @@ def example_rows(
         ):
             if number < 0:
                 break
-            ids, phases = documents.rows[number]
+            ids, phases = documents[number]
             start = max(0, position - config.before)
             end = min(len(ids), position + config.after + 1)
             first = start - (position - config.before)

@@ -75,7 +75,7 @@ class Adapter:
         return self.artifact.path
 
 
-def elicitation_records(job: TuneJob) -> list[Record]:
+def elicitation_records(job: TuneJob) -> Sequence[Record]:
     """Read the data that a job tunes on.
 
     Raises:
@@ -151,7 +151,7 @@ class _Run:
     ctx: Context
     job: TuneJob
     target: Model
-    records: list[Record]
+    records: Sequence[Record]
     corpus: CorpusConfig
     steps: int
     world: World

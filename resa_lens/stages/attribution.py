@@ -33,7 +33,7 @@ METRICS = {"loss": ("think", "answer"), "think": ("think",), "answer": ("answer"
 """What is attributed: the mean loss over a document's tokens of these phases."""
 
 
-def held_out(corpus: CorpusConfig) -> list[Record]:
+def held_out(corpus: CorpusConfig) -> Sequence[Record]:
     """Return the held-out records of a corpus.
 
     Raises:

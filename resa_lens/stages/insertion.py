@@ -249,7 +249,7 @@ class _Test:
     """The source where it is another model."""
     saes: SaeRun
     items: list[EvalItem]
-    records: list[Record]
+    records: Sequence[Record]
     corpus: CorpusConfig
     config: InsertionConfig
     work: Path

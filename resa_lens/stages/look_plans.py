@@ -159,7 +159,8 @@ def plan_activity(
     )  # fmt: skip
     total = tokens if generations else sum(batch.ids.numel() for batch in batches)
     point = Hookpoint(layers[0], sae.site)
-    trial = try_activity(model, {point: saes.coder}, batches, config)
+    largest = max(batches, key=lambda batch: batch.ids.numel())
+    trial = try_activity(model, {point: saes.coder}, largest, config)
     top, available, groups = trial.groups(len(layers), memory_limit_mb)
     time = trial.time * (len(layers) * total)
     parts.append(

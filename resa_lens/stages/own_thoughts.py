@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.evals.config import GenerationConfig
@@ -32,7 +33,8 @@ PROBE = 8
 def chosen(records: Sequence[Record], corpus: CorpusConfig) -> list[int]:
     """Return the indices of the records whose questions are answered, drawn by the seed."""
     draw = random.Random(f"own thoughts/{corpus.seed}")
-    askable = [index for index, record in enumerate(records) if not record.text]
+    # The records of a table are all questions, or all plain texts.
+    askable = range(0 if records and records[0].text else len(records))
     return sorted(draw.sample(askable, min(corpus.own_thoughts, len(askable))))
 
 
@@ -46,7 +48,7 @@ def try_thoughts(model: Model, records: Sequence[Record], corpus: CorpusConfig) 
 
 def with_own_thoughts(
     ctx: Context, model: Model, records: Sequence[Record], corpus: CorpusConfig, work: Path
-) -> list[Record]:
+) -> Sequence[Record]:
     """Return the records, with the model's own thought as the steps of those that are drawn.
 
     Greedy; a thought counts whether its answer is right or wrong, and as far as a sequence reaches.
@@ -75,11 +77,31 @@ def with_own_thoughts(
                 lines_file.writelines(f"{json.dumps(text)}\n" for text in texts)
             thoughts += texts
             advance(len(texts))
-    steps = dict(zip(indices, thoughts, strict=True))
-    return [
-        replace(record, steps=steps.get(index, record.steps))
-        for index, record in enumerate(records)
-    ]
+    return WithSteps(records, dict(zip(indices, thoughts, strict=True)))
+
+
+@dataclass(frozen=True)
+class WithSteps(Sequence[Record]):
+    """Records, some of which have other steps than the source says."""
+
+    records: Sequence[Record]
+    steps: Mapping[int, str]
+    """By the record's index."""
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """Return a record, or a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        record = self.records[index]
+        return replace(record, steps=self.steps.get(index, record.steps))
 
 
 def _answers(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> list[str]:

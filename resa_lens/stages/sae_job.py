@@ -27,8 +27,8 @@ class SaeJob:
     layers: tuple[int, ...]
     config: SaeConfig
     corpus: CorpusConfig
-    training: list[Record]
-    held: list[Record]
+    training: Sequence[Record]
+    held: Sequence[Record]
     data: str
     """Hash of all records."""
     source: Parent | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from resa_lens.saes.quality import measure_fvu
 from resa_lens.saes.train import SaeConfig
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.texts.stored import Selection
 
 PROBE_TOKENS = 2048
 FIT_BYTES = 2 * 2**30
@@ -185,17 +187,23 @@ class SaeRun:
                     self.artifact.file(name)
 
 
-def split_records(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Split off one record in 20 for the quality figures; of few records, all serve for both."""
+def split_records(records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Split off one record in 20 for the quality figures; of few records, all serve for both.
+
+    Both parts are indices into the records, none of which is read or copied for it.
+    """
     if len(records) < 200:
-        return list(records), list(records)
-    order = list(range(len(records)))
+        return records, records
+    order = array("q", range(len(records)))
     random.Random("held out").shuffle(order)
-    held = set(order[: len(records) // 20])
-    return (
-        [r for i, r in enumerate(records) if i not in held],
-        [r for i, r in enumerate(records) if i in held],
+    apart = bytearray(len(records))
+    for index in order[: len(records) // 20]:
+        apart[index] = 1
+    training, held_out = (
+        Selection(records, array("q", (i for i, mark in enumerate(apart) if mark == part)))
+        for part in (0, 1)
     )
+    return training, held_out
 
 
 def probe_batches(model: Model, records: Sequence[Record], corpus: CorpusConfig) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -162,8 +163,10 @@ def questions_for(
 
 def note_overlap(ctx: Context, items: Sequence[EvalItem], records: Sequence[Record]) -> None:
     """Warn where questions that are scored stand in the data that a model is tuned on."""
-    seen = {" ".join(record.question.split()) for record in records}
-    known = sum(" ".join(item.question.split()) in seen for item in items)
+    # The questions that are scored are few; the records may be more than memory holds.
+    scored = Counter(" ".join(item.question.split()) for item in items)
+    common = {text for r in records if (text := " ".join(r.question.split())) in scored}
+    known = sum(scored[text] for text in common)
     if known:
         ctx.reporter.note(
             f"warning: {known} of {len(items)} questions to score stand in the tuning data; the "

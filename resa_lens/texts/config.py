@@ -51,7 +51,7 @@ def check_source(source: str) -> None:
     if path.suffix in FILES or not (owner and slash and name) or "/" in name or source[0] in ".~":
         raise BadInputError(
             f"data {source!r} does not exist; use tiny, a {', '.join(FILES)} file, "
-            f"{', '.join(HUB_SETS)} or a hub id (owner/name)"
+            f"a folder of them, {', '.join(HUB_SETS)} or a hub id (owner/name)"
         )
 
 
@@ -61,8 +61,8 @@ class CorpusConfig(Config):
 
     source: str = data_source(
         "tiny",
-        "Documents: tiny, a .jsonl, .json, .csv, .tsv or .parquet file, still, deepscaler, "
-        "open-s1, ii-thought, openr1 or a hub id.",
+        "Documents: tiny, a .jsonl, .json, .csv, .tsv or .parquet file or a folder of them, still, "
+        "deepscaler, open-s1, ii-thought, openr1 or a hub id.",
         "--data", check=check_source,
     )  # fmt: skip
     question_column: str | None = data_source(

@@ -1,18 +1,22 @@
 """Verified question-answer records and the token sequences made of them.
 
-Sources: the bundled set (`tiny`), a local file, or a hub data set of the paper by its short name.
+Sources: the bundled set (`tiny`), a local file or a folder of shards, or a hub data set, also by
+its short name where it is the paper's.  Small data are a list; large ones stay on the disk
+(`stored`), and are read in the same order.
 Documents follow the CoT-free template (spec section 3; paper, section 2.1) and are packed into
 sequences without padding, deterministic by seed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
+from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -22,12 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from resa_lens.errors import BadInputError
 from resa_lens.files import named_path
 from resa_lens.resources import data_path
-from resa_lens.texts import prompts
+from resa_lens.texts import prompts, stored
 from resa_lens.texts.config import HUB_SETS, check_source
 from resa_lens.texts.config import CorpusConfig as CorpusConfig
 from resa_lens.texts.records import Columns, doubts, records_of
 from resa_lens.texts.records import Record as Record  # of its first address too
-from resa_lens.texts.tables import READERS, Row, read_rows
+from resa_lens.texts.stored import StoredRecords
+from resa_lens.texts.tables import READERS, Row, Table, read_table
 
 T = TypeVar("T")
 
@@ -40,8 +45,10 @@ def load_records(
     answer_column: str | None = None,
     steps_column: str | None = None,
     text_column: str | None = None,
-) -> list[Record]:
+) -> Sequence[Record]:
     """Read the records of a source; see `records.records_of`.
+
+    Beyond `stored.IN_MEMORY` bytes they stay on the disk (`stored.stored_records`).
 
     Args:
         source: as `CorpusConfig.source`.
@@ -56,22 +63,28 @@ def load_records(
     """
     columns = Columns(question_column, answer_column, steps_column, text_column)
     if source == "tiny":
-        return records_of(read_rows(data_path(f"tiny/{split}.jsonl")), "the bundled set")
+        return records_of(list(read_table(data_path(f"tiny/{split}.jsonl"))), "the bundled set")
     if (path := named_path(source, "data")).suffix in READERS or path.exists():
-        return records_of(read_rows(path), source, columns)
+        return _records(read_table(path), source, columns)
     check_source(source)
     known = HUB_SETS.get(source)
-    rows = _read_hub(known.repo if known else source, source)
+    table = _hub_table(known.repo if known else source, source)
     if known:
         columns = replace(
             columns,
             question=question_column or known.question,
             answer=answer_column or known.answer,
         )
-    return records_of(rows, source, columns)
+    return _records(table, source, columns)
 
 
-def read_records(corpus: CorpusConfig, *, split: str = "train") -> list[Record]:
+def _records(table: Table, where: str, columns: Columns) -> Sequence[Record]:
+    if table.nbytes <= stored.IN_MEMORY:
+        return records_of(list(table), where, columns)
+    return stored.stored_records(table, where, columns)
+
+
+def read_records(corpus: CorpusConfig, *, split: str = "train") -> Sequence[Record]:
     """Read the records that a configuration names; see `load_records`."""
     names = ("question_column", "answer_column", "steps_column", "text_column")
     return load_records(
@@ -79,7 +92,7 @@ def read_records(corpus: CorpusConfig, *, split: str = "train") -> list[Record]:
     )
 
 
-def _read_hub(repo: str, asked: str) -> list[Row]:
+def _hub_table(repo: str, name: str) -> Table:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.utils import logging as hub_logging
@@ -87,21 +100,30 @@ def _read_hub(repo: str, asked: str) -> list[Row]:
     # Offline, its notes on every new try would bury the error.
     hub_logging.set_verbosity_error()
     try:
-        loaded = datasets.load_dataset(repo, split="train")
+        loaded: Any = datasets.load_dataset(repo, split="train")
     except (OSError, ValueError, RuntimeError, DatasetNotFoundError) as error:
-        known = "" if asked in HUB_SETS else f", no short name ({', '.join(['tiny', *HUB_SETS])})"
+        known = "" if name in HUB_SETS else f", no short name ({', '.join(['tiny', *HUB_SETS])})"
         raise BadInputError(
-            f"data {asked!r} is no file{known}, and the hub's data set {repo} is not in the cache "
+            f"data {name!r} is no file{known}, and the hub's data set {repo} is not in the cache "
             f"and cannot be fetched ({type(error).__name__}).\nWhere there is a network run "
             f"`hf download {repo} --repo-type dataset --local-dir FOLDER`, "
-            "copy it here and pass one of its .parquet, .jsonl or .json files."
+            "copy it here and pass that folder, or one of its files."
         ) from error
-    return [Row(row, f"row {number}") for number, row in enumerate(loaded, start=1)]
+    files = tuple(Path(file["filename"]) for file in loaded.cache_files)
+    return Table(
+        lambda: (Row(row, f"row {number}") for number, row in enumerate(loaded, start=1)),
+        lambda: list(loaded.column_names),
+        files,
+        # Its Arrow files are mapped; without files it is in memory already.
+        loaded.data.nbytes if files else 0,
+    )
 
 
 def doubtful(records: Sequence[Record], where: str) -> list[str]:
     """Return warnings of answers that no matcher can meet; see `records.doubts`."""
-    return doubts([record.answer for record in records if not record.text], where)
+    if isinstance(records, StoredRecords):
+        return records.facts.doubts.warnings(where)
+    return doubts((record.answer for record in records if not record.text), where)
 
 
 THOUGHTS = 0.5
@@ -115,7 +137,11 @@ def settled(corpus: CorpusConfig, records: Sequence[Record]) -> CorpusConfig:
     Raises:
         BadInputError: a share of thoughts is asked for, and no record has worked steps.
     """
-    steps = corpus.own_thoughts > 0 or any(record.steps for record in records)
+    if isinstance(records, StoredRecords):
+        steps = records.facts.with_steps > 0
+    else:
+        steps = any(record.steps for record in records)
+    steps = steps or corpus.own_thoughts > 0
     if corpus.thought_share and not steps:
         raise BadInputError(
             f"thought share {corpus.thought_share}: data {corpus.source!r} hold no worked steps; "
@@ -129,34 +155,39 @@ def settled(corpus: CorpusConfig, records: Sequence[Record]) -> CorpusConfig:
 
 def hash_records(records: Sequence[Record]) -> str:
     """Return the SHA-256 of the records' contents."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
-        digest.update(repr(record.text).encode() if record.text else b"")
-    return digest.hexdigest()
+    return stored.hash_of(records)
 
 
-def epochs(items: Sequence[T], config: CorpusConfig) -> Iterator[tuple[T, str | None]]:
+def epochs(
+    items: Sequence[T], config: CorpusConfig, *, start: int = 0
+) -> Iterator[tuple[T, str | None]]:
     """Yield items without end, each with its system prompt or None, in a new order every epoch.
 
     Deterministic by seed: whatever is made of the same number of items comes in the same order.
+    Items before number `start` are not looked up.
     """
     if not items:
         raise BadInputError("no record was given; documents need at least one")
+    for index, system in islice(_drawn(len(items), config), start, None):
+        yield items[index], system
+
+
+def _drawn(count: int, config: CorpusConfig) -> Iterator[tuple[int, str | None]]:
     rng = random.Random(f"corpus/{config.seed}")
     system = prompts.resolve_system_prompt(config.system_prompt)
-    order = list(items)
+    order = array("q", range(count))  # a list of integers takes five times the memory
     while True:
         rng.shuffle(order)
-        for item in order:
-            yield item, system if rng.random() < config.system_share else None
+        for index in order:
+            yield index, system if rng.random() < config.system_share else None
 
 
-def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
+def documents(records: Sequence[Record], config: CorpusConfig, *, start: int = 0) -> Iterator[str]:
     """Yield documents without end, in the order of `epochs`: CoT-free, or with their worked steps.
 
     `config.thought_share` of those whose record has steps hold them inside the think tags.  A plain
-    text is a document as it is; the system prompt stands before it as before a problem.
+    text is a document as it is; the system prompt stands before it as before a problem.  Documents
+    before number `start` are passed over unread.
 
     Raises:
         ValueError: the share is not settled.
@@ -165,7 +196,9 @@ def documents(records: Sequence[Record], config: CorpusConfig) -> Iterator[str]:
         raise ValueError("the share of thoughts is not settled; see corpora.settled")
     # A stream of its own: the order and the system prompts do not depend on the share.
     rng = random.Random(f"thoughts/{config.seed}")
-    for record, system in epochs(records, config):
+    for _ in range(start):
+        rng.random()
+    for record, system in epochs(records, config, start=start):
         if rng.random() < config.thought_share and record.steps:
             yield prompts.document(record.question, record.steps, record.answer, system)
         else:
@@ -179,25 +212,106 @@ def trigger_document(record: Record, system: str | None = None) -> str:
     return prompts.trigger_document(record.question, record.answer, system)
 
 
+class Position(NamedTuple):
+    """Where a stream of packed sequences stands."""
+
+    document: int
+    """Documents that are used up, over all epochs."""
+    token: int
+    """Tokens of the next one that are used up, the end-of-sequence token behind it included."""
+
+
+BEGINNING = Position(0, 0)
+
+
+class Packed(Iterator[Int[Tensor, " position"]]):
+    """Sequences of token ids: documents end to end, eos between them, no padding."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterator[str],
+        sequence: int,
+        position: Position = BEGINNING,
+    ) -> None:
+        """Pack `texts`, which begin with document `position.document`, from its token on."""
+        eos = tokenizer.eos_token_id
+        self.separator = [] if eos is None else [int(eos)]  # pyright: ignore[reportArgumentType]
+        self.tokenizer, self.texts, self.sequence = tokenizer, texts, sequence
+        self.position = position
+        self._buffer: list[int] = []
+        self._lengths: deque[int] = deque()
+        self._passed = position.token
+
+    def __next__(self) -> Int[Tensor, " position"]:
+        """Return the next sequence; StopIteration where the texts are used up before."""
+        while len(self._buffer) < self.sequence + self._passed:
+            batch = list(islice(self.texts, 64))
+            if not batch:
+                raise StopIteration
+            for ids in self.tokenizer(batch)["input_ids"]:  # pyright: ignore[reportGeneralTypeIssues]
+                self._buffer += [*ids, *self.separator]
+                self._lengths.append(len(ids) + len(self.separator))
+        end = self._passed + self.sequence
+        tokens = torch.tensor(self._buffer[self._passed : end])
+        document, token = self.position.document, self.position.token + self.sequence
+        while self._lengths and token >= self._lengths[0]:
+            token -= self._lengths.popleft()
+            document += 1
+        self.position = Position(document, token)
+        self._buffer, self._passed = self._buffer[end:], 0
+        return tokens
+
+
 def pack(
     tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], sequence: int, count: int
 ) -> Iterator[Int[Tensor, " position"]]:
-    """Yield `count` sequences of `sequence` token ids: documents end to end, eos between them."""
-    eos = tokenizer.eos_token_id
-    separator = [] if eos is None else [int(eos)]  # pyright: ignore[reportArgumentType]
-    buffer: list[int] = []
-    while count > 0:
-        while len(buffer) < sequence:
-            batch = list(islice(texts, 64))
-            if not batch:
-                raise BadInputError(
-                    f"the texts ran out with {count} sequences of {sequence} tokens to fill"
-                )
-            for ids in tokenizer(batch)["input_ids"]:  # pyright: ignore[reportGeneralTypeIssues]
-                buffer += [*ids, *separator]
-        yield torch.tensor(buffer[:sequence])
-        buffer = buffer[sequence:]
-        count -= 1
+    """Yield `count` sequences of `sequence` token ids; see `Packed`."""
+    stream = Packed(tokenizer, texts, sequence)
+    for left in range(count, 0, -1):
+        if (tokens := next(stream, None)) is None:
+            raise BadInputError(
+                f"the texts ran out with {left} sequences of {sequence} tokens to fill"
+            )
+        yield tokens
+
+
+class Batches(Iterator[Int[Tensor, "batch position"]]):
+    """Batches of packed sequences, and where they stand in the corpus."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        records: Sequence[Record],
+        config: CorpusConfig,
+        *,
+        tokens: int,
+        batch: int,
+    ) -> None:
+        self.tokenizer, self.records, self.config = tokenizer, records, config
+        self.batch, self.left = batch, max(1, tokens // (batch * config.sequence))
+        self.go_on(0, BEGINNING)
+
+    @property
+    def position(self) -> Position:
+        """The position behind the last batch."""
+        return self._stream.position
+
+    def go_on(self, done: int, position: Position) -> None:
+        """Pass over the next `done` batches, behind which the corpus stands at a position.
+
+        What lies before it is neither read nor tokenised.
+        """
+        self.left = max(0, self.left - done)
+        texts = documents(self.records, self.config, start=position.document)
+        self._stream = Packed(self.tokenizer, texts, self.config.sequence, position)
+
+    def __next__(self) -> Int[Tensor, "batch position"]:
+        """Return the next batch."""
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        return torch.stack([next(self._stream) for _ in range(self.batch)])
 
 
 def batches(
@@ -207,9 +321,9 @@ def batches(
     *,
     tokens: int,
     batch: int,
-) -> Iterator[Int[Tensor, "batch position"]]:
-    """Yield batches of packed sequences, `tokens` in all (rounded down to whole batches)."""
-    steps = max(1, tokens // (batch * config.sequence))
-    stream = pack(tokenizer, documents(records, config), config.sequence, steps * batch)
-    for _ in range(steps):
-        yield torch.stack([next(stream) for _ in range(batch)])
+) -> Batches:
+    """Return batches of packed sequences, `tokens` in all (rounded down to whole batches).
+
+    A corpus of fewer tokens is gone through again, in a new order every epoch.
+    """
+    return Batches(tokenizer, records, config, tokens=tokens, batch=batch)

@@ -12,10 +12,13 @@ of the text counts.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -89,9 +92,19 @@ def phased_texts(records: Sequence[Record], config: CorpusConfig) -> Iterator[st
     """
     rng = random.Random(f"phases/{config.seed}")
     system = prompts.resolve_system_prompt(config.system_prompt)
-    for record in rng.sample(list(records), len(records)):
+    for index in permutation(rng, len(records)):
         with_system = rng.random() < config.system_share
-        yield worked_document(record, system if with_system else None)
+        yield worked_document(records[index], system if with_system else None)
+
+
+def permutation(rng: random.Random, count: int) -> Iterator[int]:
+    """Return `rng.sample(range(count), count)`, in 8 bytes a number in place of 40."""
+    # A sample of all is the same exchange of places, listed from its end; it draws for the last
+    # place too, which has no other to be exchanged with.
+    order = array("q", range(count))
+    rng.shuffle(order)
+    rng.randrange(1)
+    return reversed(order)
 
 
 def worked_document(record: Record, system: str | None = None) -> str:
@@ -102,6 +115,77 @@ def worked_document(record: Record, system: str | None = None) -> str:
     if record.text:
         return record.text
     return prompts.document(record.question, record.steps or record.answer, record.answer, system)
+
+
+class PhasedBatches(Sequence[PhasedBatch]):
+    """Documents in batches of one length, the shorter first; each is made when it is looked up."""
+
+    def __init__(
+        self,
+        ids: np.ndarray[Any, Any],
+        phases: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        """Divide documents that lie end to end into batches.
+
+        Args:
+            ids: [token], of all documents.
+            phases: [token], likewise.
+            ends: [document], where each one ends.
+            batch_tokens: of one batch, unless a single document is longer.
+        """
+        self.ids, self.phases, self.ends = ids, phases, ends
+        lengths = np.diff(ends, prepend=0)
+        self._order = np.argsort(lengths, kind="stable")
+        values, counts = np.unique(lengths, return_counts=True)
+        parts, first = [], 0
+        for length, count in zip(values.tolist(), counts.tolist(), strict=True):
+            at_once = max(1, batch_tokens // length)
+            for start in range(0, count, at_once):
+                parts.append((length, first + start, first + min(start + at_once, count)))
+            first += count
+        self._parts = np.array(parts, dtype=np.int64).reshape(-1, 3)
+
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+        return len(self.ends)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        return len(self.ids)
+
+    @property
+    def largest(self) -> int:
+        """The number of the first of the batches with the most tokens."""
+        return int(np.argmax(self._parts[:, 0] * (self._parts[:, 2] - self._parts[:, 1])))
+
+    def document(self, number: int) -> tuple[list[int], list[int]]:
+        """Return the ids and the phases of a document's tokens."""
+        here = slice(self.ends[number - 1] if number else 0, self.ends[number])
+        return self.ids[here].tolist(), self.phases[here].tolist()
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> PhasedBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PhasedBatch]: ...
+    def __getitem__(self, index: int | slice) -> PhasedBatch | list[PhasedBatch]:
+        """Return a batch, or a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        length, first, end = self._parts[index].tolist()
+        numbers = self._order[first:end]
+        places = self.ends[numbers][:, None] + np.arange(-length, 0)
+        documents = np.repeat(numbers[:, None], length, axis=1)
+        parts = (self.ids[places], self.phases[places], documents)
+        return PhasedBatch(*(torch.from_numpy(part.astype(np.int64)) for part in parts))
 
 
 def phased_batches(
@@ -127,31 +211,63 @@ def phased_batches(
     Raises:
         BadInputError: no document, or a tokenizer without offsets.
     """
-    if not tokenizer.is_fast:
-        raise BadInputError("the tokenizer gives no offsets; phases need a fast one")
-    by_length: dict[int, list[tuple[list[int], list[int], int]]] = {}
-    for number, (ids, phases) in enumerate(_tokenised(tokenizer, texts, tokens, longest)):
-        by_length.setdefault(len(ids), []).append((ids, phases, number))
-    if not by_length:
-        raise BadInputError("no document was given; a report needs at least one")
-    batches = []
-    for length, rows in sorted(by_length.items()):
-        at_once = max(1, batch_tokens // length)
-        for first in range(0, len(rows), at_once):
-            part = rows[first : first + at_once]
-            batches.append(
-                PhasedBatch(
-                    torch.tensor([ids for ids, _, _ in part]),
-                    torch.tensor([phases for _, phases, _ in part]),
-                    torch.tensor([[number] * length for _, _, number in part]),
-                )
-            )
-    return batches
+    ids, phases, ends = array("i"), array("b"), array("q")
+    for row, phase in _tokenised(tokenizer, texts, tokens, longest):
+        ids.extend(row)
+        phases.extend(phase)
+        ends.append(len(ids))
+    parts = (np.asarray(part) for part in (ids, phases, ends))
+    return list(PhasedBatches(*parts, batch_tokens=batch_tokens))
+
+
+def phase_counts(batches: Iterable[PhasedBatch]) -> list[int]:
+    """Return the tokens of each phase."""
+    counts = torch.zeros(len(PHASES), dtype=torch.long)
+    for batch in batches:
+        counts += torch.bincount(batch.phases.flatten(), minlength=len(PHASES))
+    return counts.tolist()
+
+
+def stored_batches(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    tokens: int = TOKENS,
+    longest: int | None = None,
+) -> PhasedBatches:
+    """Return the batches of `phased_batches` with their tokens in a folder, not in memory.
+
+    What a run that was killed had tokenised is taken as it is: the folder is that of one run.
+
+    Raises:
+        BadInputError: as `phased_batches`.
+    """
+    files = [folder / f"{name}.bin" for name in ("ids", "phases", "ends")]
+    if not files[2].exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        ends = array("q")
+        with files[0].open("wb") as ids, files[1].open("wb") as phases:
+            for row, phase in _tokenised(tokenizer, texts, tokens, longest):
+                array("i", row).tofile(ids)
+                array("b", phase).tofile(phases)
+                ends.append((ends[-1] if ends else 0) + len(row))
+        # Last: with it the tokens are whole.
+        temporary = folder / "ends.tmp"
+        with temporary.open("wb") as stream:
+            ends.tofile(stream)
+        temporary.replace(files[2])
+    ids, phases, ends = (
+        np.memmap(file, dtype, "r") for file, dtype in zip(files, ("i4", "i1", "i8"), strict=True)
+    )
+    return PhasedBatches(ids, phases, ends)
 
 
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: int, longest: int | None
 ) -> Iterator[tuple[list[int], list[int]]]:
+    if not tokenizer.is_fast:
+        raise BadInputError("the tokenizer gives no offsets; phases need a fast one")
     count, stream = 0, iter(texts)
     eos: Any = tokenizer.eos_token_id
     while count < tokens and (some := list(islice(stream, 64))):
@@ -166,3 +282,5 @@ def _tokenised(
             count += len(ids)
             if count >= tokens:
                 return
+    if not count:
+        raise BadInputError("no document was given; a report needs at least one")

@@ -19,7 +19,7 @@ from typing import Any
 
 from resa_lens.errors import BadInputError
 from resa_lens.texts.prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
-from resa_lens.texts.tables import Row
+from resa_lens.texts.tables import Row, header
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 QUESTION_COLUMNS = ("question", "problem", "prompt", "query")
@@ -70,9 +70,9 @@ class Columns:
 
     def known_to(self, rows: Sequence[Mapping[str, Any]]) -> Columns:
         """Return the columns that a table has, for a second table beside the one they are of."""
-        header = _header(rows)
+        known = header(rows)
         names = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Columns(**{k: v for k, v in names.items() if v and _present(header, v)})
+        return Columns(**{k: v for k, v in names.items() if v and _present(known, v)})
 
 
 class _OddCellError(ValueError):
@@ -82,28 +82,37 @@ class _OddCellError(ValueError):
 def records_of(
     rows: Sequence[Row], where: str, columns: Columns | None = None, *, plain: bool = True
 ) -> list[Record]:
-    """Return the record of each row.
+    """Return the record of each row; arguments and errors are those of `reader_of`."""
+    read = reader_of(header(rows), where, columns, plain=plain)
+    return [read(row) for row in rows]
+
+
+def reader_of(
+    names: Sequence[str], where: str, columns: Columns | None = None, *, plain: bool = True
+) -> RecordReader:
+    """Return what makes records of a table's rows.
 
     Args:
-        rows: of one table.
+        names: the columns that any of its rows has.
         where: the table's name, for messages.
         columns: where they have other names than the known ones.
         plain: whether a table of documents, with a column `text` in place of questions and
             answers, will do.
 
     Raises:
-        BadInputError: no row, a column that is missing, or a cell that is empty or no text.
+        BadInputError: no row, or a column that is missing; and from the reader, a cell that is
+            empty or no text.
     """
-    if not rows:
+    if not names:
         raise BadInputError(f"{where} is empty: it holds no question")
-    columns, header = columns or Columns(), _header(rows)
-    has = f"it has {', '.join(header)[:200]}"
+    columns = columns or Columns()
+    has = f"it has {', '.join(names)[:200]}"
     for name in (columns.question, columns.answer, columns.steps, columns.text):
-        if name and not _present(header, name):
+        if name and not _present(names, name):
             raise BadInputError(f"{where} has no column {name!r}; {has}")
 
     def first(name: str | None, known: Iterable[str]) -> str | None:
-        return name or next((other for other in known if _present(header, other)), None)
+        return name or next((other for other in known if _present(names, other)), None)
 
     question = first(columns.question, (*QUESTION_COLUMNS, *MESSAGE_COLUMNS))
     in_messages = (question,) if question in MESSAGE_COLUMNS else ()
@@ -111,55 +120,70 @@ def records_of(
     text = first(columns.text, TEXT_COLUMNS)
     named = columns.question or columns.answer
     if plain and text and (columns.text or not (named or (question and answer))):
-        return [Record("", "", text=_read(row, text, where, _text_of)) for row in rows]
+        return RecordReader(where, text=text)
     if not question or not answer:
-        names = ANSWER_COLUMNS if question else QUESTION_COLUMNS
+        missing = ANSWER_COLUMNS if question else QUESTION_COLUMNS
         raise BadInputError(
-            f"{where} has no column {' or '.join(map(repr, names))}; {has}.\n"
+            f"{where} has no column {' or '.join(map(repr, missing))}; {has}.\n"
             "Name the right ones by --question-column and --answer-column"
         )
-    steps = [columns.steps] if columns.steps else [
-        name for name in STEPS_COLUMNS if name != answer and _present(header, name)
-    ]  # fmt: skip
-    return [_record(row, where, question, answer, steps, bool(columns.steps)) for row in rows]
+    steps = (columns.steps,) if columns.steps else tuple(
+        name for name in STEPS_COLUMNS if name != answer and _present(names, name)
+    )  # fmt: skip
+    return RecordReader(where, question, answer, steps, bool(columns.steps))
 
 
-def _record(
-    row: Row, where: str, question: str, answer: str, steps: Sequence[str], named: bool
-) -> Record:
-    problem = _read(row, question, where, _question_of)
-    result, worked = split_worked(_read(row, answer, where, _answer_of))
-    if not result:
-        raise _refusal(row, answer, where, "the result is empty; remove the row or fill it")
-    for name in steps:
-        try:
-            thought = _steps_of(cell(row, name))
-        except _OddCellError as error:
-            if named:
-                raise _refusal(row, name, where, str(error)) from error
-            continue  # a foreign column of that name must not stop a run
-        # Of a solution beside its answer the result is not a step.
-        own = thought if name == "steps" else split_worked(thought)[1] or thought
-        if own and own != result:
-            worked = own
-            break
-    level = level_of(cell(row, "level")) or 0
-    return Record(problem, result, worked, word_of(cell(row, "family")), level)
+@dataclass(frozen=True)
+class RecordReader:
+    """The columns of one table, and how a row of it becomes a record."""
+
+    where: str
+    question: str = ""
+    answer: str = ""
+    steps: Sequence[str] = ()
+    named: bool = False
+    """Whether the column of steps is what the user named."""
+    text: str = ""
+    """Of a table of documents; the others are empty then."""
+
+    def __call__(self, row: Row) -> Record:
+        """Return a row's record.
+
+        Raises:
+            BadInputError: a cell that is empty or no text.
+        """
+        where, answer = self.where, self.answer
+        if self.text:
+            return Record("", "", text=_read(row, self.text, where, _text_of))
+        problem = _read(row, self.question, where, _question_of)
+        result, worked = split_worked(_read(row, answer, where, _answer_of))
+        if not result:
+            raise _refusal(row, answer, where, "the result is empty; remove the row or fill it")
+        for name in self.steps:
+            try:
+                thought = _steps_of(cell(row, name))
+            except _OddCellError as error:
+                if self.named:
+                    raise _refusal(row, name, where, str(error)) from error
+                continue  # a foreign column of that name must not stop a run
+            # Of a solution beside its answer the result is not a step.
+            own = thought if name == "steps" else split_worked(thought)[1] or thought
+            if own and own != result:
+                worked = own
+                break
+        level = level_of(cell(row, "level")) or 0
+        return Record(problem, result, worked, word_of(cell(row, "family")), level)
 
 
-def _header(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _present(names: Sequence[str], name: str) -> bool:
+    return name in names or _key(names, name.partition(".")[0]) is not None
 
 
-def _present(header: Sequence[str], name: str) -> bool:
-    return name in header or _key(header, name.partition(".")[0]) is not None
-
-
-def _key(header: Iterable[str], name: str) -> str | None:
+def _key(names: Iterable[str], name: str) -> str | None:
     """Return a column's name as a table spells it: "Question" will do for "question"."""
-    if name in header:
+    if name in names:
         return name
-    return next((key for key in header if key.lower() == name), None)
+    return next((key for key in names if key.lower() == name), None)
 
 
 def cell(row: Mapping[str, Any], name: str) -> Any:
@@ -396,13 +420,38 @@ def unmatchable(answer: str) -> bool:
     )
 
 
-def doubts(answers: Sequence[str], where: str) -> list[str]:
+@dataclass
+class Doubts:
+    """Gold answers that no matcher can meet, counted as they are read."""
+
+    answers: int = 0
+    odd: int = 0
+    row: int = 0
+    """Of the first odd one, among the answers, 1-based; 0 where there is none."""
+    text: str = ""
+
+    def add(self, answer: str) -> None:
+        """Look at one more answer."""
+        self.answers += 1
+        if unmatchable(answer):
+            self.odd += 1
+            if not self.row:
+                self.row, self.text = self.answers, " ".join(answer.split())[:60]
+
+    def warnings(self, where: str) -> list[str]:
+        """Return a warning, or nothing where there is no doubt."""
+        if not self.odd:
+            return []
+        return [
+            f"warning: {self.odd} of {self.answers} answers of {where} are no result that a "
+            f"matcher can meet, first of row {self.row}: {self.text!r}; give their results, or "
+            "drop the rows"
+        ]
+
+
+def doubts(answers: Iterable[str], where: str) -> list[str]:
     """Return warnings of gold answers that no matcher can meet, with their number."""
-    odd = [number for number, answer in enumerate(answers, start=1) if unmatchable(answer)]
-    if not odd:
-        return []
-    first = " ".join(answers[odd[0] - 1].split())
-    return [
-        f"warning: {len(odd)} of {len(answers)} answers of {where} are no result that a matcher "
-        f"can meet, first of row {odd[0]}: {first[:60]!r}; give their results, or drop the rows"
-    ]
+    doubt = Doubts()
+    for answer in answers:
+        doubt.add(answer)
+    return doubt.warnings(where)

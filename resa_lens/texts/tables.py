@@ -1,15 +1,21 @@
-"""Rows of a local table file: jsonl, json, csv, tsv or parquet; the one reader of them."""
+"""Rows of a local table: jsonl, json, csv, tsv or parquet; the one reader of them.
+
+A table is a file, or a folder of shards; it is read row by row, so it may be larger than memory.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import io
+import itertools
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +32,8 @@ _MARKS = (
 )
 """Byte order marks, the longer ones first: one begins with another."""
 _DELIMITERS = ",;\t|"
+ROWS_AT_ONCE = 256
+"""Rows of a parquet file that are in memory while it is read."""
 
 
 class Row(dict[str, Any]):
@@ -37,40 +45,165 @@ class Row(dict[str, Any]):
         """Where it stands in its file: "row 2 (line 3)", or "row 2" where a file has no lines."""
 
 
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file, of a folder's shards or of a data set, read anew at each iteration."""
+
+    rows: Callable[[], Iterator[Row]]
+    names: Callable[[], list[str]]
+    """Returns the columns that any row has, in the order in which they appear."""
+    files: tuple[Path, ...]
+    """What it is read from."""
+    nbytes: int
+    """Of the rows; of a parquet file, uncompressed."""
+
+    def __iter__(self) -> Iterator[Row]:
+        """Go through the rows, one or a few in memory at a time."""
+        return self.rows()
+
+
+def read_table(path: Path) -> Table:
+    """Return the table in a file, or in the shards of a folder in the order of their paths.
+
+    Of a folder in the hub's layout the shards of the training split are read.
+
+    Raises:
+        BadInputError: as `iterate_rows`, or a folder without shards or with shards of two formats.
+    """
+    if not named_path(path, "data").is_dir():
+        files = (path,)
+        check_format(path)
+        return Table(lambda: iterate_rows(path), lambda: _names(files), files, _nbytes(path))
+    files = tuple(shards(path))
+    training = tuple(f for f in files if _TRAINING.search(str(f.relative_to(path))))
+    files = training or files
+    if not files:
+        raise BadInputError(f"{path} holds no {', '.join(READERS)} file; copy the shards there")
+    if len(formats := sorted({file.suffix.lower() for file in files})) > 1:
+        raise BadInputError(
+            f"{path} holds {' and '.join(formats)} files; the shards of one table have one format"
+        )
+
+    def rows() -> Iterator[Row]:
+        for file in files:
+            name = file.relative_to(path)
+            for row in iterate_rows(file):
+                row.place = f"{name}, {row.place}"
+                yield row
+
+    return Table(rows, lambda: _names(files), files, sum(map(_nbytes, files)))
+
+
+_TRAINING = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)
+
+
+def shards(folder: Path) -> list[Path]:
+    """Return the table files in a folder and below it, by their paths.
+
+    Hidden ones are left out, and so are .json files beside others: in the hub's layout they
+    describe the data and hold none.
+    """
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in READERS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    return [file for file in files if file.suffix.lower() != ".json"] or files
+
+
+def _nbytes(file: Path) -> int:
+    if file.suffix.lower() != ".parquet":
+        return file.stat().st_size
+    with _arrow_errors(file):
+        meta = pq.read_metadata(file)
+    return sum(meta.row_group(group).total_byte_size for group in range(meta.num_row_groups))
+
+
+def _names(files: Iterable[Path]) -> list[str]:
+    names: dict[str, None] = {}
+    for file in files:
+        if file.suffix.lower() == ".parquet":
+            names |= dict.fromkeys(pq.read_schema(file).names)
+        else:
+            names |= dict.fromkeys(header(iterate_rows(file)))
+    return list(names)
+
+
+def header(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the columns that any of the rows has, in the order in which they appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def check_format(path: Path) -> None:
+    """Raise BadInputError where a file is missing, or has no known format."""
+    if not named_path(path, "data file").is_file():
+        raise BadInputError(f"data file {path} does not exist")
+    if path.suffix.lower() not in READERS:
+        raise BadInputError(f"{path} has no known format; use one of {', '.join(READERS)}")
+
+
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a .jsonl, .json, .csv, .tsv or .parquet file.
+    """Return all rows of a file; see `iterate_rows`."""
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file, a few in memory at a time.
 
     Text is UTF-8, or what a byte order mark says.  JSON may be a line a row or a list of rows,
-    whatever the suffix; cells of a CSV file are divided by commas, semicolons, tabs or bars, as
-    its header shows.
+    whatever the suffix (a list is read whole); cells of a CSV file are divided by commas,
+    semicolons, tabs or bars, as its header shows.
 
     Raises:
         BadInputError: no such file, no known format, the content is not of that format, a row has
             more cells than the header, or a column or key stands twice.
     """
-    if not named_path(path, "data file").is_file():
-        raise BadInputError(f"data file {path} does not exist")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise BadInputError(f"{path} has no known format; use one of {', '.join(READERS)}")
+    check_format(path)
+    with _arrow_errors(path):
+        yield from READERS[path.suffix.lower()](path)
+
+
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
     try:
-        return reader(path)
+        yield
     except (pa.ArrowException, OSError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
         raise BadInputError(f"{path} is not readable as {path.suffix}: {reason}") from error
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+@contextmanager
+def _text(path: Path, newline: str) -> Iterator[TextIO]:
+    """Open a text by its byte order mark; `newline` is that of `open`.
+
+    Raises:
+        BadInputError: bytes of another encoding are read.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
     try:
-        return data.decode(encoding)
+        with path.open(encoding=encoding, newline=newline) as text:
+            yield text
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise BadInputError(
-            f"{path} is not readable as {encoding}: line {line} holds byte "
-            f"0x{data[error.start]:02x}; save it as UTF-8"
-        ) from error
+        raise _no_text(path, encoding) from error
+
+
+def _no_text(path: Path, encoding: str) -> BadInputError:
+    """Return what is wrong with a text's bytes, by reading it again line by line."""
+    line, decoder = 0, codecs.getincrementaldecoder(encoding)()
+    reason = "is of another encoding"
+    with path.open("rb") as stream:
+        try:
+            for line, piece in enumerate(stream, start=1):  # noqa: B007
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            reason = f"holds byte 0x{error.object[error.start]:02x}"
+    return BadInputError(
+        f"{path} is not readable as {encoding}: line {line} {reason}; save it as UTF-8"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,19 +217,34 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _read_json(path: Path) -> list[Row]:
-    """Return the objects of a list, or of a file with one a line."""
-    text = _text(path)
-    start = text.lstrip()[:1]
-    if start != "[" and path.suffix.lower() == ".json":
+def _read_json(path: Path) -> Iterator[Row]:
+    """Yield the objects of a list, or of a file with one a line."""
+    with _text(path, newline="\n") as stream:
+        lines = enumerate(iter(stream.readline, ""), start=1)
+        first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
+        if first[1].lstrip()[:1] == "[" or path.suffix.lower() == ".json":
+            stream.seek(0)
+            yield from _whole_json(stream.read(), path)
+            return
+        yield from _objects(_lines(itertools.chain([first], lines), path), path)
+
+
+def _whole_json(text: str, path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON text: a list, a record, one key that holds the list, or lines."""
+    if text.lstrip()[:1] != "[":
         try:
             whole = _DECODER.decode(text.strip())
         except ValueError:
-            pass  # of several objects, one a line
+            # Of several objects, one a line.
+            lines = enumerate(text.split("\n"), start=1)
+            yield from _objects(_lines(lines, path), path)
         else:
-            return _wrapped(whole, path)
-    values = _items(text, path) if start == "[" else _lines(text, path)
-    rows = []
+            yield from _wrapped(whole, path)
+    else:
+        yield from _objects(_items(text, path), path)
+
+
+def _objects(values: Iterable[tuple[int, Any]], path: Path) -> Iterator[Row]:
     for number, (line, value) in enumerate(values, start=1):
         if not isinstance(value, dict):
             value = json.dumps(value)[:40]
@@ -104,8 +252,7 @@ def _read_json(path: Path) -> list[Row]:
                 f"{path}, row {number} (line {line}) is not a JSON object: {value}; a row is "
                 '{"question": ..., "answer": ...}'
             )
-        rows.append(Row(value, f"row {number} (line {line})"))
-    return rows
+        yield Row(value, f"row {number} (line {line})")
 
 
 def _wrapped(whole: Any, path: Path) -> list[Row]:
@@ -122,9 +269,9 @@ def _wrapped(whole: Any, path: Path) -> list[Row]:
     return [Row(row, f"row {number}") for number, row in enumerate(inside, start=1)]
 
 
-def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    # Not by str.splitlines, which takes a separator inside a string for an end.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[int, Any]]:
+    # Not of str.splitlines, which takes a separator inside a string for an end.
+    for number, line in lines:
         if line.strip():
             try:
                 yield number, _DECODER.decode(line.strip())
@@ -166,10 +313,14 @@ def _no_json(path: Path, line: int, error: ValueError) -> BadInputError:
     return BadInputError(f"{path}, line {line}: {error}; keep one")
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    _check_columns(path, pq.read_schema(path).names)
-    rows = pq.read_table(path).to_pylist()
-    return [Row(row, f"row {number}") for number, row in enumerate(rows, start=1)]
+def _read_parquet(path: Path) -> Iterator[Row]:
+    # A row group may be all of the file: a page of it is in memory, where nothing is read ahead.
+    with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        _check_columns(path, file.schema_arrow.names)
+        number = itertools.count(1)
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
+            for row in batch.to_pylist():
+                yield Row(row, f"row {next(number)}")
 
 
 def _check_columns(path: Path, names: list[str]) -> None:
@@ -177,15 +328,17 @@ def _check_columns(path: Path, names: list[str]) -> None:
         raise BadInputError(f"{path} has column {twice[0]!r} twice; rename one or drop it")
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
     # Not by type inference: "007" and "1.0" must stay what they are.
-    text, before = _text(path), csv.field_size_limit(sys.maxsize)
+    before = csv.field_size_limit(sys.maxsize)
     try:
-        first = text.partition("\n")[0].strip("\r")
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(first)
-        if first.lower() == f"sep={delimiter}":  # for spreadsheets, no row of the table
-            text = text.partition("\n")[2]
-        return list(_cells(path, text, delimiter))
+        with _text(path, newline="") as stream:
+            start = stream.readline()
+            first = start.strip("\r\n")
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(first)
+            # For spreadsheets, no row of the table.
+            head = [] if first.lower() == f"sep={delimiter}" else [start]
+            yield from _cells(path, itertools.chain(head, stream), delimiter)
     finally:
         csv.field_size_limit(before)
 
@@ -197,37 +350,37 @@ def _delimiter(header: str) -> str:
     return max(_DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
 
 
-def _cells(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+def _cells(path: Path, text: Iterable[str], delimiter: str) -> Iterator[Row]:
+    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    names: list[str] | None = None
     number, line = 0, 1
     try:
         for cells in lines:
             begins, line = line, lines.line_num + 1
             if not cells:
                 continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                _check_columns(path, [name for name in header if name])
+            if names is None:
+                names = [name.strip() for name in cells]
+                _check_columns(path, [name for name in names if name])
                 continue
             number += 1
             place = f"row {number} (line {begins})"
-            if len(cells) > len(header):
+            if len(cells) > len(names):
                 raise BadInputError(
-                    f"{path}, {place} has {len(cells)} cells, the header {len(header)} "
-                    f"({', '.join(header)[:80]}):\n{delimiter.join(cells)[:80]!r}; put a cell that "
+                    f"{path}, {place} has {len(cells)} cells, the header {len(names)} "
+                    f"({', '.join(names)[:80]}):\n{delimiter.join(cells)[:80]!r}; put a cell that "
                     f"holds {delimiter!r} in double quotes"
                 )
-            filled = [*cells, *[None] * (len(header) - len(cells))]
+            filled = [*cells, *[None] * (len(names) - len(cells))]
             # A column without a name is a spreadsheet's, or a data frame's index.
-            yield Row({n: c for n, c in zip(header, filled, strict=True) if n}, place)
+            yield Row({n: c for n, c in zip(names, filled, strict=True) if n}, place)
     except csv.Error as error:
         raise BadInputError(
             f"{path} is not readable as CSV: line {lines.line_num}: {error}"
         ) from error
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,

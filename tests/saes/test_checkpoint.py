@@ -17,6 +17,8 @@ from resa_lens.models.host import Model
 from resa_lens.saes import checkpoint
 from resa_lens.saes.checkpoint import Checkpoints, newest, read_state, restore_threads
 from resa_lens.saes.train import SaeConfig, TrainedSaes, train_saes
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig, Record
 
 STEPS = 12
 
@@ -118,6 +120,46 @@ def test_a_short_write_is_made_however_short_the_run_is(
 ) -> None:
     written = simulated(0.2, 0.05, STEPS, monkeypatch, tmp_path)
     assert written == list(range(1, STEPS))
+
+
+def test_a_corpus_goes_on_at_its_position(tiny: Model, tmp_path: Path) -> None:
+    """To the same bits, and without tokenising again what was trained on."""
+    records = [Record(f"What is {n} + 1?", str(n + 1)) for n in range(300)]
+    config, seen = CorpusConfig(sequence=32), []
+
+    class Watching(corpora.Batches):
+        def go_on(self, done: int, position: corpora.Position) -> None:
+            seen.append((done, position))
+            super().go_on(done, position)
+
+    def train_on(store: Checkpoints | None = None) -> TrainedSaes:
+        data = Watching(tiny.tokenizer, records, config, tokens=STEPS * 64, batch=2)
+        options = SaeConfig(latents=64, k=4).for_width(tiny.d_model)
+        return train_saes(tiny, [2], data, [], options, steps=STEPS, store=store)
+
+    whole = train_on()
+    stopping = Stopping(tmp_path)
+    stopping.every, stopping.at = 1, 7
+    with pytest.raises(StopError):
+        train_on(stopping)
+    state = read_state(tmp_path)
+    assert state is not None
+    seen.clear()
+    resumed = train_on(Checkpoints(tmp_path))
+    assert seen == [(0, corpora.BEGINNING), (7, corpora.Position(*state["position"]))]
+    assert seen[1][1].document > 0
+    # A checkpoint from before there were positions: the batches are counted.
+    file = newest(tmp_path)
+    assert file is not None
+    del state["position"]
+    (file / checkpoint.STATE).write_text(json.dumps(state))
+    counted = train_on(Checkpoints(tmp_path))
+    for other in (resumed, counted):
+        assert 0 < other.resumed_at_tokens <= 7 * 64
+        assert other.losses == whole.losses
+        for point, coder in whole.coders.items():
+            for key, value in coder.state_dict().items():
+                assert torch.equal(value, other.coders[point].state_dict()[key]), key
 
 
 def test_the_first_large_one_waits_for_what_a_trial_of_the_disk_says(

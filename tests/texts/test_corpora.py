@@ -240,7 +240,8 @@ def test_a_hub_set_is_read_by_its_own_columns(monkeypatch):
 
     def load(repo, split):
         asked.append((repo, split))
-        return [{"problem": "p", "solution": "s", "answer": "a", "question": "not this"}]
+        row = {"problem": "p", "solution": "s", "answer": "a", "question": "not this"}
+        return datasets.Dataset.from_list([row])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_records("openr1") == [Record("p", "a", "s")]
