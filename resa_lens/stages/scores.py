@@ -364,12 +364,12 @@ LONG_ANSWERS = 8192
 
 
 def _warn_of_hours(
-    ctx: Context, model: Model, asked: Sequence[Asked], config: EvalConfig, engine: EngineName
+    ctx: Context, model: Model, questions: Sequence[Asked], config: EvalConfig, engine: EngineName
 ) -> None:
     """Say what long answers will take with an engine that was not made for them."""
     from resa_lens.stages.trials import try_answers
 
-    trial = try_answers(model, asked, config)
+    trial = try_answers(model, questions, config)
     if trial.time.seconds >= HOUR:
         ctx.reporter.note(
             f"warning: {'at most' if trial.at_most else 'about'} {duration(trial.time.seconds)} "
