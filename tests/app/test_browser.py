@@ -96,7 +96,7 @@ def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path)
         page.get_by_role("radio", name="either").click()
         page.get_by_text("this rule only stands beside it").wait_for()
         check(page, wrong, tmp_path / "layers.png")
-        walk_through(page, "Features", "resa-lens activity")  # the demo measured none
+        walk_through(page, "Features", COMPLETE["features"])
         check(page, wrong, tmp_path / "features.png")
         walk_through(page, "Scores", COMPLETE["scores"])
         check(page, wrong, tmp_path / "scores.png")
