@@ -70,18 +70,19 @@ def show(tokens: Sequence[str], values: Sequence[float], **how: object) -> None:
     st.html(coloured(tokens, values, **how))  # type: ignore[arg-type]
 
 
-def chips(tokens: Sequence[str], values: Sequence[float]) -> str:
+def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> str:
     """Return tokens as HTML, each apart with its number: orange above 0, blue below.
 
     Args:
         tokens: their texts; spaces and line ends are marked.
         values: a number each; the farthest from 0 has the strongest colour.
+        form: of the numbers, as of `format`.
     """
     top = max((abs(value) for value in values), default=0.0) or 1.0
     parts = [
         f'<span class="chip" style="background:'
         f'{_shade(_WARM if value > 0 else _COLD, abs(value) / top)}">'
-        f'{html.escape(visible(token), quote=True)} <span class="said">{value:.2f}</span></span>'
+        f'{html.escape(visible(token), quote=True)} <span class="said">{value:{form}}</span></span>'
         for token, value in zip(tokens, values, strict=True)
     ]
     return _block(" ", parts)

@@ -193,8 +193,8 @@ def meaning(result: DemoResult) -> list[str]:
     )
     return [
         counts,
-        f"By the texts alone, {result.falsification.summary['reason']}. `resa-lens falsify` adds an "
-        "SAE of another seed and a model with random weights.",
+        f"By the texts alone, {result.falsification.summary['reason']}. `resa-lens falsify` adds "
+        "an SAE of another seed and a model with random weights.",
         scores,
         "Whether the SAE's features caused a change is still open: run `resa-lens tune --control "
         "noise` and compare its scores with these.",
