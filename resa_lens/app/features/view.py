@@ -58,6 +58,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
         feature: of the layer's SAE.
         go: opens another feature's page.
     """
+    links.about(f"Feature {feature}", source.model, f"layer {layer}", f"feature {feature}")
     figures = readable(activity, source, layer, feature)
     st.subheader(f"Feature {feature}, {describe_layer(layer, source.n_layers)}", anchor=False)
     if figures is None:
@@ -264,13 +265,13 @@ def _example(
         + "</div>"
     )
     return block, {
+        "document": row["document"],
+        "token": row["position"],
         "phase": row["phase"],
         "interval": row["interval"],
         "activation": row["value"],
         "peak": tokens.visible(words[peak]) if 0 <= peak < len(words) else "",
         "text": tokens.plain("".join(words)),
-        "document": row["document"],
-        "token": row["position"],
     }
 
 
