@@ -51,11 +51,11 @@ def about(title: str, *subject: str) -> None:
     """Say what the page is about, in the browser's tab and in the names of saved figures.
 
     Args:
-        title: of the page or its part.
-        subject: what is shown: a model, a layer, a feature.
+        title: of the page, or what it shows.
+        subject: what that belongs to: a model, a layer.
     """
     st.set_page_config(page_title=" · ".join((title, *subject, "resa-lens")))
-    st.session_state[_SUBJECT] = re.sub(r"[^\w.]+", "-", "-".join(subject or (title,))).strip("-")
+    st.session_state[_SUBJECT] = re.sub(r"[^\w.]+", "-", "-".join((*subject, title))).strip("-")
 
 
 def file_name(name: str) -> str:

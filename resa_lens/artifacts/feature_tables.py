@@ -247,6 +247,8 @@ def read_feature(
             f"{folder}, or its layer was not measured"
         )
     examples = open_groups(folder / EXAMPLES, EXAMPLE_SCHEMA).find(layer, feature)
+    # Of recipe 1 all examples are the strongest.
+    examples = [{"interval": STRONGEST, **row} for row in examples]
     return rows[0], sorted(examples, key=lambda row: row["rank"])
 
 

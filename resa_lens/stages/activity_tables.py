@@ -162,6 +162,9 @@ def example_rows(
     tokens = np.repeat(documents.begins[numbers] + starts, lengths) + inside
     columns = np.repeat(config.before - positions + starts, lengths) + inside
     acts = rows["windows"][np.repeat(np.arange(len(numbers)), lengths), columns]
+    # The peak itself as it is: half precision would make 0 of a very weak one.
+    acts = acts.astype(np.float32)
+    acts[ends - lengths + positions - starts] = rows["values"]
     offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
     first = np.searchsorted(rows["feature"], rows["feature"])
     phases = documents.phases[documents.begins[numbers] + positions]
@@ -178,7 +181,7 @@ def example_rows(
         "tokens": pa.ListArray.from_arrays(
             offsets, documents.texts.take(pa.array(documents.codes[tokens]))
         ),
-        "acts": pa.ListArray.from_arrays(offsets, pa.array(acts.astype(np.float32))),
+        "acts": pa.ListArray.from_arrays(offsets, pa.array(acts)),
     }
     return pa.table(
         [pa.array(content[f.name], f.type) if isinstance(content[f.name], np.ndarray)

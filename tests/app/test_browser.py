@@ -117,6 +117,10 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
         page.get_by_text("Link to this page").wait_for(timeout=30_000)
         settled(page)
         assert re.search(r"layer=\d+&feature=\d+|feature=\d+&layer=\d+", page.url)
+        assert re.fullmatch(r"feature \d+ · tiny-reasoner · layer \d+ · resa-lens", page.title())
+        # What it responds to is read without scrolling.
+        first = page.locator(".example").first.bounding_box()
+        assert first["y"] + first["height"] < 800
         check(page, wrong, tmp_path / "feature.png")
         page.get_by_role("link", name="Try it in the prompt lab").click()
         page.get_by_role("button", name="Generate").click()

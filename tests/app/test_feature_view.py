@@ -82,7 +82,11 @@ def test_a_features_page_has_everything_that_was_measured(made, features):
     assert weighed["gradient, 1e-3 nats"] == pytest.approx(2.1)
     assert weighed["patching, 1e-3 nats"] == pytest.approx(1.9)
     assert "resa-lens" not in commands(app)
-    assert len(app.get("plotly_chart")) == 4
+    charts = app.get("plotly_chart")
+    assert len(charts) == 4
+    names = {json.loads(c.proto.config)["toImageButtonOptions"]["filename"] for c in charts}
+    stem = f"synthetic-layer-{PLANTED.layer}-feature-{PLANTED.feature}"
+    assert names == {f"{stem}-{what}" for what in ("activations", "phases", "trials", "doses")}
     assert f"layer={PLANTED.layer}&feature={PLANTED.feature}" in commands(app)
     assert shlex.quote(ACTIVITY).replace("/", "%2F") in commands(app)
 

@@ -58,7 +58,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
         feature: of the layer's SAE.
         go: opens another feature's page.
     """
-    links.about(f"Feature {feature}", source.model, f"layer {layer}", f"feature {feature}")
+    links.about(f"feature {feature}", source.model, f"layer {layer}")
     figures = readable(activity, source, layer, feature)
     st.subheader(f"Feature {feature}, {describe_layer(layer, source.n_layers)}", anchor=False)
     if figures is None:
