@@ -122,7 +122,13 @@ def load_modules() -> None:
     from resa_lens.stages.demo import BUDGETS, Budget
 
     BUDGETS["test"] = Budget(
-        sae_tokens=2048, latents=128, steps=3, questions=6, expectation="expected: seconds"
+        sae_tokens=2048,
+        latents=128,
+        steps=3,
+        questions=6,
+        text_tokens=512,
+        trials=2,
+        expectation="expected: seconds",
     )
 
 

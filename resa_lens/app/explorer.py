@@ -66,6 +66,7 @@ def _pages(listing: Listing, first: str) -> None:
 def _show(path: str, listing: Listing) -> None:
     """Draw a page; only the one that is shown is imported: the first one opens sooner."""
     page = import_module(f"resa_lens.app.{path}.page")
+    links.about(PAGES[path][0])
     st.title(PAGES[path][0], anchor=False)
     page.show(listing)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import streamlit as st
@@ -17,7 +18,7 @@ PAGES: dict[str, tuple[str, str]] = {
 }
 """Title and icon by path; the page is `show(listing)` of the module `resa_lens.app.<path>.page`."""
 
-_REGISTERED = "registered-pages"
+_REGISTERED, _SUBJECT = "registered-pages", "subject"
 
 
 def register(pages: Mapping[str, Any]) -> None:
@@ -44,6 +45,30 @@ def to(page: str, label: str = "", *, icon: str | None = None, **parameters: str
 def common() -> dict[str, str]:
     """Return what every page of the app understands: the workspace and the numbering."""
     return {key: st.query_params[key] for key in ("place", "one_based") if key in st.query_params}
+
+
+def about(title: str, *subject: str) -> None:
+    """Say what the page is about, in the browser's tab and in the names of saved figures.
+
+    Args:
+        title: of the page, or what it shows.
+        subject: what that belongs to: a model, a layer.
+    """
+    st.set_page_config(page_title=" · ".join((title, *subject, "resa-lens")))
+    st.session_state[_SUBJECT] = re.sub(r"[^\w.]+", "-", "-".join((*subject, title))).strip("-")
+
+
+def file_name(name: str) -> str:
+    """Return the name of a file of what is shown, without its ending."""
+    return f"{st.session_state.get(_SUBJECT, 'resa-lens')}-{name}"
+
+
+def check(key: str, options: Collection[str], what: str) -> str | None:
+    """Return what is wrong with an address that names none of the options."""
+    value = st.query_params.get(key)
+    if value is None or value in options:
+        return None
+    return f"The address names {what} {value!r:.80}, which is not in this workspace."
 
 
 def bound(key: str) -> dict[str, Any]:

@@ -23,6 +23,8 @@ _PATTERNS = {"prompt": "dotted", "think": "solid", "answer": "double"}
 _NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories without a picture: controls, formats, what is not assigned, separators."""
+LONGEST = 120
+"""Characters of a token that are shown: a token of thousands would take the page."""
 STYLE = (
     "<style>.tokens{font-family:ui-monospace,monospace;font-size:.92rem;line-height:2;"
     "overflow-wrap:anywhere;white-space:pre-wrap}.tokens span{border-radius:3px;padding:1px 0;"
@@ -70,18 +72,19 @@ def show(tokens: Sequence[str], values: Sequence[float], **how: object) -> None:
     st.html(coloured(tokens, values, **how))  # type: ignore[arg-type]
 
 
-def chips(tokens: Sequence[str], values: Sequence[float]) -> str:
+def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> str:
     """Return tokens as HTML, each apart with its number: orange above 0, blue below.
 
     Args:
         tokens: their texts; spaces and line ends are marked.
         values: a number each; the farthest from 0 has the strongest colour.
+        form: of the numbers, as of `format`.
     """
     top = max((abs(value) for value in values), default=0.0) or 1.0
     parts = [
         f'<span class="chip" style="background:'
         f'{_shade(_WARM if value > 0 else _COLD, abs(value) / top)}">'
-        f'{html.escape(visible(token), quote=True)} <span class="said">{value:.2f}</span></span>'
+        f'{html.escape(visible(token), quote=True)} <span class="said">{value:{form}}</span></span>'
         for token, value in zip(tokens, values, strict=True)
     ]
     return _block(" ", parts)
@@ -104,7 +107,8 @@ def visible(token: str) -> str:
     """Return a token as one line of plain text in which every character can be seen."""
     if not token:
         return "(empty)"
-    return "".join("␣" if c == " " else _name(c) or c for c in token)
+    more = f"[{len(token):,} characters]" if len(token) > LONGEST else ""
+    return "".join("␣" if c == " " else _name(c) or c for c in token[:LONGEST]) + more
 
 
 def plain(text: str) -> str:
@@ -131,7 +135,9 @@ def _shade(colour: str, share: float) -> str:
 def _text(token: str) -> str:
     """A token as it stands; what cannot be seen is marked, and a line's end is kept."""
     parts = []
-    for c in token:
+    for c in token[:LONGEST]:
         mark = f'<span class="mark">{name}</span>' if (name := _name(c)) else ""
         parts.append(mark + (html.escape(c, quote=True) if not mark or c in "\n\t" else ""))
+    if len(token) > LONGEST:
+        parts.append(f'<span class="mark">[{len(token):,} characters]</span>')
     return "".join(parts)

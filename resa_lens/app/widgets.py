@@ -16,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
+from resa_lens.app import links
 from resa_lens.errors import BadInputError
 
 Given = ParamSpec("Given")
@@ -93,18 +94,19 @@ def figure(
 
     Args:
         drawing: the figure.
-        key: of the widget, and the name of the files.
+        key: of the widget; the files' names say what is shown, too.
         select: whether a click on a point runs the page again, or what it calls before that; the
             selection comes back.
         alt: what a screen reader says; the figure's title by default.
     """
     layout: Any = drawing.layout
+    name = links.file_name(key.removeprefix("figure-"))
     config = {
         "displaylogo": False,
         "responsive": True,
         "toImageButtonOptions": {
             "format": str(st.session_state.get("image", "PNG")).lower(),
-            "filename": key,
+            "filename": name,
             "scale": 2,
         },
     }
@@ -121,7 +123,7 @@ def figure(
     download(
         "HTML",
         lambda: drawing.to_html(include_plotlyjs=True),
-        f"{key}.html",
+        f"{name}.html",
         key=f"html-{key}",
         help="The figure as a page that needs nothing else",
     )

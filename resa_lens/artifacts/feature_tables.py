@@ -1,8 +1,8 @@
 """The tables of features as files: their schemas, and reading them by row group.
 
     activity/   features.parquet    a row a feature that fired, sorted by layer and feature
-                examples.parquet    its strongest documents, the tokens around each peak with their
-                                    activations
+                examples.parquet    places at which it fires, by phase and interval: the tokens
+                                    around each with their activations
                 documents.parquet   every document's tokens and phases
     scores/     scores.parquet      a row a score, layer and feature, sorted so
 
@@ -26,6 +26,12 @@ from numpy.typing import NDArray
 from resa_lens.errors import BadInputError
 from resa_lens.texts.prompts import PHASES
 
+STRONGEST = "strongest"
+THIRDS = ("lower third", "middle third", "upper third")
+"""Of the places that were drawn in a phase, by their activation."""
+INTERVALS = (STRONGEST, *reversed(THIRDS))
+ADDED = frozenset({"fires_on", "fires_on_share", "fires_on_mean", "interval"})
+"""Columns that the tables of recipe 1 lack."""
 GROUP = 1024
 """Features in one row group of the activity's tables."""
 FEATURES, EXAMPLES, DOCUMENTS = "features.parquet", "examples.parquet", "documents.parquet"
@@ -53,6 +59,9 @@ FEATURE_SCHEMA = pa.schema(
             )
         ],
         ("histogram", pa.list_(pa.int32())),
+        ("fires_on", pa.list_(pa.string())),
+        ("fires_on_share", pa.list_(pa.float32())),
+        ("fires_on_mean", pa.list_(pa.float32())),
         ("top_tokens", pa.list_(pa.string())),
         ("top_logits", pa.list_(pa.float32())),
         ("bottom_tokens", pa.list_(pa.string())),
@@ -62,13 +71,15 @@ FEATURE_SCHEMA = pa.schema(
     ]
 )
 """Densities are shares of tokens, `density_se` is over documents; means are over the tokens where
-the feature fires, 0 where it does not.  The histogram's edges are in the file's metadata.  The
-lens and the neighbours are null where they were not computed."""
+the feature fires, 0 where it does not.  `fires_on` are the tokens at which it fires most often,
+with their share of its firings and the mean activation there.  The histogram's edges are in the
+file's metadata.  The lens and the neighbours are null where they were not computed."""
 
 EXAMPLE_SCHEMA = pa.schema(
     [
         ("layer", pa.int32()),
         ("feature", pa.int32()),
+        ("interval", pa.string()),
         ("rank", pa.int32()),
         ("document", pa.int32()),
         ("position", pa.int32()),
@@ -79,7 +90,9 @@ EXAMPLE_SCHEMA = pa.schema(
         ("acts", pa.list_(pa.float32())),
     ]
 )
-"""`position` is the peak's in its document, `start` that of the first token shown."""
+"""`interval` is one of `INTERVALS`; `rank` counts a feature's examples, the strongest first, then
+those drawn, in the order of the draw.  `position` is the peak's in its document, `start` that of
+the first token shown.  Activations beside the peak have half precision."""
 
 DOCUMENT_SCHEMA = pa.schema(
     [("document", pa.int32()), ("ids", pa.list_(pa.int32())), ("phases", pa.list_(pa.int8()))]
@@ -191,6 +204,8 @@ def open_groups(file: Path, schema: pa.Schema) -> Groups:
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file) from error
     for field in schema:
+        if field.name in ADDED and field.name not in own.names:
+            continue
         if field.name not in own.names or own.field(field.name).type != field.type:
             raise BadInputError(
                 f"{file} has no column {field.name} of type {field.type}; it is of another "
@@ -232,6 +247,8 @@ def read_feature(
             f"{folder}, or its layer was not measured"
         )
     examples = open_groups(folder / EXAMPLES, EXAMPLE_SCHEMA).find(layer, feature)
+    # Of recipe 1 all examples are the strongest.
+    examples = [{"interval": STRONGEST, **row} for row in examples]
     return rows[0], sorted(examples, key=lambda row: row["rank"])
 
 

@@ -6,7 +6,8 @@ latent, value), each layer keeps per feature:
     tokens fired, sum and maximum of the activation by phase (prompt, think, answer)
     documents fired in, and what the standard error of the density over documents needs
     a histogram of the activation in half octaves
-    the strongest documents, each with the activations around its peak
+    the tokens at which it fires
+    in each phase the strongest places and places drawn from all, with the activations around them
 
 No array of batch x sequence x latents is made: what is held grows with the latents alone, and
 `needed_bytes` says how much before the start.
@@ -20,12 +21,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.features.checks import check_features
 from resa_lens.features.config import ActivityConfig as ActivityConfig
+from resa_lens.features.examples import Examples, Firings, FiringTokens
 from resa_lens.models.activations import check_hookpoints, stream_activations
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
@@ -53,8 +55,8 @@ def bin_edges() -> Float[Tensor, " bins+1"]:
 def needed_bytes(d_in: int, d_sae: int, config: ActivityConfig) -> int:
     """Return what one layer holds: its encoder, also in bfloat16, and its figures."""
     encoder = 6 * d_sae * (d_in + 1)
-    figures = len(PHASES) * (8 + 8 + 4) + 8 + 16 + 4 * BINS
-    return encoder + d_sae * (figures + config.examples * (4 + 8 + 8 + 8 + 4 * config.window))
+    figures = len(PHASES) * (8 + 8 + 4) + 8 + 16 + 4 * BINS + FiringTokens.bytes_of(config)
+    return encoder + d_sae * (figures + len(PHASES) * Examples.bytes_of(config))
 
 
 def contexts_of(ids: Int[Tensor, "batch position"]) -> Int[Tensor, "batch position"]:
@@ -73,7 +75,7 @@ class Tally:
 
     def __init__(self, d_sae: int, config: ActivityConfig, device: str = "cpu") -> None:
         self.d_sae, self.config = d_sae, config
-        n, phases = config.examples, len(PHASES)
+        phases = len(PHASES)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -86,27 +88,29 @@ class Tally:
         self.squares = zeros(d_sae, dtype=torch.double)
         self.products = zeros(d_sae, dtype=torch.double)
         self.histogram = zeros(d_sae, BINS, dtype=torch.int32)
-        self.top = zeros(d_sae, n, dtype=torch.float)
-        self.top_documents = zeros(d_sae, n) - 1
-        self.top_positions = zeros(d_sae, n)
-        self.top_contexts = zeros(d_sae, n)
-        self.windows = zeros(d_sae, n, config.window, dtype=torch.float)
+        self.examples = Examples(phases * d_sae, config, device)
+        self.firing_tokens = FiringTokens(d_sae, config, device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for part in ("examples", "firing_tokens"):
+            tensors |= {f"{part}.{n}": value for n, value in getattr(self, part).tensors().items()}
+        return tensors
 
     def scalars(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides."""
-        return {}
+        return {"firing_tokens": self.firing_tokens.used}
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Take what `scalars` gave."""
+        self.firing_tokens.used = int(scalars["firing_tokens"])
 
     @torch.no_grad()
     def add(
         self,
         acts: SparseActs,
+        tokens: Int[Tensor, " row"],
         phases: Int[Tensor, " row"],
         documents: Int[Tensor, " row"],
         contexts: Int[Tensor, " row"],
@@ -116,10 +120,11 @@ class Tally:
 
         Args:
             acts: active latents; row i is token i of the batch, document by document.
+            tokens: their numbers in the vocabulary.
             phases: of each token, an index into `PHASES`.
             documents: the number of each token's document.
-            contexts: a number for the text that ends in each token (`contexts_of`): of documents
-                whose peaks have the same, one is an example.
+            contexts: a number for the text that ends in each token (`contexts_of`): of places
+                with the same, one is an example.
             length: tokens of each document.
         """
         if self.config.threshold > 0:
@@ -139,109 +144,22 @@ class Tally:
         bins = (values.view(torch.int32) >> _HALF_OCTAVE) - 2 * (_EXPONENT + LOWEST)
         bins = latents * BINS + bins.clamp(0, BINS - 1)
         self.histogram.view(-1).index_add_(0, bins, ones.int())
+        self.firing_tokens.add(latents, tokens[rows], values)
         # Sorted by latent, then by token: each feature's stay in a document is one segment.
-        begins = torch.ones_like(latents, dtype=torch.bool)
-        begins[1:] = (latents[1:] != latents[:-1]) | (rows[1:] // length != rows[:-1] // length)
-        segment = begins.long().cumsum(0) - 1
-        feature = latents[begins]
+        numbers = documents[rows]
+        new_document = torch.ones_like(latents, dtype=torch.bool)
+        new_document[1:] = (latents[1:] != latents[:-1]) | (numbers[1:] != numbers[:-1])
+        segment = new_document.long().cumsum(0) - 1
+        feature = latents[new_document]
         fired = torch.bincount(segment, minlength=feature.numel()).double()
         self.documents.index_add_(0, feature, torch.ones_like(feature))
         self.squares.index_add_(0, feature, fired.square())
         self.products.index_add_(0, feature, fired * length)
-        peaks = torch.zeros_like(fired, dtype=torch.float)
-        peaks.scatter_reduce_(0, segment, values, "amax")
-        if bool((wanted := peaks > self.top[feature, -1]).any()):
-            # The first token that reaches its segment's peak.
-            at_peak = (values == peaks[segment]).nonzero()[:, 0]
-            first = torch.full_like(feature, rows.numel())
-            first.scatter_reduce_(0, segment[at_peak], at_peak, "amin")
-            index = self._candidates(feature, peaks, contexts[rows[first]], wanted)
-            token = rows[first[index]]
-            held = {
-                "top_documents": documents[token],
-                "top_positions": token % length,
-                "top_contexts": contexts[token],
-                "windows": self._windows(latents, rows, values, feature[index], token, length),
-            }
-            self._keep_best(feature[index], peaks[index], held)
-
-    def _candidates(
-        self,
-        feature: Int[Tensor, " segment"],
-        peaks: Float[Tensor, " segment"],
-        contexts: Int[Tensor, " segment"],
-        wanted: Bool[Tensor, " segment"],
-    ) -> Int[Tensor, " candidate"]:
-        """Return the segments that go into their feature's list, by feature, the strongest first.
-
-        No more than the list is long, of equal peaks the earlier document, and of equal contexts
-        the first that came: half of the documents of a corpus may begin with one system prompt.
-        """
-        index = wanted.nonzero()[:, 0]
-        known = self.top_contexts[feature[index]] == contexts[index, None]
-        known &= self.top_documents[feature[index]] >= 0
-        index = index[~known.any(1)]
-        index = index[peaks[index].argsort(descending=True, stable=True)]
-        index = index[contexts[index].argsort(stable=True)]
-        index = index[feature[index].argsort(stable=True)]
-        if index.numel():
-            new = torch.ones_like(index, dtype=torch.bool)
-            new[1:] = (feature[index[1:]] != feature[index[:-1]]) | (
-                contexts[index[1:]] != contexts[index[:-1]]
-            )
-            index = index[new].sort().values
-        index = index[peaks[index].argsort(descending=True, stable=True)]
-        index = index[feature[index].argsort(stable=True)]
-        _, slot, counts = torch.unique_consecutive(
-            feature[index], return_inverse=True, return_counts=True
-        )
-        rank = torch.arange(index.numel(), device=index.device) - (counts.cumsum(0) - counts)[slot]
-        return index[rank < self.config.examples]
-
-    def _keep_best(
-        self,
-        owner: Int[Tensor, " candidate"],
-        peaks: Float[Tensor, " candidate"],
-        held: Mapping[str, Tensor],
-    ) -> None:
-        """Merge candidates, ordered as `_candidates` gives them, into their features' lists."""
-        changed, slot, counts = torch.unique_consecutive(
-            owner, return_inverse=True, return_counts=True
-        )
-        rank = torch.arange(owner.numel(), device=owner.device) - (counts.cumsum(0) - counts)[slot]
-        n = self.config.examples
-        fresh = self.top.new_full((changed.numel(), n), -1.0)
-        fresh[slot, rank] = peaks
-        # What is empty on the left is 0, on the right -1: a feature's list is filled up in order.
-        both = torch.cat([self.top[changed], fresh], 1)
-        best, chosen = (part[:, :n] for part in both.sort(dim=1, descending=True, stable=True))
-        for name, new in held.items():
-            table = getattr(self, name)
-            old = table[changed]
-            added = torch.zeros_like(old)
-            added[slot, rank] = new
-            pick = chosen[(...,) + (None,) * (old.ndim - 2)].expand(-1, -1, *old.shape[2:])
-            table[changed] = torch.cat([old, added], 1).gather(1, pick)
-        self.top[changed] = best
-
-    def _windows(
-        self,
-        latents: Int[Tensor, " pair"],
-        rows: Int[Tensor, " pair"],
-        values: Float[Tensor, " pair"],
-        feature: Int[Tensor, " example"],
-        token: Int[Tensor, " example"],
-        length: int,
-    ) -> Float[Tensor, "example window"]:
-        """Return a feature's activations around a token, 0 beyond its document."""
-        size = int(rows.max()) + length + 1
-        keys = latents * size + rows
-        steps = torch.arange(-self.config.before, self.config.after + 1, device=token.device)
-        around = token[:, None] + steps
-        inside = (around // length) == (token // length)[:, None]
-        wanted = feature[:, None] * size + around.clamp_min(0)
-        found = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
-        return torch.where(inside & (keys[found] == wanted), values[found], 0.0)
+        # And of each stay in a phase of a document the strongest place may be an example.
+        new_phase = new_document
+        new_phase[1:] |= place[1:] != place[:-1]
+        firings = Firings(latents, rows, values, place, documents, contexts, length)
+        self.examples.add(firings, new_phase.long().cumsum(0) - 1)
 
 
 @dataclass(frozen=True)
@@ -310,6 +228,7 @@ def measure_activity(
     # Each batch is looked up twice, so that none but the one at hand is in memory.
     for index, held in zip(left, stream, strict=True):
         batch = batches[index]
+        tokens = batch.ids.flatten().to(model.device)
         phases = batch.phases.flatten().to(model.device)
         documents = batch.documents.flatten().to(model.device)
         contexts = contexts_of(batch.ids).flatten().to(model.device)
@@ -317,7 +236,7 @@ def measure_activity(
             # Released layer by layer: at the end only the figures are left.
             x = held.acts.pop(point).flatten(0, 1).float()
             acts = encode(coders[point], x, prepared=encoders[point])
-            tally.add(acts, phases, documents, contexts, batch.ids.shape[1])
+            tally.add(acts, tokens, phases, documents, contexts, batch.ids.shape[1])
         if store:
             store.keep(index + 1, len(batches), tallies)
         if advance:

@@ -90,7 +90,15 @@ class CountConfig(Config):
 class ActivityConfig(Config):
     """What is kept of each feature."""
 
-    examples: int = setting(8, "Documents kept of each feature, the strongest.", min=1, max=10_000)
+    examples: int = setting(
+        6,
+        "Places kept of each feature in each phase: so many strongest, so many drawn.",
+        min=1,
+        max=10_000,
+    )
+    firing_tokens: int = setting(
+        16, "Tokens kept of each feature, of those at which it fires.", min=1, max=10_000
+    )
     before: int = setting(16, "Tokens of context before the peak.", min=0)
     after: int = setting(8, "Tokens of context after the peak.", min=0)
     threshold: float = setting(

@@ -127,12 +127,15 @@ class Activity(Result):
         return feature_page(self.saes.model, self.saes.run, self.run, layer, feature)
 
     def examples(self, layer: int, feature: int) -> Examples:
-        """Return the documents in which a feature is strongest, for a notebook in colour.
+        """Return the places where a feature is strongest in each phase, for a notebook in colour.
 
         Raises:
             BadInputError: as `feature`.
         """
-        return Examples(self.feature(layer, feature)["examples"])
+        from resa_lens.artifacts.feature_tables import STRONGEST
+
+        examples = self.feature(layer, feature)["examples"]
+        return Examples([row for row in examples if row["interval"] == STRONGEST])
 
     def _sentences(self) -> list[str]:
         tokens = ", ".join(f"{count} {phase}" for phase, count in self.run.tokens.items())

@@ -420,7 +420,9 @@ class _Job:
                     lens = logit_lens(model, directions[some], min(10, vocabulary))
                     near = nearest_directions(directions, some)
                 write(
-                    feature_rows(activity, point, share, some, lens, near, model.tokenizer),
+                    feature_rows(
+                        activity, point, share, some, lens, near, model.tokenizer, self.documents
+                    ),
                     example_rows(activity, point, some, self.documents),
                 )
         pa.default_memory_pool().release_unused()

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from resa_lens.artifacts.feature_tables import (
     DOCUMENT_SCHEMA,
@@ -19,8 +20,11 @@ from resa_lens.artifacts.feature_tables import (
     EXAMPLES,
     FEATURE_SCHEMA,
     FEATURES,
+    STRONGEST,
+    THIRDS,
 )
-from resa_lens.features.activity import Activity, Density, bin_edges
+from resa_lens.features.activity import Activity, Density, Tally, bin_edges
+from resa_lens.features.examples import Examples
 from resa_lens.features.lens import Lens
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.texts.phases import PHASES, PhasedBatches
@@ -28,16 +32,23 @@ from resa_lens.texts.phases import PHASES, PhasedBatches
 DOCUMENTS_AT_ONCE = 8192
 """Of a row group of the documents' table."""
 
+Array = NDArray[Any]
+FIRES_ON = 10
+"""Tokens of a feature in the tables, at most."""
+
 
 class Documents:
     """The documents of an activity run, by number."""
 
     def __init__(self, batches: PhasedBatches, tokenizer: Any) -> None:
         self.batches = batches
+        self.lengths = np.diff(batches.ends, prepend=0)
+        self.begins = batches.ends - self.lengths
         size = 2**20
         parts = (batches.ids[i : i + size] for i in range(0, batches.tokens, size))
-        seen = sorted({token for part in parts for token in np.unique(part).tolist()})
-        self.text = {token: tokenizer.decode([token]) for token in seen}
+        self._seen = np.unique(np.concatenate([np.unique(part) for part in parts]))
+        self.text = {token: tokenizer.decode([token]) for token in self._seen.tolist()}
+        self._texts = pa.array(list(self.text.values()), pa.string())
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -46,6 +57,15 @@ class Documents:
     def __getitem__(self, number: int) -> tuple[list[int], list[int]]:
         """Return the ids and the phases of a document's tokens."""
         return self.batches.document(number)
+
+    def phases(self, tokens: Array) -> Array:
+        """Return the phase of tokens, which are counted over all documents."""
+        return self.batches.phases[tokens]
+
+    def texts(self, tokens: Array) -> pa.Array:
+        """Return tokens, which are counted over all documents, as texts."""
+        codes = np.searchsorted(self._seen, self.batches.ids[tokens])
+        return self._texts.take(pa.array(codes))
 
     def write(self, file: Path) -> None:
         """Write them all, a row group in memory at a time."""
@@ -67,6 +87,7 @@ def feature_rows(
     lens: Lens | None,
     nearest: tuple[torch.Tensor, torch.Tensor] | None,
     tokenizer: Any,
+    documents: Documents,
 ) -> pa.Table:
     """Return the rows of some features of one layer.
 
@@ -78,6 +99,7 @@ def feature_rows(
         lens: of these features, or None.
         nearest: their neighbours and cosines, or None.
         tokenizer: writes the lens' tokens.
+        documents: know the text of the tokens at which features fire.
     """
     tally = activity.tallies[point]
     index = torch.tensor(list(features), dtype=torch.long, device=tally.fired.device)
@@ -102,6 +124,7 @@ def feature_rows(
             f"mean_{phase}": (sums[i] / fired[i].clamp_min(1)).tolist(),
             f"max_{phase}": maxima[i].tolist(),
         }
+    columns |= _firing_tokens(tally, features, total.tolist(), documents)
     for side in ("top", "bottom"):
         ids = getattr(lens, side).tolist() if lens else None
         columns[f"{side}_tokens"] = _texts(ids, tokenizer) if ids else [None] * len(features)
@@ -118,41 +141,110 @@ def _texts(rows: list[list[int]], tokenizer: Any) -> list[list[str]]:
     return [[text[token] for token in row] for row in rows]
 
 
+def _firing_tokens(
+    tally: Tally, features: Sequence[int], fired: Sequence[float], documents: Documents
+) -> dict[str, list[list[Any]]]:
+    """Return the columns that say at which tokens features fire, the most frequent first."""
+    latents, tokens, counts, sums = (part.cpu().numpy() for part in tally.firing_tokens.table())
+    firsts, ends = (np.searchsorted(latents, list(features), side) for side in ("left", "right"))
+    names = ("fires_on", "fires_on_share", "fires_on_mean")
+    columns: dict[str, list[list[Any]]] = {name: [] for name in names}
+    for first, end, total in zip(firsts, np.minimum(ends, firsts + FIRES_ON), fired, strict=True):
+        columns["fires_on"].append([documents.text[token] for token in tokens[first:end].tolist()])
+        columns["fires_on_share"].append((counts[first:end] / total).tolist())
+        columns["fires_on_mean"].append((sums[first:end] / counts[first:end]).tolist())
+    return columns
+
+
 def example_rows(
     activity: Activity, point: Hookpoint, alive: Sequence[int], documents: Documents
 ) -> pa.Table:
-    """Return the table of one layer's strongest examples."""
+    """Return the table of some features' examples in one layer."""
     tally, config = activity.tallies[point], activity.config
-    index = torch.tensor(list(alive), dtype=torch.long, device=tally.fired.device)
-    names = ("top", "top_documents", "top_positions", "windows")
-    peaks = [getattr(tally, name)[index].tolist() for name in names]
-    columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_SCHEMA.names}
-    for feature, values, numbers, positions, windows in zip(alive, *peaks, strict=True):
-        for rank, (value, number, position, window) in enumerate(
-            zip(values, numbers, positions, windows, strict=True)
-        ):
-            if number < 0:
-                break
-            ids, phases = documents[number]
-            start = max(0, position - config.before)
-            end = min(len(ids), position + config.after + 1)
-            first = start - (position - config.before)
-            row = (
-                point.layer, feature, rank, number, position, PHASES[phases[position]], value,
-                start, [documents.text[token] for token in ids[start:end]],
-                window[first : first + end - start],
-            )  # fmt: skip
-            for name, cell in zip(EXAMPLE_SCHEMA.names, row, strict=True):
-                columns[name].append(cell)
-    return pa.table(columns, schema=EXAMPLE_SCHEMA)
+    features = np.array(alive, dtype=np.int64)
+    parts = [_places(tally.examples, drawn, features, tally.d_sae) for drawn in (0, 1)]
+    every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    # A feature's strongest places stand first, then the drawn ones.
+    order = np.lexsort((-every["ranks"], every["drawn"], every["feature"]))
+    rows = {name: column[order] for name, column in every.items()}
+    numbers, positions = rows["documents"], rows["positions"]
+    starts = np.maximum(0, positions - config.before)
+    lengths = np.minimum(documents.lengths[numbers], positions + config.after + 1) - starts
+    ends = lengths.cumsum()
+    inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    tokens = np.repeat(documents.begins[numbers] + starts, lengths) + inside
+    columns = np.repeat(config.before - positions + starts, lengths) + inside
+    acts = rows["windows"][np.repeat(np.arange(len(numbers)), lengths), columns]
+    # The peak itself as it is: half precision would make 0 of a very weak one.
+    acts = acts.astype(np.float32)
+    acts[ends - lengths + positions - starts] = rows["values"]
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    first = np.searchsorted(rows["feature"], rows["feature"])
+    phases = documents.phases(documents.begins[numbers] + positions)
+    content = {
+        "layer": np.full(len(numbers), point.layer),
+        "feature": rows["feature"],
+        "interval": _names((STRONGEST, *THIRDS), _intervals(rows)),
+        "rank": np.arange(len(numbers)) - first,
+        "document": numbers,
+        "position": positions,
+        "phase": _names(PHASES, phases),
+        "value": rows["values"],
+        "start": starts,
+        "tokens": pa.ListArray.from_arrays(offsets, documents.texts(tokens)),
+        "acts": pa.ListArray.from_arrays(offsets, pa.array(acts)),
+    }
+    return pa.table(
+        [pa.array(content[f.name], f.type) if isinstance(content[f.name], np.ndarray)
+         else content[f.name] for f in EXAMPLE_SCHEMA],
+        schema=EXAMPLE_SCHEMA,
+    )  # fmt: skip
+
+
+def _names(names: Sequence[str], codes: Array) -> pa.Array:
+    return pa.array(names, pa.string()).take(pa.array(codes))
+
+
+def _places(examples: Examples, drawn: int, features: Array, d_sae: int) -> dict[str, Array]:
+    """Return the strongest or the drawn places of some features as columns."""
+    lists = (np.arange(len(PHASES))[:, None] * d_sae + features).ravel()
+    kept = torch.from_numpy(lists + drawn * examples.half).to(examples.ranks.device)
+    there = (examples.ranks[kept] > 0).cpu().numpy()
+    columns = {
+        name: tensor[kept].cpu().numpy()[there]
+        for name, tensor in examples.tensors().items()
+        if name != "contexts"
+    }
+    own = np.broadcast_to(lists[:, None], there.shape)[there]
+    return {
+        **columns,
+        "feature": own % d_sae,
+        "list": own,
+        "drawn": np.full(len(own), drawn),
+    }
+
+
+def _intervals(rows: dict[str, Array]) -> Array:
+    """Return 0 for each of the strongest places, 1 to 3 for the thirds of those that were drawn."""
+    group = 2 * rows["list"] + rows["drawn"]
+    order = np.lexsort((rows["values"], group))
+    _, first, sizes = np.unique(group[order], return_index=True, return_counts=True)
+    place = np.arange(len(group)) - np.repeat(first, sizes)
+    third = np.empty(len(group), dtype=np.int64)
+    third[order] = len(THIRDS) * place // np.repeat(sizes, sizes)
+    return np.where(rows["drawn"] == 1, 1 + third, 0)
+
+
+def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(file, schema, compression="zstd")
 
 
 @contextmanager
 def layer_writer(folder: Path) -> Iterator[Callable[[pa.Table, pa.Table], None]]:
     """Open one layer's tables; the function yielded appends a row group to each."""
     with (
-        pq.ParquetWriter(folder / FEATURES, _feature_schema()) as features,
-        pq.ParquetWriter(folder / EXAMPLES, EXAMPLE_SCHEMA) as examples,
+        _writer(folder / FEATURES, _feature_schema()) as features,
+        _writer(folder / EXAMPLES, EXAMPLE_SCHEMA) as examples,
     ):
 
         def write(rows: pa.Table, shown: pa.Table) -> None:
@@ -165,7 +257,7 @@ def layer_writer(folder: Path) -> Iterator[Callable[[pa.Table, pa.Table], None]]
 def join_tables(layers: Sequence[Path], folder: Path) -> None:
     """Append the layers' tables in their order, one row group in memory at a time."""
     for name in (FEATURES, EXAMPLES):
-        with pq.ParquetWriter(folder / name, pq.read_schema(layers[0] / name)) as writer:
+        with _writer(folder / name, pq.read_schema(layers[0] / name)) as writer:
             for layer in layers:
                 with pq.ParquetFile(layer / name) as file:
                     for group in range(file.num_row_groups):

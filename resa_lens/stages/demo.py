@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 from resa_lens.artifacts.stage import Context
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
+from resa_lens.features.activity import ActivityConfig
 from resa_lens.features.exclusive import RULES
+from resa_lens.features.falsify import FalsifyConfig
+from resa_lens.features.words import WORDS, occurring
 from resa_lens.figures import page as report
 from resa_lens.figures import plots
 from resa_lens.layers import SUPPORTED, MixtureFit
 from resa_lens.layers.mixture import fit_mixture
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.saes.train import SaeConfig
+from resa_lens.stages.activity import TOKENS, ActivityRun, activity_run
+from resa_lens.stages.falsification import FalsificationRun, falsify_run
 from resa_lens.stages.recommendation import Discovery, discover
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.stages.tuning import Tuned, tune_run
@@ -32,6 +38,10 @@ class Budget:
     latents: int | None
     steps: int
     questions: int
+    text_tokens: int
+    """Of the documents on which the features' activity is measured."""
+    trials: int
+    """Of each kind, by which counted features are put to the test."""
     expectation: str
     """What is said first."""
 
@@ -42,6 +52,8 @@ BUDGETS: dict[str, Budget] = {
         latents=None,
         steps=100,
         questions=500,
+        text_tokens=TOKENS,
+        trials=40,
         expectation="expected: about 3 minutes on two cores, 1 GB of memory, 60 MB on disk",
     ),
     "test": Budget(
@@ -49,7 +61,9 @@ BUDGETS: dict[str, Budget] = {
         latents=512,
         steps=6,
         questions=64,
-        expectation="expected: about half a minute, 1 GB of memory, 15 MB on disk",
+        text_tokens=4096,
+        trials=10,
+        expectation="expected: about half a minute, 1 GB of memory, 20 MB on disk",
     ),
 }
 
@@ -65,14 +79,25 @@ class DemoResult:
     discovery: Discovery
     fits: dict[str, MixtureFit]
     """By counting rule."""
+    activity: ActivityRun
+    falsification: FalsificationRun
     tuned: Tuned
     page: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recommendation, the fits by rule, the tuning and the page."""
+        """Return the recommendation, the fits by rule, the features, the tuning and the page."""
         return {
             "recommendation": self.discovery.recommendation.recommendation.to_dict(),
             "verdicts": {rule: fit.verdict for rule, fit in self.fits.items()},
+            "activity": {
+                "folder": str(self.activity.artifact.path),
+                "tokens": self.activity.tokens,
+                "documents": self.activity.documents,
+            },
+            "falsification": {
+                "folder": str(self.falsification.artifact.path),
+                "summary": self.falsification.summary,
+            },
             "tune": self.tuned.to_dict(),
             "page": str(self.page),
         }
@@ -92,10 +117,21 @@ def demo(
     model = ctx.model(model_name)
     corpus = CorpusConfig(seed=ctx.seed, thought_share=None)
     sae = SaeConfig(tokens=amount.sae_tokens, latents=amount.latents, seed=ctx.seed)
-    ctx.reporter.note("1/3 SAEs, counts and recommendation")
+    ctx.reporter.note("1/4 SAEs, counts and recommendation")
     found = discover(ctx, model, sae=sae, corpus=corpus, anew=ctx.force)
     fits = {rule: fit_mixture(found.counts.counts.table(rule), seed=ctx.seed) for rule in RULES}
-    ctx.reporter.note("2/3 tuning through the SAE, scores before and after")
+    ctx.reporter.note(
+        "2/4 what the features respond to, and which of the counted ones survive tests"
+    )
+    active = activity_run(
+        ctx, model, found.saes, corpus, ActivityConfig(), tokens=amount.text_tokens
+    )
+    tests = FalsifyConfig(texts=amount.trials, shuffles=amount.trials, seed=ctx.seed)
+    # By the texts alone: two more sets of SAEs would take longer than all the rest.
+    falsified = falsify_run(
+        ctx, model, found.saes, found.counts, tests, other_seed=False, random_weights=False
+    )
+    ctx.reporter.note("3/4 tuning through the SAE, scores before and after")
     lora = TuneConfig(learning_rate=learning_rate, seed=ctx.seed)
     tuned = tune_run(
         ctx,
@@ -113,18 +149,22 @@ def demo(
         saes=found.saes,
         recommendation=found.recommendation.artifact,
     )
-    ctx.reporter.note("3/3 the page")
+    ctx.reporter.note("4/4 the page")
     page = ctx.workspace.path("report.html")
-    write_report(page, found, fits, tuned, learning_rate)
-    return DemoResult(found, fits, tuned, page)
+    result = DemoResult(found, fits, active, falsified, tuned, page)
+    write_report(result, learning_rate)
+    return result
 
 
-def places(discovery: Discovery, tuned: Tuned) -> dict[str, Path]:
+def places(result: DemoResult) -> dict[str, Path]:
     """Return where the results lie."""
+    discovery, tuned = result.discovery, result.tuned
     return {
         "SAEs": discovery.saes.folder,
         "counts": discovery.counts.artifact.path,
         "recommendation": discovery.recommendation.artifact.path,
+        "activity": result.activity.artifact.path,
+        "falsification": result.falsification.artifact.path,
         "adapter": tuned.adapter.folder,
         "scores before": tuned.base.artifact.path,
         "scores after": tuned.tuned.artifact.path,
@@ -132,7 +172,7 @@ def places(discovery: Discovery, tuned: Tuned) -> dict[str, Path]:
 
 
 def meaning(result: DemoResult) -> list[str]:
-    """Return three sentences that say what the result means: counts, scores, what is open."""
+    """Return what the result means, in sentences: counts, features, scores, what is open."""
     strict, paired = result.fits["all"], result.tuned.paired
     layer = result.discovery.recommendation.recommendation.recommended[0]
     n_layers = result.tuned.model.n_layers
@@ -153,6 +193,8 @@ def meaning(result: DemoResult) -> list[str]:
     )
     return [
         counts,
+        f"By the texts alone, {result.falsification.summary['reason']}. `resa-lens falsify` adds "
+        "an SAE of another seed and a model with random weights.",
         scores,
         "Whether the SAE's features caused a change is still open: run `resa-lens tune --control "
         "noise` and compare its scores with these.",
@@ -185,14 +227,43 @@ def score_rows(tuned: Tuned) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def write_report(
-    path: Path,
-    found: Discovery,
-    fits: dict[str, MixtureFit],
-    tuned: Tuned,
-    learning_rate: float,
-) -> None:
-    """Write the demo's page: layers, mixture with its null, SAEs, tuning and scores."""
+def _features_section(result: DemoResult) -> report.Section:
+    """Return what the features respond to, and what the tests leave of the counted ones."""
+    activity, tested = result.activity, result.falsification
+    n_layers = result.tuned.model.n_layers
+    judged: dict[int, Counter[str]] = {row["layer"]: Counter() for row in activity.layers}
+    for feature in tested.features:
+        judged[feature["layer"]][feature["verdict"]] += 1
+    words = occurring(tested.summary["rules"])
+    rows = [
+        [
+            describe_layer(row["layer"], n_layers),
+            f"{row['alive']} of {row['latents']}",
+            row["thinking"],
+            row["prompt_only"],
+            judged[row["layer"]].total(),
+            *(judged[row["layer"]][word] for word in words),
+        ]
+        for row in activity.layers
+    ]
+    header = ["layer", "fire", "twice as dense in thoughts", "in prompts alone", "counted", *words]
+    tokens = ", ".join(f"{count:,} {phase}" for phase, count in activity.tokens.items())
+    return (
+        "What the features respond to",
+        [
+            plots.verdict_figure(judged),
+            report.Table(header, rows),
+            f"Activity over {activity.documents:,} documents; tokens: {tokens}. Every feature has "
+            "examples on the explorer's page of features (resa-lens app).",
+            f"Counted features, by the texts alone: {tested.summary['reason']}.",
+            "; ".join(f"{word}: {WORDS[word].meaning}" for word in words),
+        ],
+    )
+
+
+def write_report(result: DemoResult, learning_rate: float) -> None:
+    """Write the demo's page: layers, mixture with its null, features, SAEs, tuning and scores."""
+    found, fits, tuned = result.discovery, result.fits, result.tuned
     made = found.recommendation.recommendation
     n_layers = made.n_layers
     counts = {rule: found.counts.counts.table(rule) for rule in RULES}
@@ -241,6 +312,7 @@ def write_report(
                 "Three rules are three tests; their p-values are not corrected for that.",
             ],
         ),
+        _features_section(result),
         ("SAEs", [plots.quality_figure({k: q["fvu"] for k, q in found.saes.quality.items()})]),
         (
             "Scores before and after",
@@ -260,7 +332,7 @@ def write_report(
             [
                 report.Table(
                     ["what", "folder"],
-                    list(places(found, tuned).items()),
+                    list(places(result).items()),
                 )
             ],
         ),
@@ -269,4 +341,4 @@ def write_report(
         f"Model {tuned.model.slug}; site {tuned.site}; {found.saes.tokens} training tokens an SAE; "
         f"{tuned.base.result.n} questions. Method: arXiv 2506.09967."
     )
-    report.write_page(path, "resa-lens: where does reasoning live?", lead, sections)
+    report.write_page(result.page, "resa-lens: where does reasoning live?", lead, sections)

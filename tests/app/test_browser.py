@@ -96,7 +96,7 @@ def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path)
         page.get_by_role("radio", name="either").click()
         page.get_by_text("this rule only stands beside it").wait_for()
         check(page, wrong, tmp_path / "layers.png")
-        walk_through(page, "Features", "resa-lens activity")  # the demo measured none
+        walk_through(page, "Features", COMPLETE["features"])
         check(page, wrong, tmp_path / "features.png")
         walk_through(page, "Scores", COMPLETE["scores"])
         check(page, wrong, tmp_path / "scores.png")
@@ -117,6 +117,10 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
         page.get_by_text("Link to this page").wait_for(timeout=30_000)
         settled(page)
         assert re.search(r"layer=\d+&feature=\d+|feature=\d+&layer=\d+", page.url)
+        assert re.fullmatch(r"feature \d+ · tiny-reasoner · layer \d+ · resa-lens", page.title())
+        # What it responds to is read without scrolling.
+        first = page.locator(".example").first.bounding_box()
+        assert first["y"] + first["height"] < 800
         check(page, wrong, tmp_path / "feature.png")
         page.get_by_role("link", name="Try it in the prompt lab").click()
         page.get_by_role("button", name="Generate").click()

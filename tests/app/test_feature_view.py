@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,8 @@ from synthetic_workspace import (
 )
 
 from resa_lens.app.features.table import Query, select
+from resa_lens.app.tokens import visible
+from resa_lens.artifacts.feature_tables import ADDED
 from resa_lens.artifacts.kinds.effects import features_key
 
 NASTY = f"{HOSTILE} $x^2$ `c`\n\u202eabc\u200b</div>"
@@ -79,7 +82,11 @@ def test_a_features_page_has_everything_that_was_measured(made, features):
     assert weighed["gradient, 1e-3 nats"] == pytest.approx(2.1)
     assert weighed["patching, 1e-3 nats"] == pytest.approx(1.9)
     assert "resa-lens" not in commands(app)
-    assert len(app.get("plotly_chart")) == 4
+    charts = app.get("plotly_chart")
+    assert len(charts) == 4
+    names = {json.loads(c.proto.config)["toImageButtonOptions"]["filename"] for c in charts}
+    stem = f"synthetic-layer-{PLANTED.layer}-feature-{PLANTED.feature}"
+    assert names == {f"{stem}-{what}" for what in ("activations", "phases", "trials", "doses")}
     assert f"layer={PLANTED.layer}&feature={PLANTED.feature}" in commands(app)
     assert shlex.quote(ACTIVITY).replace("/", "%2F") in commands(app)
 
@@ -120,15 +127,67 @@ def test_what_a_feature_depends_on_stands_with_its_shares(workspace, features):
     assert "of planted features" in "".join(caption.value for caption in app.caption)
 
 
+def test_what_a_feature_responds_to_stands_first(demo, open_page):
+    """On a fresh demo: its tokens, then examples of every phase in which it fires."""
+    folder = Path(demo.result["activity"]["folder"])
+    rows = pq.read_table(folder / "features.parquet").to_pylist()
+    row = max(
+        (r for r in rows if r["tokens_fired_prompt"] > r["tokens_fired_think"] > 20),
+        key=lambda r: r["tokens_fired_think"],
+    )
+    place = {"layer": str(row["layer"]), "feature": str(row["feature"])}
+    app = open_page(demo.workspace, "features", **place)
+    texts(app)
+    headings = [element.value for element in app.subheader]
+    assert headings[1] == "What it responds to"
+    fires_on = tables(app)["token"]
+    assert list(fires_on["token"]) == [visible(token) for token in row["fires_on"]]
+    assert list(fires_on["share of firings, %"]) == pytest.approx(
+        [100 * share for share in row["fires_on_share"]], rel=1e-5
+    )
+    kept = pq.read_table(folder / "examples.parquet").to_pylist()
+    kept = [r for r in kept if all(r[name] == row[name] for name in ("layer", "feature"))]
+    # The phase of most firings comes first.
+    listed = tables(app)["document"]
+    assert listed["phase"].iloc[0] == "prompt"
+    assert set(listed["interval"]) == {"strongest"}
+    assert set(listed["phase"]) == {r["phase"] for r in kept}
+    app.selectbox(key="of").set_value("think")
+    app.selectbox(key="examples").set_value("at random").run()
+    texts(app)
+    listed = tables(app)["document"]
+    drawn = [r for r in kept if r["phase"] == "think" and r["interval"] != "strongest"]
+    assert list(listed["activation"]) == pytest.approx([r["value"] for r in drawn])
+    assert set(listed["interval"]) == {"upper third", "middle third", "lower third"}
+    # The choice stands for the next feature too, and one that never fires there says so.
+    silent = next(r for r in rows if not r["tokens_fired_think"])
+    app = open_page(
+        demo.workspace, "features", layer=str(silent["layer"]), feature=str(silent["feature"]),
+        of="thoughts",
+    )  # fmt: skip
+    assert "no example was kept" in "".join(h.proto.body for h in app.get("html"))
+
+
+def test_tables_of_recipe_1_show_their_strongest_examples(workspace, features):
+    for name in ("features", "examples"):
+        file = workspace / ACTIVITY / f"{name}.parquet"
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns(sorted(ADDED & set(table.column_names))), file)
+    app = features(workspace, layer="1", feature=str(PLANTED.feature))
+    assert "kept the strongest examples alone" in texts(app)
+    assert "resa-lens activity --model synthetic" in commands(app)
+    assert len(tables(app)["document"]) == SMALL.examples
+
+
 def test_examples_frame_the_peak_and_underline_phases(made, features):
     app = features(made, layer="1", feature=str(PLANTED.feature))
-    body = next(h.proto.body for h in app.get("html") if "Document" in h.proto.body)
+    body = next(h.proto.body for h in app.get("html") if "document 4" in h.proto.body)
     assert body.count('class="peak"') == SMALL.examples
     first = body.split('class="peak"')[1]
     assert first.startswith(' title="␣zebra: 4, think"')
     # Tokens 20 to 28 of a document whose thoughts begin at its 20th.
     assert body.count("3px solid") == 9 * SMALL.examples
-    assert "Document 4, token 24, think: 4" in body
+    assert 'title="document 4, token 24, strongest">4<' in body
     listed = tables(app)["document"]
     assert listed["peak"].iloc[0] == "␣zebra"
 

@@ -290,7 +290,10 @@ def test_a_link_goes_to_the_layers_neighbours_and_back_to_the_layer(made, featur
         ({"layer": "1", "feature": "<b>x"}, "write LAYER:FEATURE"),
         ({"feature": "7"}, "is not a layer"),
         ({"layer": "first"}, "layer 'first' is not a layer"),
-        ({"run": "activity/none/such"}, "The run activity/none/such is not in this workspace"),
+        (
+            {"run": "activity/none/such"},
+            "The address names run 'activity/none/such', which is not in this workspace",
+        ),
     ],
 )
 def test_an_address_that_names_nothing_says_so_beside_the_list(made, features, query, said):
@@ -361,7 +364,7 @@ def test_the_shipped_workspace_has_features(features):
     app = features(root, layer=str(layer), feature=str(feature))
     assert "Fires at" in texts(app)
     assert "Why: " in texts(app)
-    assert any("Document" in h.proto.body for h in app.get("html"))
+    assert any("document" in h.proto.body for h in app.get("html"))
     assert state(root) == before
 
 

@@ -174,6 +174,23 @@ def test_hostile_text_is_shown_as_text(lab, tmp_path):
     assert "onerror" not in marked_up(app)
 
 
+def test_a_long_prompt_is_cut_with_a_word(lab):
+    app = lab(prompt="x" * 50_000)
+    assert "has 50,000 characters, and at most 20,000 are read" in texts(app)
+    assert "characters" not in texts(lab(prompt="x" * 20_000))
+
+
+def test_a_change_stands_where_no_random_features_come_near(lab, monkeypatch):
+    sent = {"draws": lab_changes.DRAWS}
+    result = {"changed": {}, "random_lacking": "no random features come near", "random": []}
+    seen = []
+    monkeypatch.setattr(lab_changes, "_side_by_side", lambda *parts: seen.append(parts))
+    monkeypatch.setattr(lab_changes, "problem", seen.append)
+    lab_changes.compared({"document": {}}, result, {}, sent["draws"])
+    assert len(seen) == 2
+    assert seen[1] == "Without random features beside it: no random features come near"
+
+
 def test_wrong_layer_feature_and_list(lab):
     app = click(lab(layer="0", prompt="What is 9+4?", longest="6"), "generate")
     assert "There is no SAE at layer 0 (0-based; 1st of 12); these layers have one: 1, 2" in texts(

@@ -74,7 +74,7 @@ def test_shows_the_demo_and_never_writes(demo, open_app):
     assert f"Tuned minus base: {100 * paired['difference']:+.1f} points" in shown
     assert f"n = {paired['n']}" in shown
     assert "cost only: with the SAE inserted accuracy changes by" in shown
-    assert charts(app) == 8
+    assert charts(app) == 9
     assert app.selectbox(key="model").value.startswith("tiny-reasoner-")
     tables = {tuple(frame.value.columns): frame.value for frame in app.dataframe}
     paper = next(v for k, v in tables.items() if "paper: features" in k)
@@ -95,6 +95,18 @@ def test_other_rule_and_numbering(demo, open_app):
     specs = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
     first = specs[0]["layout"]["xaxis"]["title"]["text"]
     assert first == "layer (1-based)"
+
+
+def test_the_first_rule_shown_counts_something_and_an_address_names_something(demo, open_page):
+    assert set(demo.result["verdicts"]) == {"all", "any", "either"}
+    app = open_page(demo.workspace, "layers", model="absent", counts="counts/none")
+    said = texts(app)
+    for what in ("model 'absent'", "counts 'counts/none'"):
+        assert f"The address names {what}, which is not in this workspace." in said
+    # The demo's SAEs have a feature by rule "any" and none by "all".
+    assert app.button_group(key="rule-all").value == "any"
+    assert 'follows rule "all", which counts no feature' in marked_up(app)
+    assert f"Verdict: {demo.result['verdicts']['any']}\nWhy:" in said
 
 
 def test_supported_looks_different_from_flat(copied, open_app):
@@ -182,7 +194,7 @@ def test_one_damaged_artifact_leaves_the_others(copied, open_app):
     app = open_app(copied)
     assert f"{file} is damaged" in texts(app)
     assert "No adapter of this model was scored" in texts(app)
-    assert charts(app) == 7
+    assert charts(app) == 8
 
 
 def test_adapters_made_without_an_sae_are_shown_as_what_they_are(copied, open_app):

@@ -129,6 +129,13 @@ def test_chips_tell_what_is_raised_from_what_is_lowered():
     assert _Page(made).text.split() == ["␣up", "3.00", "␣down", "-1.50"]
 
 
+def test_a_token_of_thousands_of_characters_leaves_room_for_the_rest():
+    token = "<" * 5000
+    for made in (tokens.coloured([token], [1.0]), tokens.chips([token], [1.0])):
+        assert "[5,000 characters]" in _Page(made).text
+        assert _Page(made).text.count("<") == tokens.LONGEST
+
+
 def test_lengths_that_differ_are_refused():
     with pytest.raises(ValueError):
         tokens.coloured(["a", "b"], [1.0])

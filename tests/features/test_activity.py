@@ -58,13 +58,38 @@ BATCHES = [(0, 4, 5, 0), (1, 3, 8, 4), (2, 6, 2, 7)]
 """Seed, documents, length and first number of three batches."""
 
 
+def add(tally: Tally, dense: torch.Tensor, phases, numbers, length: int, contexts=None) -> None:
+    """Add a dense batch in which token i is the i-th of the vocabulary, modulo 7."""
+    tokens = torch.arange(len(phases)) % 7
+    contexts = unique(numbers, length) if contexts is None else contexts
+    tally.add(sparse(dense), tokens, phases, numbers, contexts, length)
+
+
 def filled(config: ActivityConfig = SMALL) -> tuple[Tally, list]:
     tally, held = Tally(11, config), []
     for seed, documents, length, first in BATCHES:
         batch = drawn(seed, documents, length, first=first)
-        tally.add(sparse(batch[0]), *batch[1:], unique(batch[2], length), length)
+        add(tally, *batch, length)
         held.append((*batch, length))
     return tally, held
+
+
+def stays(held: list, feature: int, phase: int) -> list[list[tuple[float, int, int, list]]]:
+    """Each stay of a feature in a phase of a document: its places as value, document, position and
+    window."""
+    found = []
+    for dense, phases, numbers, length in held:
+        columns = dense[:, feature].view(-1, length), phases.view(-1, length)
+        for row, kinds, number in zip(*columns, numbers[::length].tolist(), strict=True):
+            before = None
+            for at in (row > 0).nonzero()[:, 0].tolist():
+                if int(kinds[at]) != before:
+                    found.append([])
+                before = int(kinds[at])
+                around = range(at - 2, at + 2)
+                window = [float(row[i].half()) if 0 <= i < length else 0.0 for i in around]
+                found[-1].append((float(row[at]), number, at, window, before))
+    return [[place[:4] for place in stay] for stay in found if stay[0][4] == phase]
 
 
 def test_figures_are_those_of_a_dense_pass():
@@ -87,44 +112,106 @@ def test_figures_are_those_of_a_dense_pass():
     assert np.array_equal(tally.histogram.numpy(), counts)
 
 
-def test_examples_are_the_strongest_documents_with_their_surroundings():
+def test_examples_are_the_strongest_places_of_each_phase_with_their_surroundings():
     tally, held = filled()
+    kept = tally.examples
     for feature in range(11):
-        found = []
-        for dense, _, numbers, length in held:
-            column = dense[:, feature].view(-1, length)
-            for row, number in zip(column, numbers[::length].tolist(), strict=True):
-                if row.max() > 0:
-                    at = int(row.argmax())
-                    window = [
-                        float(row[at + o]) if 0 <= at + o < length else 0.0 for o in (-2, -1, 0, 1)
-                    ]
-                    found.append((float(row.max()), number, at, window))
-        found = sorted(found, key=lambda item: -item[0])[:3]
-        assert tally.top[feature, : len(found)].tolist() == [f[0] for f in found]
-        assert tally.top_documents[feature].tolist()[: len(found)] == [f[1] for f in found]
-        assert tally.top_positions[feature].tolist()[: len(found)] == [f[2] for f in found]
-        assert tally.windows[feature, : len(found)].tolist() == [f[3] for f in found]
-        assert (tally.top_documents[feature, len(found) :] == -1).all()
+        for phase in range(3):
+            found = sorted((max(stay) for stay in stays(held, feature, phase)), key=lambda p: -p[0])
+            found, owner = found[:3], phase * 11 + feature
+            assert kept.values[owner, : len(found)].tolist() == [f[0] for f in found]
+            assert kept.documents[owner].tolist()[: len(found)] == [f[1] for f in found]
+            assert kept.positions[owner].tolist()[: len(found)] == [f[2] for f in found]
+            assert kept.windows[owner, : len(found)].tolist() == [f[3] for f in found]
+            assert (kept.documents[owner, len(found) :] == -1).all()
+
+
+def test_drawn_examples_are_places_at_which_the_feature_fires():
+    tally, held = filled()
+    kept = tally.examples
+    for feature in range(11):
+        for phase in range(3):
+            # The drawn ones stand behind all of the strongest.
+            there, owner = stays(held, feature, phase), (3 + phase) * 11 + feature
+            n = int((kept.documents[owner] >= 0).sum())
+            assert n == min(3, sum(map(len, there)))
+            places = {place[1:3]: place for stay in there for place in stay}
+            for slot in range(n):
+                at = int(kept.documents[owner, slot]), int(kept.positions[owner, slot])
+                value, *_, window = places.pop(at)  # no place twice
+                assert kept.values[owner, slot] == value
+                assert kept.windows[owner, slot].tolist() == window
+
+
+def test_the_draw_does_not_look_at_the_activation():
+    """One feature that fires in 4,000 documents, more strongly in later ones: chance is 2,000."""
+    tally = Tally(1, replace(SMALL, examples=400))
+    for first in range(0, 4000, 500):
+        numbers = torch.arange(first, first + 500)
+        zeros = torch.zeros(500).long()
+        add(tally, 1.0 + numbers[:, None].float(), zeros, numbers, 1, numbers)
+    assert len(tally.examples.documents[3].unique()) == 400
+    mean = tally.examples.documents[3].double().mean()
+    # Of 400 drawn without replacement: a standard error of 55.
+    assert abs(float(mean) - 1999.5) < 3 * 55
+    assert tally.examples.documents[0, :3].tolist() == [3999, 3998, 3997]
+
+
+def test_tokens_at_which_a_feature_fires_are_counted():
+    tally, held = filled()
+    latents, tokens, counts, sums = tally.firing_tokens.table()
+    dense = torch.cat([b[0] for b in held])
+    vocabulary = torch.cat([torch.arange(len(b[1])) % 7 for b in held])
+    for feature in range(11):
+        mine = latents == feature
+        assert counts[mine].tolist() == sorted(counts[mine].tolist(), reverse=True)
+        found = {t: (c, v) for t, c, v in zip(
+            *(part[mine].tolist() for part in (tokens, counts, sums)), strict=True)}  # fmt: skip
+        for token in range(7):
+            fired = dense[(vocabulary == token) & (dense[:, feature] > 0), feature]
+            if len(fired):
+                count, total = found.pop(token)
+                assert count == len(fired)
+                assert total == pytest.approx(float(fired.double().sum()))
+        assert not found
+
+
+def test_a_full_table_of_tokens_keeps_the_most_frequent():
+    tally = Tally(1, replace(SMALL, firing_tokens=3))
+    for batch in range(20):
+        # Token 1 at every batch, token 2 at every second one, and two that never come again.
+        tokens = torch.tensor([1, 2 if batch % 2 else 1, 100 + batch, 200 + batch])
+        numbers = torch.full((4,), batch)
+        tally.add(sparse(torch.ones(4, 1)), tokens, torch.zeros(4).long(), numbers,
+                  unique(numbers, 4), 4)  # fmt: skip
+    _, tokens, counts, _ = tally.firing_tokens.table()
+    assert tokens.tolist()[:2] == [1, 2]
+    assert counts.tolist()[:2] == [30, 10]
+    assert len(tokens) == 3
 
 
 def test_order_of_batches_changes_no_figure():
     forward, held = filled()
     backward = Tally(11, SMALL)
     for dense, phases, numbers, length in reversed(held):
-        backward.add(sparse(dense), phases, numbers, unique(numbers, length), length)
+        # The tokens go with the places.
+        add(backward, dense, phases, numbers, length)
     for name, value in forward.tensors().items():
-        torch.testing.assert_close(value, backward.tensors()[name], msg=name)
+        if not name.startswith("firing_tokens"):
+            torch.testing.assert_close(value, backward.tensors()[name], msg=name)
+    for one, other in zip(
+        forward.firing_tokens.table(), backward.firing_tokens.table(), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_of_equal_peaks_the_earlier_document_stays():
     tally = Tally(1, replace(SMALL, examples=2))
     for first in (0, 2):
-        acts = sparse(torch.ones(4, 1))
         numbers = torch.arange(first, first + 2).repeat_interleave(2)
-        tally.add(acts, torch.zeros(4).long(), numbers, unique(numbers, 2), 2)
-    assert tally.top_documents[0].tolist() == [0, 1]
-    assert tally.top_positions[0].tolist() == [0, 0]
+        add(tally, torch.ones(4, 1), torch.zeros(4).long(), numbers, 2)
+    assert tally.examples.documents[0].tolist() == [0, 1]
+    assert tally.examples.positions[0].tolist() == [0, 0]
 
 
 def test_documents_of_one_text_are_one_example():
@@ -135,10 +222,13 @@ def test_documents_of_one_text_are_one_example():
     zeros = torch.zeros(8).long()
     for first in (0, 2):
         numbers = torch.arange(first, first + 2).repeat_interleave(4)
-        tally.add(sparse(dense), zeros, numbers, contexts_of(ids).flatten(), 4)
+        add(tally, dense, zeros, numbers, 4, contexts_of(ids).flatten())
         dense[-1] = 3.0
-    assert tally.top[0].tolist() == [3.0, 2.0, 0.0]
-    assert tally.top_documents[0].tolist() == [3, 0, -1]
+    assert tally.examples.values[0].tolist() == [3.0, 2.0, 0.0]
+    assert tally.examples.documents[0].tolist() == [3, 0, -1]
+    # Also of those drawn: what two documents share does not hide what one of them has alone.
+    kept = tally.examples.contexts[3][tally.examples.documents[3] >= 0].tolist()
+    assert len(set(kept)) == len(kept) == 2
     assert tally.documents[0] == 4
 
 
@@ -157,14 +247,14 @@ def test_a_threshold_leaves_weak_activations_out():
     tally = Tally(2, replace(SMALL, threshold=0.5))
     dense = torch.tensor([[0.4, 0.6], [0.5, 0.0]])
     zeros = torch.zeros(2).long()
-    tally.add(sparse(dense), zeros, zeros, zeros, 2)
+    add(tally, dense, zeros, zeros, 2, zeros)
     assert tally.fired.sum(0).tolist() == [0, 1]
 
 
 def test_a_batch_without_activity_is_no_error():
     tally = Tally(2, SMALL)
     zeros = torch.zeros(4).long()
-    tally.add(sparse(torch.zeros(4, 2)), zeros, zeros, zeros, 4)
+    add(tally, torch.zeros(4, 2), zeros, zeros, 4, zeros)
     assert tally.fired.sum() == 0
 
 
@@ -172,7 +262,7 @@ def test_values_beyond_the_histogram_are_in_its_end_bins():
     tally = Tally(1, SMALL)
     values = torch.tensor([[1e-9], [2.0**-10], [1.0], [1.49], [1.5], [2.0**13.9], [1e9]])
     zeros = torch.zeros(7).long()
-    tally.add(sparse(values), zeros, zeros, zeros, 7)
+    add(tally, values, zeros, zeros, 7, zeros)
     histogram = tally.histogram[0]
     assert histogram.sum() == 7
     assert histogram[0] == 2
@@ -208,11 +298,12 @@ def test_no_tensor_of_tokens_by_latents_is_made():
         torch.arange(tokens).repeat_interleave(k), latents.flatten(),
         torch.rand(tokens * k, generator=generator) + 0.1, tokens, d_sae,
     )  # fmt: skip
-    tally = Tally(d_sae, ActivityConfig(examples=2, before=4, after=4))
+    tally = Tally(d_sae, ActivityConfig(examples=1, before=2, after=2))
     with Largest() as seen:
         numbers = torch.arange(documents).repeat_interleave(length)
-        tally.add(acts, torch.zeros(tokens).long(), numbers, unique(numbers, length), length)
-    # In-place operations give the tally's own tables back, the largest of them the histogram.
+        zeros = torch.zeros(tokens).long()
+        tally.add(acts, zeros, zeros, numbers, unique(numbers, length), length)
+    # In-place operations give the tally's own tables back.
     assert seen.numel <= max(t.numel() for t in tally.tensors().values())
     assert seen.numel < tokens * d_sae / 8
 
@@ -324,8 +415,7 @@ def test_a_layer_beyond_the_model_is_refused(tiny, batches, coders):
 def test_documents_of_one_token_are_documents():
     tally = Tally(2, SMALL)
     batch = PhasedBatch(torch.ones(3, 1).long(), torch.zeros(3, 1).long(), torch.arange(3)[:, None])
-    acts = sparse(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
-    numbers = batch.documents.flatten()
-    tally.add(acts, batch.phases.flatten(), numbers, unique(numbers, 1), 1)
-    assert tally.top_documents.tolist() == [[1, 0, -1], [2, -1, -1]]
-    assert tally.windows[0, 0].tolist() == [0.0, 0.0, 2.0, 0.0]
+    dense = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+    add(tally, dense, batch.phases.flatten(), batch.documents.flatten(), 1)
+    assert tally.examples.documents.tolist()[:2] == [[1, 0, -1], [2, -1, -1]]
+    assert tally.examples.windows[0, 0].tolist() == [0.0, 0.0, 2.0, 0.0]

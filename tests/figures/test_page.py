@@ -70,6 +70,11 @@ def test_the_demos_page_holds_scores_with_n_and_interval(demo: Any, page: Page) 
         assert place in page.text
 
 
+def test_the_demos_page_says_what_the_features_respond_to(demo: Any, page: Page) -> None:
+    assert demo.result["falsification"]["summary"]["reason"] in page.text
+    assert f"{demo.result['activity']['documents']:,} documents" in page.text
+
+
 def test_plotly_stands_in_the_page_once(demo: Any) -> None:
     text = (demo.workspace / "report.html").read_text()
     assert len(re.findall(r"\* plotly\.js v", text)) == 1

@@ -16,7 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from identities import changed_byte, data_file, identity_of, moved, write_rows
 
-from resa_lens.artifacts.feature_tables import EXAMPLE_SCHEMA, FEATURE_SCHEMA, read_feature
+from resa_lens.artifacts.feature_tables import (
+    ADDED,
+    EXAMPLE_SCHEMA,
+    FEATURE_SCHEMA,
+    STRONGEST,
+    THIRDS,
+    read_feature,
+)
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
@@ -66,6 +73,40 @@ def tables(folder):
     return [pq.read_table(folder / f"{n}.parquet") for n in ("features", "examples", "documents")]
 
 
+def check_intervals(row, shown, phases):
+    """Each phase in which a feature fires has its strongest places and as many drawn ones."""
+    assert [example["rank"] for example in shown] == list(range(len(shown)))
+    for phase in phases:
+        here = [example for example in shown if example["phase"] == phase]
+        strongest = [e["value"] for e in here if e["interval"] == STRONGEST]
+        drawn = {third: [e["value"] for e in here if e["interval"] == third] for third in THIRDS}
+        n = sum(map(len, drawn.values()))
+        if not row[f"tokens_fired_{phase}"]:
+            assert not here
+            continue
+        assert strongest == sorted(strongest, reverse=True)
+        assert strongest[0] == pytest.approx(row[f"max_{phase}"])
+        assert 1 <= len(strongest) <= 3
+        assert 1 <= n <= min(3, row[f"tokens_fired_{phase}"])
+        # Of three one each, in their order.
+        ordered = [value for third in THIRDS for value in drawn[third]]
+        assert ordered == sorted(ordered)
+        if n == 3:
+            assert [len(values) for values in drawn.values()] == [1, 1, 1]
+
+
+def check_tokens(row):
+    """The tokens at which it fires stand with their share of all firings, and the mean there."""
+    shares = row["fires_on_share"]
+    assert shares == sorted(shares, reverse=True)
+    assert len(row["fires_on"]) == len(shares) == len(row["fires_on_mean"]) <= 10
+    assert sum(shares) <= 1 + 1e-6
+    if len(shares) < 10:
+        assert sum(shares) == pytest.approx(1)
+        means = zip(shares, row["fires_on_mean"], strict=True)
+        assert sum(share * mean for share, mean in means) == pytest.approx(row["mean"], rel=1e-5)
+
+
 def test_tables_have_their_schema_and_agree(ctx, tiny, saes):
     run = activity_run(ctx, tiny, saes, CORPUS, CONFIG, tokens=3000)
     features, examples, documents = tables(run.artifact.path)
@@ -84,12 +125,12 @@ def test_tables_have_their_schema_and_agree(ctx, tiny, saes):
         assert sum(row["histogram"]) == row["tokens_fired"]
         assert row["tokens_fired"] == sum(row[f"tokens_fired_{p}"] for p in run.tokens)
         assert len(row["top_tokens"]) == 10
-        assert 1 <= len(shown) <= 3
         assert shown[0]["value"] == pytest.approx(row["max"])
+        check_intervals(row, shown, run.tokens)
+        check_tokens(row)
         for example in shown:
             at = example["position"] - example["start"]
-            assert example["acts"][at] == pytest.approx(example["value"])
-            assert max(example["acts"]) == pytest.approx(example["value"])
+            assert example["acts"][at] == example["value"]
             ids = texts[example["document"]][example["start"] :][: len(example["tokens"])]
             assert example["tokens"] == [tiny.tokenizer.decode([i]) for i in ids]
     layer = next(x for x in run.layers if x["layer"] == 5)
@@ -214,6 +255,19 @@ def test_a_moved_workspace_has_the_finished_run(ctx, tiny, saes, tmp_path):
     assert "done before" in ctx.reporter.lines[-1]
     assert again.artifact.path.is_relative_to(tmp_path / "moved")
     assert replace(again, artifact=first.artifact) == first
+
+
+def test_tables_of_recipe_1_are_read(ctx, tiny, saes):
+    run = activity_run(ctx, tiny, saes, CORPUS, CONFIG, tokens=1000, layers=[2])
+    feature = pq.read_table(run.artifact.path / "features.parquet")["feature"][0].as_py()
+    row, shown = read_feature(run.artifact.path, 2, feature)
+    for name in ("features", "examples"):
+        file = run.artifact.path / f"{name}.parquet"
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns(sorted(ADDED & set(table.column_names))), file)
+    old, examples = read_feature(run.artifact.path, 2, feature)
+    assert old == {name: value for name, value in row.items() if name not in ADDED}
+    assert [e["value"] for e in examples] == [e["value"] for e in shown]
 
 
 def test_a_features_page_computes_what_the_tables_lack(ctx, tiny, saes, monkeypatch):

@@ -65,7 +65,10 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_demo_leaves_the_workspace_of_the_design(demo: Any) -> None:
     kinds = {a.manifest.kind for a in Workspace(demo.workspace).artifacts()}
-    assert kinds == {"saes", "counts", "recommendation", "insertion", "adapter", "eval"}
+    assert kinds == {
+        "saes", "counts", "recommendation", "activity", "falsification", "insertion", "adapter",
+        "eval",
+    }  # fmt: skip
     slug = next((demo.workspace / "saes").iterdir()).name
     assert slug.startswith("tiny-reasoner-")
     sae = next((demo.workspace / "saes" / slug).iterdir()) / "layers.5.mlp"
@@ -110,6 +113,11 @@ def test_demo_json(demo: Any) -> None:
         assert tuned["paired"]["p_value"] == 1.0
         assert tuned["paired"]["ci"][0] < 0 < tuned["paired"]["ci"][1]
     assert Path(demo.result["page"]).is_file()
+    assert min(demo.result["activity"]["tokens"].values()) > 0
+    assert Path(demo.result["activity"]["folder"], "examples.parquet").is_file()
+    judged = json.loads(Path(demo.result["falsification"]["folder"], "verdicts.json").read_text())
+    assert judged["summary"] == demo.result["falsification"]["summary"]
+    assert len(judged["features"]) == judged["summary"]["rules"][-1]["counted"] > 0
 
 
 def test_demo_speaks_on_stderr_and_names_the_workspace_first(demo: Any) -> None:
@@ -134,7 +142,7 @@ def test_demo_again_recomputes_nothing(work: Path, invoke: Invoke) -> None:
     before.pop("report.html")
     after.pop("report.html")
     assert after == before
-    assert result.stderr.count("done before, in") == 6
+    assert result.stderr.count("done before, in") == 8
     assert as_json(result)["tune"]["base"]["n"] == 64
 
 

@@ -27,6 +27,7 @@ from resa_lens.artifacts.feature_tables import (
     GROUP,
     SCORE_GROUP,
     SCORE_SCHEMA,
+    STRONGEST,
 )
 from resa_lens.files import write_json
 from resa_lens.texts.prompts import PHASES
@@ -187,6 +188,9 @@ def _write_activity(target: Path, size: Size, hostile: str) -> None:
     lists = {
         "histogram": _lists(histogram, BINS, pa.int32()),
         "top_tokens": _lists(tokens, 10, pa.string()),
+        "fires_on": _lists(tokens[:, :2], 2, pa.string()),
+        "fires_on_share": _lists(np.tile([0.75, 0.25], (PERIOD, 1)), 2, pa.float32()),
+        "fires_on_mean": _lists(np.tile([1.0, 3.0], (PERIOD, 1)), 2, pa.float32()),
         "top_logits": _lists(logits, 10, pa.float32()),
         "bottom_tokens": _lists(tokens[::-1], 10, pa.string()),
         "bottom_logits": _lists(-logits, 10, pa.float32()),
@@ -267,6 +271,7 @@ def _example_group(
     columns = {
         "layer": np.full(n, layer),
         "feature": np.repeat(index, count),
+        "interval": _same(STRONGEST, n),
         "rank": np.tile(np.arange(count), index.size),
         "document": np.arange(n) % DOCUMENT_COUNT,
         "position": np.full(n, 20 + BEFORE),

@@ -19,10 +19,10 @@ from resa_lens.artifacts.artifact import Artifact, Kind
 from resa_lens.artifacts.commands import line, workspace_option
 from resa_lens.artifacts.feature_tables import (
     DOCUMENTS,
-    EXAMPLE_SCHEMA,
     EXAMPLES,
     FEATURE_SCHEMA,
     FEATURES,
+    STRONGEST,
     Groups,
     edges_of,
     open_groups,
@@ -230,7 +230,9 @@ def _check_whole(rows: Sequence[dict[str, Any]], names: Sequence[str], file: Pat
 
 
 def examples(source: Source, layer: int, feature: int) -> list[dict[str, Any]]:
-    """Return a feature's strongest documents, the strongest first.
+    """Return places at which a feature fires, the strongest first, then those drawn.
+
+    Of tables of recipe 1 these are the strongest documents alone.
 
     Raises:
         BadInputError: the table is missing or damaged.
@@ -239,8 +241,8 @@ def examples(source: Source, layer: int, feature: int) -> list[dict[str, Any]]:
         return []
     groups = opened(source.activity, EXAMPLES)
     rows = groups.find(layer, feature)
-    _check_whole(rows, EXAMPLE_SCHEMA.names, groups.file)
-    return sorted(rows, key=lambda row: row["rank"])
+    _check_whole(rows, groups.schema.names, groups.file)
+    return [{"interval": STRONGEST, **row} for row in sorted(rows, key=lambda row: row["rank"])]
 
 
 def phases_of(source: Source, numbers: Sequence[int]) -> dict[int, list[str]]:

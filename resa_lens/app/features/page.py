@@ -66,9 +66,8 @@ def show(listing: Listing) -> None:
 def _source(runs: list[Source]) -> Source:
     """Choose among the runs, where there are several."""
     by_key = {source.key: source for source in runs}
-    key = st.query_params.get("run")
-    if key and key not in by_key:
-        problem(f"The run {key} is not in this workspace; the newest one is shown.")
+    if wrong := links.check("run", by_key, "run"):
+        problem(f"{wrong} The newest one is shown.")
     if len(by_key) == 1:
         return runs[0]
     # The address holds the path, so it is also what is shown.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -22,6 +22,7 @@ from resa_lens.app.features.data import (
     verdict_of,
 )
 from resa_lens.app.widgets import figure, missing, part, readable, table, verbatim
+from resa_lens.artifacts.feature_tables import INTERVALS, STRONGEST
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import DESCRIBED, REFUTED, STANDS, UNDETERMINED, WORDS
@@ -38,6 +39,12 @@ _GROUPS: dict[str, tuple[str, Any]] = {
 BADGES: dict[str, tuple[str, Any]] = {name: _GROUPS[word.group] for name, word in WORDS.items()}
 Go = Callable[[int, int], None]
 """Opens the page of a layer's feature; a callback."""
+RANDOM, EVERY = "at random", "every phase"
+_STYLE = (
+    "<style>.phase{font-size:.85rem;font-weight:600;margin:.3rem 0}"
+    ".example{display:flex;gap:.8rem;margin:0 0 .4rem}"
+    ".example .head{font-size:.85rem;opacity:.75;min-width:2.5rem;text-align:right}</style>"
+)
 _PHASE_NAMES = {"prompt": "the prompt", "think": "thoughts", "answer": "the answer"}
 
 
@@ -51,14 +58,18 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
         feature: of the layer's SAE.
         go: opens another feature's page.
     """
+    links.about(f"feature {feature}", source.model, f"layer {layer}")
     figures = readable(activity, source, layer, feature)
-    _headline(source, layer, feature, figures)
+    st.subheader(f"Feature {feature}, {describe_layer(layer, source.n_layers)}", anchor=False)
     if figures is None:
         _silent(listing, source, layer)
+        _about(source, layer, feature, figures)
     else:
-        readable(_activations, figures, source)
-        with part("Strongest activations"):
+        with part("What it responds to"):
+            _firing_tokens(listing, source, figures)
             _examples(source, layer, feature, figures)
+        _about(source, layer, feature, figures)
+        readable(_activations, figures, source)
         with part("What it raises and lowers"):
             _lens(listing, source, figures)
         with part("Nearest features"):
@@ -67,8 +78,9 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
     _address(source, layer, feature)
 
 
-def _headline(source: Source, layer: int, feature: int, figures: Activity | None) -> None:
-    st.subheader(f"Feature {feature}, {describe_layer(layer, source.n_layers)}", anchor=False)
+def _about(source: Source, layer: int, feature: int, figures: Activity | None) -> None:
+    """What it was counted for and what became of that, and how often it fires."""
+    st.subheader("Verdict and density", anchor=False)
     st.text(f"{tokens.plain(source.model)}, site {tokens.plain(source.site)}")
     readable(_verdict, source, layer, feature)
     if figures is None:
@@ -158,54 +170,109 @@ def _activations(figures: Activity, source: Source) -> None:
     table(rows, "density_by_phase", "Table of densities")
 
 
+def _firing_tokens(listing: Listing, source: Source, figures: Activity) -> None:
+    """The tokens at which it fires most often, as chips, and as a table with their means."""
+    row = figures.row
+    words = [token or "" for token in row.get("fires_on") or []]
+    shares = [100 * (share or 0.0) for share in row.get("fires_on_share") or []]
+    if not words:
+        missing(
+            "This activity run is of an older version: it kept the strongest examples alone. This "
+            "command measures anew:",
+            command(listing, source, "activity"),
+        )
+        return
+    st.caption(
+        f"Tokens, with their share of its {row['tokens_fired']:,} firings in percent; ␣ is a space."
+    )
+    st.html(tokens.chips(words, shares, form=".3g"))
+    rows = [
+        {"token": tokens.visible(word), "share of firings, %": share, "mean there": mean}
+        for word, share, mean in zip(words, shares, row["fires_on_mean"], strict=True)
+    ]
+    table(rows, "firing_tokens", "Table of tokens")
+
+
 def _examples(source: Source, layer: int, feature: int, figures: Activity) -> None:
     rows = examples(source, layer, feature)
     if not rows:
         st.text("The activity run kept no example of it.")
         return
+    # In the order of the firings: the phase where most of them are comes first.
+    fired = {phase: figures.row[f"tokens_fired_{phase}"] for phase in PHASES}
+    order = sorted((phase for phase in PHASES if fired[phase]), key=lambda phase: -fired[phase])
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        drawn = [row for row in rows if row["interval"] != STRONGEST]
+        intervals = (*INTERVALS, RANDOM) if drawn else (STRONGEST,)
+        interval = _choice("Examples", intervals, "examples")
+        phase = _choice("Of", (EVERY, *PHASES), "of", format_func=_phase_name)
+        tokens.legend()
+    wanted = drawn if interval == RANDOM else [row for row in rows if row["interval"] == interval]
     # Without phases the examples stand all the same.
-    phases = readable(phases_of, source, [row["document"] for row in rows]) or {}
-    tokens.legend()
-    st.caption(
-        "The deeper the orange, the stronger; one scale for all. The peak is framed, the line "
-        "below a token is its phase, ↵ is a line's end; a token's value stands where the pointer "
-        "rests."
-    )
+    phases = readable(phases_of, source, [row["document"] for row in wanted]) or {}
     parts, listed = [], []
-    for row in rows:
-        words = [token or "" for token in row["tokens"] or []]
-        acts = [value or 0.0 for value in row["acts"] or []]
-        if len(words) != len(acts):
-            raise BadInputError(
-                f"example {row['rank']} has {len(words)} tokens and {len(acts)} activations; "
-                "--force of resa-lens activity makes the tables anew"
-            )
-        peak = row["position"] - row["start"]
-        around = phases.get(row["document"], [])[row["start"] : row["start"] + len(words)]
-        if len(around) != len(words):
-            around = []
-        head = (
-            f"Document {row['document']}, token {row['position']}, {row['phase']}: "
-            f"{row['value']:.3g}"
+    for name in order if phase == EVERY else [phase]:
+        here = [row for row in wanted if row["phase"] == name]
+        head = f"{fired[name]:,} of {sum(fired.values()):,} firings are in {_PHASE_NAMES[name]}"
+        parts.append(f'<div class="phase">{head}{"" if here else "; no example was kept"}</div>')
+        for row in here:
+            block, example = _example(row, phases, figures.row["max"])
+            parts.append(block)
+            listed.append(example)
+    st.html(_STYLE + "".join(parts))
+    st.caption(
+        "The deeper the orange, the stronger; one scale for all. The peak is framed, ↵ is a line's "
+        "end; a token's value stands where the pointer rests. Thirds are by activation, of places "
+        "drawn from all at which it fires in a phase; no two stand after the same text."
+    )
+    if listed:
+        table(listed, "examples", "Table of examples")
+
+
+def _choice(label: str, options: Sequence[str], key: str, **how: Any) -> str:
+    """A choice whose value stands in the address."""
+    return str(st.selectbox(label, options, width=180, **how, **links.bound(key)))
+
+
+def _phase_name(phase: str) -> str:
+    return _PHASE_NAMES.get(phase, phase)
+
+
+def _example(
+    row: dict[str, Any], phases: dict[int, list[str]], most: float
+) -> tuple[str, dict[str, Any]]:
+    """Return an example as HTML, and as a row of the table.
+
+    Raises:
+        BadInputError: it has another number of activations than of tokens.
+    """
+    words = [token or "" for token in row["tokens"] or []]
+    acts = [value or 0.0 for value in row["acts"] or []]
+    if len(words) != len(acts):
+        raise BadInputError(
+            f"example {row['rank']} has {len(words)} tokens and {len(acts)} activations; "
+            "--force of resa-lens activity makes the tables anew"
         )
-        parts.append(
-            f'<div class="example"><div class="head">{html.escape(tokens.plain(head))}</div>'
-            + tokens.coloured(words, acts, most=figures.row["max"], phases=around, peak=peak)
-            + "</div>"
-        )
-        listed.append(
-            {
-                "document": row["document"],
-                "token": row["position"],
-                "phase": row["phase"],
-                "activation": row["value"],
-                "peak": tokens.visible(words[peak]) if 0 <= peak < len(words) else "",
-                "text": tokens.plain("".join(words)),
-            }
-        )
-    style = "<style>.example{margin:0 0 .9rem}.example .head{font-size:.85rem;opacity:.75}</style>"
-    st.html(style + "".join(parts))
-    table(listed, "examples", "Table of examples")
+    peak = row["position"] - row["start"]
+    around = phases.get(row["document"], [])[row["start"] : row["start"] + len(words)]
+    if len(around) != len(words):
+        around = []
+    note = f"document {row['document']}, token {row['position']}, {row['interval']}"
+    block = (
+        f'<div class="example"><div class="head" title="{html.escape(note, quote=True)}">'
+        f"{row['value']:.3g}</div>"
+        + tokens.coloured(words, acts, most=most, phases=around, peak=peak)
+        + "</div>"
+    )
+    return block, {
+        "document": row["document"],
+        "token": row["position"],
+        "phase": row["phase"],
+        "interval": row["interval"],
+        "activation": row["value"],
+        "peak": tokens.visible(words[peak]) if 0 <= peak < len(words) else "",
+        "text": tokens.plain("".join(words)),
+    }
 
 
 def _lens(listing: Listing, source: Source, figures: Activity) -> None:

@@ -11,7 +11,7 @@ import streamlit as st
 from resa_lens.app import links, tokens
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.lab import jobs
-from resa_lens.app.widgets import readable, table
+from resa_lens.app.widgets import problem, readable, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
@@ -74,11 +74,20 @@ def show(
             st.caption(
                 "The settings above were changed since; the texts below are of those before."
             )
-        _side_by_side(response["document"], result["changed"], request)
-        if sent.request["draws"]:
-            _random(result)
+        compared(response, result, request, sent.request["draws"])
     if targets:
         _measure(listing, saes, request, targets, how)
+
+
+def compared(
+    response: dict[str, Any], result: dict[str, Any], request: dict[str, Any], draws: int
+) -> None:
+    """Draw a change, and what random features do beside it where that was asked and came out."""
+    _side_by_side(response["document"], result["changed"], request)
+    if lacking := result["random_lacking"]:
+        problem(f"Without random features beside it: {lacking}")
+    elif draws:
+        _random(result)
 
 
 def _inputs(coloured: Mapping[int, list[int]]) -> tuple[str, dict[str, Any]]:

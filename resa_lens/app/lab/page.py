@@ -27,6 +27,8 @@ from resa_lens.texts import prompts
 ONE, ALL, NONE = "one feature", "counted features", "phases only"
 STRONGEST = 12
 """Features named at a token."""
+MOST_CHARACTERS = 20_000
+"""Of a prompt: the address holds it."""
 LONGEST = 4096
 """New tokens at most: the page draws all of them."""
 
@@ -87,7 +89,14 @@ def _inputs(listing: Listing) -> dict[str, Any]:
             **links.bound("raw"),
         )
     label = "Prompt" if raw else "Question"
-    text = st.text_area(label, max_chars=20_000, **links.bound("prompt")) or ""
+    # The browser would drop what is more without a word.
+    text = st.text_area(label, **links.bound("prompt")) or ""
+    if len(text) > MOST_CHARACTERS:
+        problem(
+            f"The text has {len(text):,} characters, and at most {MOST_CHARACTERS:,} are read: its "
+            "end is left out."
+        )
+        text = text[:MOST_CHARACTERS]
     by_name = lab_data.models(listing)
     columns = st.columns([4, 1, 1, 1], vertical_alignment="bottom")
     host = columns[0].selectbox(

@@ -138,6 +138,7 @@ class Bench:
         """Let the model go on under a change, and with `draws` under that of random features."""
         from pydantic import TypeAdapter
 
+        from resa_lens.errors import BadInputError
         from resa_lens.stages import lab_changes
         from resa_lens.stages.lab import Document
 
@@ -149,12 +150,17 @@ class Bench:
         coders = {p: self._coder(host, run, p, decoder=True) for p in edit.features}
         written = _written(host, config.max_new_tokens, tell)
         trial = lab_changes.Trial(host, engine, prompt, config, plain, edit, coders)
-        changed, random = trial.changed(written=written), []
+        changed, random, lacking = trial.changed(written=written), [], None
         if draws:
             progress = partial(tell, "random features")
-            random = trial.random(draws=draws, seed=config.seed, progress=progress)
+            # What the named features do is known all the same.
+            try:
+                random = trial.random(draws=draws, seed=config.seed, progress=progress)
+            except BadInputError as error:
+                lacking = str(error)
         return {
             "changed": asdict(changed),
+            "random_lacking": lacking,
             "random": [
                 {
                     **asdict(one.changed),

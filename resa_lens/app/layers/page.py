@@ -65,14 +65,17 @@ def show(listing: Listing) -> None:
     if not models:
         return
     columns = st.columns([2, 3, 3], vertical_alignment="bottom")
+    if wrong := links.check("model", models, "model"):
+        problem(f"{wrong} Another one is shown.")
     slug = str(columns[0].selectbox("Model", list(models), **links.bound("model")))
+    links.about("Layers", slug)
     runs = [run for run in listing.of(Counts) if run.slug == slug]
     run = _choose(columns[1], "Counts", "counts", runs)
     counts: CountResults | None = run.results if run else None
     sweeps = _sweeps_of(listing, slug, counts.site if counts else None)
     swept = _choose(columns[2], "Sweep", "sweep", sweeps)
     sweep = readable(data.read, swept, SWEEP, SweepTables) if swept else None
-    verdicts, recommendation, rule = None, None, RULES[0]
+    verdicts, recommendation, rule, first = None, None, RULES[0], RULES[0]
     if run:
         recommendation, rule = _recommendation(listing, run)
         if falsifications := listing.made_of(run, Falsification):
@@ -84,7 +87,8 @@ def show(listing: Listing) -> None:
         own = run is not None and is_parent(run, swept)
         sections.append(partial(layers_sweep.show, swept, sweep, own))
     if counts:
-        sections.append(partial(_mixture, counts, recommendation, rule))
+        first = next((name for name in (rule, *RULES) if any(counts.table(name).values())), rule)
+        sections.append(partial(_mixture, counts, recommendation, rule, first))
     if run and counts and verdicts:
         layers = [row.layer for row in counts.layers]
         address = data.features_of(listing, data.saes_path(run))
@@ -93,7 +97,7 @@ def show(listing: Listing) -> None:
         *sections,
         partial(layers_saes.quality, listing, slug, models[slug], run, sweep),
         partial(layers_insertion.show, listing, slug),
-        partial(_paper, counts, rule),
+        partial(_paper, counts, first),
         partial(_scores, listing, models[slug]),
     )
 
@@ -125,6 +129,8 @@ def _choose(place: Any, label: str, key: str, artifacts: Sequence[Artifact]) -> 
         place.caption(f"{label}: none of this model")
         return None
     by_path = {artifact.relative: artifact for artifact in artifacts}
+    if wrong := links.check(key, by_path, key):
+        problem(f"{wrong} The newest one is shown.")
     return by_path[str(place.selectbox(label, list(by_path), **links.bound(key)))]
 
 
@@ -250,19 +256,24 @@ def _by_layer(
     table(rows, "feature_counts", "Table of counts")
 
 
-def _mixture(counts: CountResults, recommendation: StoredRecommendation | None, rule: str) -> None:
+def _mixture(
+    counts: CountResults, recommendation: StoredRecommendation | None, rule: str, first: str
+) -> None:
+    """The fit of a rule's counts; at first of one that counts something, where one does."""
     with part("Mixture over layers"):
         choice = str(
             st.segmented_control(
-                "Rule", RULES, default=rule, required=True, **links.bound(f"rule-{rule}")
+                "Rule", RULES, default=first, required=True, **links.bound(f"rule-{rule}")
             )
         )
         fit = _fit(counts, recommendation, rule, choice)
         shift = int(links.one_based())
         figure(plots.mixture_figure(fit, one_based=links.one_based()), "figure-mixture")
         if choice != rule:
+            empty_one = "" if any(counts.table(rule).values()) else ", which counts no feature"
             st.caption(
-                f'The recommendation follows rule "{rule}"; this rule only stands beside it.'
+                f'The recommendation follows rule "{rule}"{empty_one}; this rule only stands '
+                "beside it."
             )
         st.text(f"Verdict: {fit.verdict}\nWhy: {fit.reason}\nNext step: {fit.next_step}")
         if not fit.components:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from resa_lens.artifacts.feature_tables import STRONGEST
 from resa_lens.figures.grids import cell, grid, table
 from resa_lens.models.hookpoints import describe_layer
 
@@ -28,7 +29,7 @@ def activity(values: dict[str, Any], model: Any) -> Iterator[Any]:
 
 
 def page_of(page: dict[str, Any], n_layers: int) -> Iterator[Any]:
-    """Yield one feature: its density, its strongest documents and what it raises."""
+    """Yield one feature: its density, its tokens, its strongest examples, what it raises."""
     from resa_lens.texts.phases import PHASES
 
     phases = [
@@ -45,7 +46,13 @@ def page_of(page: dict[str, Any], n_layers: int) -> Iterator[Any]:
         "{documents_fired} documents",
         page,
     )
-    yield grid("Strongest documents", page["examples"], {
+    if page.get("fires_on"):
+        yield "fires on: " + ", ".join(
+            f"{token!r} {100 * share:.3g} %"
+            for token, share in zip(page["fires_on"], page["fires_on_share"], strict=True)
+        )
+    strongest = [row for row in page["examples"] if row["interval"] == STRONGEST]
+    yield grid("Strongest examples", strongest, {
         "value": "{value:.3g}", "phase": "{phase}", "document": "{document}",
         "<around the peak": _around,
     })  # fmt: skip

@@ -34,7 +34,7 @@ def demo_of(result: DemoResult) -> Iterator[Any]:
     yield recommendation.reason
     yield table("Scores", "", "accuracy", "95 % interval", "n", rows=score_rows(tuned))
     yield "the results lie in:"
-    lie = {**places(result.discovery, tuned), "page": result.page}
+    lie = {**places(result), "page": result.page}
     yield from (f"  {name:<15} {path}" for name, path in lie.items())
     yield "next: resa-lens app"
     yield from meaning(result)
