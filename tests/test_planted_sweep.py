@@ -73,3 +73,14 @@ def test_a_block_that_alone_gains_is_found_by_the_table_that_knows_it(
     assert float(middle.split("|")[4].split()[0]) == pytest.approx(gain, abs=0.1)
     assert "| counts all, source | none: the same at every layer | 1 | 1 |" in out
     assert "SAE less PCA" not in out
+
+
+def test_the_documents_tables_are_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep.analyse(ROOT / sweep.STORED)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) > 60
+    text = (ROOT / "docs" / "experiment-insertion.md").read_text()
+    # A draw's first line stands in bold there.
+    assert [line for line in lines if line not in text] == []
