@@ -207,12 +207,12 @@ def _examples(source: Source, layer: int, feature: int, figures: Activity) -> No
         interval = _choice("Examples", intervals, "examples")
         phase = _choice("Of", (EVERY, *PHASES), "of", format_func=_phase_name)
         tokens.legend()
-    chosen = drawn if interval == RANDOM else [row for row in rows if row["interval"] == interval]
+    rows = drawn if interval == RANDOM else [row for row in rows if row["interval"] == interval]
     # Without phases the examples stand all the same.
-    phases = readable(phases_of, source, [row["document"] for row in chosen]) or {}
+    phases = readable(phases_of, source, [row["document"] for row in rows]) or {}
     parts, listed = [], []
     for name in order if phase == EVERY else [phase]:
-        here = [row for row in chosen if row["phase"] == name]
+        here = [row for row in rows if row["phase"] == name]
         head = f"{fired[name]:,} of {sum(fired.values()):,} firings are in {_PHASE_NAMES[name]}"
         parts.append(f'<div class="phase">{head}{"" if here else "; no example was kept"}</div>')
         for row in here:
