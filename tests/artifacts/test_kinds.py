@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from resa_lens.artifacts import lineage
 from resa_lens.artifacts.artifact import COLUMNS, KINDS, Artifact, Kind
+from resa_lens.artifacts.feature_tables import ADDED
 from resa_lens.artifacts.kinds.sweep import Sweep, SweepTables
 from resa_lens.artifacts.listing import scan
 from resa_lens.artifacts.manifest import Manifest
@@ -148,7 +149,11 @@ def test_everything_that_ships_reads_by_its_schema(root: Path):
                 continue
             if isinstance(schema, pa.Schema):
                 stored = pq.read_schema(artifact.file(name))
+                first = artifact.manifest.ingredients.get("recipe", 1) == 1
                 for field in schema:
+                    # Tables of recipe 1 lack what recipe 2 added.
+                    if first and field.name in ADDED and field.name not in stored.names:
+                        continue
                     assert stored.field(field.name).type == field.type, (artifact.relative, name)
             elif schema:
                 assert artifact.value(name) == json.loads((artifact.path / name).read_text())

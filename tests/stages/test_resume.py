@@ -31,7 +31,7 @@ from resa_lens.progress import Reporter
 from resa_lens.resources import data_path
 from resa_lens.saes.plan import Meter, TrainingPlan
 from resa_lens.saes.train import LayerTrainer, SaeConfig
-from resa_lens.stages import activity, sae_plan, sae_training, sweep
+from resa_lens.stages import activity, sae_plan, sae_training
 from resa_lens.stages.ablation import AblationConfig, ablate_run
 from resa_lens.stages.activity import activity_run
 from resa_lens.stages.adapters import adapter_run
@@ -40,6 +40,7 @@ from resa_lens.stages.saes import SaeRun
 from resa_lens.stages.scores import eval_run, load_eval_items
 from resa_lens.stages.sweep import sweep_run
 from resa_lens.stages.sweep_jobs import SweepConfig
+from resa_lens.stages.sweep_tunings import Tunings
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning import loop
@@ -465,15 +466,15 @@ def test_a_sweep_keeps_the_threads_that_it_began_with(house: House, tmp_path: Pa
         evaluation=EvalConfig(limit=6, generation=GENERATION),
     )  # fmt: skip
     config = SweepConfig(shared, layers=(1,), seeds=2, effects=False)
-    real, calls = sweep._one, []
+    real, calls = Tunings.__call__, []
 
-    def one(*args: Any) -> bool:
-        calls.append(args[2].name)
+    def one(self: Tunings, name: str) -> list[list[str]]:
+        calls.append(name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(self, name)
 
-    with patch.object(sweep, "_one", one):
+    with patch.object(Tunings, "__call__", one):
         with pytest.raises(KeyboardInterrupt):
             sweep_run(house.ctx(tmp_path), config)
         with pytest.raises(BadInputError, match="began with 1 threads, --threads is 2"):
@@ -482,7 +483,8 @@ def test_a_sweep_keeps_the_threads_that_it_began_with(house: House, tmp_path: Pa
         ctx = house.ctx(tmp_path)
         sweep_run(ctx, config)
     assert said(ctx, "going on with the run in")
-    assert calls == ["L01-s0", "L01-s1", "L01-s0", "L01-s1"]
+    # What was finished is not done again.
+    assert calls == ["L01-s0", "L01-s1", "L01-s1"]
     made = {a.manifest.threads for a in ctx.workspace.artifacts() if a.manifest.kind == "adapter"}
     assert made == {1}
 
