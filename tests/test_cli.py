@@ -174,7 +174,8 @@ def test_stdout_is_one_object_whatever_libraries_print(
 def test_runs_lists_the_artifacts(demo: Any) -> None:
     result = invoke("runs", "--workspace", str(demo.workspace), "--json")
     rows = json.loads(result.stdout)["runs"]
-    kinds = {"saes", "counts", "recommendation", "insertion", "adapter", "eval"}
+    kinds = {"saes", "counts", "recommendation", "insertion", "adapter", "eval", "activity",
+             "falsification"}  # fmt: skip
     assert {row["kind"] for row in rows} == kinds
     assert all((demo.workspace / row["path"]).is_dir() for row in rows)
     assert [row["created"] for row in rows] == sorted((r["created"] for r in rows), reverse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from resa_lens.artifacts.feature_tables import STRONGEST
 from resa_lens.figures.grids import cell, grid, table
 from resa_lens.models.hookpoints import describe_layer
 
@@ -51,6 +50,9 @@ def page_of(page: dict[str, Any], n_layers: int) -> Iterator[Any]:
             f"{token!r} {100 * share:.3g} %"
             for token, share in zip(page["fires_on"], page["fires_on_share"], strict=True)
         )
+    # Its tables need NumPy, which no --help should wait for.
+    from resa_lens.artifacts.feature_tables import STRONGEST
+
     strongest = [row for row in page["examples"] if row["interval"] == STRONGEST]
     yield grid("Strongest examples", strongest, {
         "value": "{value:.3g}", "phase": "{phase}", "document": "{document}",
