@@ -32,14 +32,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
-from torch import Tensor
 
 from benchmarks import planted_blocks as planted
 from benchmarks.insertion_experiment.draws import (
@@ -74,8 +72,9 @@ def cell(target: planted.Draw, point: Hookpoint, arm: str) -> dict[str, Any]:
     fresh, rest = fresh_target(target), fresh_target(target)
     rows, corpus = records(1.0, target.seed)
     coder = target.coders[point]
-    acts: Callable[[], Tensor] = lambda: activations(target.source, target.seed, point)  # noqa: E731
-    inserted = coder if arm == "sae" else pca(acts(), coder)
+    inserted: Any = coder
+    if arm == "pca":
+        inserted = pca(activations(target.source, target.seed, point), coder)
     tokens = STEPS * BATCH * SEQUENCE
     batches = corpora.batches(fresh.tokenizer, rows, corpus, tokens=tokens, batch=BATCH)
     config = adapters(target.seed)
@@ -164,18 +163,18 @@ def correlation(values: Floats, gains: Floats, seed: int = 0) -> tuple[float, fl
 
 def tables(stored: dict[str, Any]) -> dict[str, Floats]:
     """Return every table of a stored draw of planted_blocks, larger is better, [layer]."""
-    found: dict[str, Floats] = {}
+    columns: dict[str, Floats] = {}
     for who in ("source", "target"):
         for rule in planted.RULES:
-            found[f"counts {rule}, {who}"] = _column(stored["counts"][who][rule])
+            columns[f"counts {rule}, {who}"] = _column(stored["counts"][who][rule])
     for key, name, sign in (
         ("quality", "quality", -1.0), ("gradient", "LoRA gradients", 1.0),
         ("weights", "gradient-probe", 1.0), ("change", "activation-change", 1.0),
         ("insertion", "insertion", 1.0), ("causal", "causal", 1.0),
     ):  # fmt: skip
         if key in stored:
-            found[name] = sign * _column(stored[key])
-    return found
+            columns[name] = sign * _column(stored[key])
+    return columns
 
 
 def _column(table: dict[str, Any]) -> Floats:

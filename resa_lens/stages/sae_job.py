@@ -28,7 +28,7 @@ class SaeJob:
     config: SaeConfig
     corpus: CorpusConfig
     training: Sequence[Record]
-    held: Sequence[Record]
+    held_out_records: Sequence[Record]
     data: str
     """Hash of all records."""
     source: Parent | None
@@ -66,7 +66,9 @@ class SaeJob:
         corpus = replace(self.corpus, seed=self.corpus.seed + 1)
         tokens = 8 * corpus.sequence
         return list(
-            corpora.batches(self.model.tokenizer, self.held, corpus, tokens=tokens, batch=4)
+            corpora.batches(
+                self.model.tokenizer, self.held_out_records, corpus, tokens=tokens, batch=4
+            )
         )
 
 
@@ -98,9 +100,9 @@ def sae_job(
             raise BadInputError(
                 f"mode {config.mode!r} begins with SAEs; pass their folder or hub id with --saes"
             )
-        given = open_saes(ctx, model, named_path(source, "SAEs"), config.site, only=layers)
-        initial = given.each(model, layers)
-        parent = given.parent(layers)
+        begin = open_saes(ctx, model, named_path(source, "SAEs"), config.site, only=layers)
+        initial = begin.each(model, layers)
+        parent = begin.parent(layers)
         first = next(iter(initial.values()))
         for what, value, has in (
             ("--latents", config.latents, first.num_latents),
@@ -129,14 +131,14 @@ def sae_job(
             "thought; name a column of steps with --steps-column, or let the model write some with "
             "--own-thoughts"
         ])  # fmt: skip
-    training, held = split_records(records)
+    training, held_out_records = split_records(records)
     return SaeJob(
         model=model,
         layers=tuple(layers),
         config=config,
         corpus=corpus,
         training=training,
-        held=held,
+        held_out_records=held_out_records,
         data=corpora.hash_records(records),
         source=parent,
         initial=initial,

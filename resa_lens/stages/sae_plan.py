@@ -116,7 +116,9 @@ def _blank(job: SaeJob) -> SparseCoder:
 
 def _try_report(job: SaeJob, coder: SparseCoder) -> ReportTrial:
     point = Hookpoint(job.layers[len(job.layers) // 2], job.config.site)
-    return try_report(job.model, point, coder, report_batches(job.model, job.held, job.corpus))
+    return try_report(
+        job.model, point, coder, report_batches(job.model, job.held_out_records, job.corpus)
+    )
 
 
 def _plan_pretrained(ctx: Context, job: SaeJob, report: bool) -> Plan:

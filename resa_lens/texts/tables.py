@@ -196,7 +196,8 @@ def _no_text(path: Path, encoding: str) -> BadInputError:
     reason = "is of another encoding"
     with path.open("rb") as stream:
         try:
-            for line, piece in enumerate(stream, start=1):  # noqa: B007
+            for piece in stream:
+                line += 1
                 decoder.decode(piece)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:

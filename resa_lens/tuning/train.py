@@ -109,8 +109,8 @@ def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> l
         if (layer := module_layer(name)) is not None
     }
     config: Any = model.config
-    chosen = {*adapted_layers(layers, config.get_text_config().num_hidden_layers)}
-    if not (names := [name for name, layer in placed.items() if layer in chosen]):
+    adapted = {*adapted_layers(layers, config.get_text_config().num_hidden_layers)}
+    if not (names := [name for name, layer in placed.items() if layer in adapted]):
         raise BadInputError(f"--adapter-layers {layers}: none of {', '.join(targets)} is in them")
     return names
 

@@ -139,5 +139,5 @@ def test_the_ceiling_is_what_drawn_features_reach_and_the_level_where_rates_are_
         acts = (rng.random((4000, rate.size)) < rate) * rng.lognormal(0, spread, (4000, rate.size))
         sums = acts @ left
         # The standard deviation is known from features of the same kind.
-        found = (np.abs(sums) > 1.96 * sums.std()).mean()
-        assert ceiling(left, text.reasoning, 0.06, 0.03, spread) == pytest.approx(found, abs=0.03)
+        power = (np.abs(sums) > 1.96 * sums.std()).mean()
+        assert ceiling(left, text.reasoning, 0.06, 0.03, spread) == pytest.approx(power, abs=0.03)

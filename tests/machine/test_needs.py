@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from whole_process import run_whole
 
 from resa_lens.errors import BadInputError
 from resa_lens.machine import needs
@@ -85,20 +83,6 @@ def test_estimates_are_those_of_the_log_and_of_the_howto():
     assert of(R1_DISTILL, latents=32_768).sae_mb == gpu.sae_mb / 2
 
 
-TUNING = """
-import sys
-from pathlib import Path
-from resa_lens.cli import main
-sys.argv = ["resa-lens", *sys.argv[1:]]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-lines = Path("/proc/self/status").read_text().splitlines()
-print("peak", next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
-"""
-
-
 @pytest.mark.slow
 def test_tuning_takes_what_the_plan_says(tmp_path: Path):
     """A whole process, scores included, whose weights are more than its activations: one copy."""
@@ -113,22 +97,14 @@ def test_tuning_takes_what_the_plan_says(tmp_path: Path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((data_path("tiny-reasoner") / name).read_bytes())
     new_coder(512, 2048, 16, seed=0).save_to_disk(tmp_path / "saes" / "layers.4.mlp")
-    command = [
-        sys.executable, "-c", TUNING, "tune", "--model", str(model), "--layer", "4",
-        "--saes", str(tmp_path / "saes"), "--allow-site-mismatch", "--steps", "3",
-        "--limit", "4", "--max-new-tokens", "8", "--no-start-check", "--threads", "1",
-        "--workspace", str(tmp_path / "w"), "--json",
-    ]  # fmt: skip
-
-    def run(*more: str) -> tuple[dict[str, Any], float]:
-        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        values, _, peak = done.stdout.partition("peak ")
-        return json.loads(values), int(peak) / 1024
-
-    plan, _ = run("--plan")
+    command = (
+        "tune", "--model", str(model), "--layer", "4", "--saes", str(tmp_path / "saes"),
+        "--allow-site-mismatch", "--steps", "3", "--limit", "4", "--max-new-tokens", "8",
+        "--no-start-check", "--workspace", str(tmp_path / "w"),
+    )  # fmt: skip
+    plan, _ = run_whole(*command, "--plan")
     assert not (tmp_path / "w").exists()
-    _, peak = run()
+    _, peak = run_whole(*command)
     assert of(read_shape(str(model)), latents=2048).tune_mb == pytest.approx(peak, rel=0.15)
     assert plan["peak_memory_mb"] == pytest.approx(peak, rel=0.15)
 

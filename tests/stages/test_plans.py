@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
+from whole_process import run_whole
 
 from resa_lens.cli import app
 from resa_lens.resources import data_path
@@ -99,31 +98,6 @@ def test_given_saes_are_measured_and_not_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "w").exists()
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-from resa_lens.cli import main
-sys.argv = ["resa-lens", *sys.argv[1:]]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-lines = Path("/proc/self/status").read_text().splitlines()
-peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-print("peak", peak / 1024, file=sys.stderr)
-"""
-
-
-def run(*options: str) -> tuple[dict[str, Any], float]:
-    """Run a command in a process of its own; return its object and the process's peak in MB."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS, *options, "--threads", "1", "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), float(done.stderr.rsplit("peak ", 1)[1])
-
-
 def wide_vocabulary(folder: Path) -> Path:
     """Write a model whose logits are more than its weights: what a quality report holds."""
     torch.manual_seed(0)
@@ -146,10 +120,10 @@ def test_the_report_of_a_large_vocabulary_takes_what_the_plan_says(tmp_path: Pat
         "train-saes", "--model", str(model), "--layers", "0", "--latents", "256", "--tokens",
         "1024", "--workspace", str(tmp_path / "w"),
     )  # fmt: skip
-    plan, _ = run(*options, "--plan")
+    plan, _ = run_whole(*options, "--plan")
     parts = {part["name"]: part["peak_memory_mb"] for part in plan["parts"]}
     assert parts["quality report"] > 1.3 * parts["training 1 SAEs"]
-    _, peak = run(*options)
+    _, peak = run_whole(*options)
     assert plan["peak_memory_mb"] == pytest.approx(peak, rel=0.15)
 
 
@@ -169,8 +143,8 @@ TIMED: dict[str, tuple[str, ...]] = {
 def test_the_time_is_within_a_factor_of_one_and_a_half(tmp_path: Path, command: str) -> None:
     """Seconds of the processor: of the plan, and of all that the command then makes."""
     options = (command, "--model", "tiny-reasoner", "--workspace", str(tmp_path / "w"))
-    plan, _ = run(*options, *TIMED[command], "--plan")
-    _, peak = run(*options, *TIMED[command])
+    plan, _ = run_whole(*options, *TIMED[command], "--plan")
+    _, peak = run_whole(*options, *TIMED[command])
     costs = [json.loads(f.read_text())["cost"] for f in (tmp_path / "w").rglob("manifest.json")]
     spent = sum(cost.get("cpu_seconds", 0.0) for cost in costs)
     print(

@@ -134,8 +134,8 @@ def test_a_change_of_results_has_a_new_recipe_number(computed: Any) -> None:
     """All stages in one test: each worker would compute them all again for its share."""
     assert sorted(computed) == STAGES
     golden = json.loads(FILE.read_text())
-    found = [line for name in STAGES for line in changes(name, golden[name], computed[name])]
-    assert not found, "\n".join(found)
+    changed = [line for name in STAGES for line in changes(name, golden[name], computed[name])]
+    assert not changed, "\n".join(changed)
     assert all(len(entry["figures"]) >= 3 for entry in computed.values())
 
 

@@ -256,11 +256,11 @@ def test_long_answers_are_announced_in_hours_where_they_take_some(tmp_path, monk
     model.model.config.max_position_embeddings = 40_000
     long = replace(CONFIG, generation=replace(CONFIG.generation, max_new_tokens=8192))
     ctx = context(tmp_path)
-    made = eval_run(ctx, model, ITEMS[:2], long)
+    run = eval_run(ctx, model, ITEMS[:2], long)
     (warned,) = [text for text in ctx.reporter.said if "warning" in text]
     assert "at most 7.3 hours with engine hf" in warned
     assert tried == [2]
-    assert made.artifact.manifest.results["generated_by"].startswith("transformers 5.")
+    assert run.artifact.manifest.results["generated_by"].startswith("transformers 5.")
     short = context(tmp_path)
     eval_run(short, model, ITEMS[:2], CONFIG)
     assert tried == [2]
