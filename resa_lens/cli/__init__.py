@@ -21,7 +21,7 @@ GROUPS = {
         "activity", "score-features", "match-features", "ablate", "attribute", "stability", "sweep",
     ),
     "Tables": ("fit-mixture", "regret", "audit"),
-    "Files": ("convert", "merge", "cost"),
+    "Files": ("convert", "merge", "export", "cost"),
 }  # fmt: skip
 """The commands in the order of the help."""
 

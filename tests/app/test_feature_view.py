@@ -24,9 +24,9 @@ from synthetic_workspace import (
 )
 
 from resa_lens.app.features.table import Query, select
-from resa_lens.app.tokens import visible
 from resa_lens.artifacts.feature_tables import ADDED
 from resa_lens.artifacts.kinds.effects import features_key
+from resa_lens.figures.tokens import visible
 
 NASTY = f"{HOSTILE} $x^2$ `c`\n\u202eabc\u200b</div>"
 

@@ -26,13 +26,13 @@ from resa_lens.app.features.table import (
     score_names,
     select,
 )
-from resa_lens.app.tokens import plain
 from resa_lens.app.widgets import download, missing, part, problem, problems, readable, table
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import WORDS
 from resa_lens.figures.plots import RULE_NAMES
+from resa_lens.figures.tokens import plain
 from resa_lens.models.hookpoints import describe_layer, parse_feature, parse_layer
 from resa_lens.texts.prompts import PHASES
 

@@ -9,7 +9,7 @@ from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
-from resa_lens.app import links, tokens
+from resa_lens.app import links
 from resa_lens.app.features import evidence
 from resa_lens.app.features.data import (
     Activity,
@@ -27,6 +27,7 @@ from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import DESCRIBED, REFUTED, STANDS, UNDETERMINED, WORDS
 from resa_lens.figures import features as feature_plots
+from resa_lens.figures import tokens
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts.prompts import PHASES
 
@@ -206,7 +207,7 @@ def _examples(source: Source, layer: int, feature: int, figures: Activity) -> No
         intervals = (*INTERVALS, RANDOM) if drawn else (STRONGEST,)
         interval = _choice("Examples", intervals, "examples")
         phase = _choice("Of", (EVERY, *PHASES), "of", format_func=_phase_name)
-        tokens.legend()
+        st.html(tokens.legend())
     rows = drawn if interval == RANDOM else [row for row in rows if row["interval"] == interval]
     # Without phases the examples stand all the same.
     phases = readable(phases_of, source, [row["document"] for row in rows]) or {}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from resa_lens.app import data, links, tokens
+from resa_lens.app import data, links
 from resa_lens.app.lab import changes as lab_changes
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.widgets import part, problem, problems, table
@@ -21,6 +21,7 @@ from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import line, model_of, models, sae_options, workspace_option
 from resa_lens.artifacts.kinds.counts import RULES, Features
 from resa_lens.artifacts.listing import Listing
+from resa_lens.figures import tokens
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts import prompts
 
@@ -58,8 +59,9 @@ def show(listing: Listing) -> None:
     saes = _saes(listing, response["model"], sent.request["model"])
     if saes is None:
         document = response["document"]
-        tokens.show(document["tokens"], [0.0] * len(document["ids"]), phases=document["phases"])
-        tokens.legend()
+        blank = [0.0] * len(document["ids"])
+        st.html(tokens.coloured(document["tokens"], blank, phases=document["phases"]))
+        st.html(tokens.legend())
         return
     if saes.weights != response["model"]["weights"]:
         st.caption(
@@ -255,8 +257,9 @@ def _features(
         with part():
             coloured, values = _counted(listing, saes, request, values)
     place = _token(document)
-    tokens.show(document["tokens"], values.tolist(), phases=document["phases"], peak=place)
-    tokens.legend()
+    phases = document["phases"]
+    st.html(tokens.coloured(document["tokens"], values.tolist(), phases=phases, peak=place))
+    st.html(tokens.legend())
     _strongest(acts.loc[acts["token"] == place, :], document, layer, n_layers, place, listing, saes)
     rows = {
         "position": list(range(count)),

@@ -11,8 +11,6 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-import streamlit as st
-
 from resa_lens.texts.prompts import PHASES
 
 _WARM, _COLD = "230, 120, 0", "0, 114, 178"
@@ -67,11 +65,6 @@ def coloured(
     return _block("", parts)
 
 
-def show(tokens: Sequence[str], values: Sequence[float], **how: object) -> None:
-    """Draw coloured tokens; arguments as for `coloured`."""
-    st.html(coloured(tokens, values, **how))  # type: ignore[arg-type]
-
-
 def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> str:
     """Return tokens as HTML, each apart with its number: orange above 0, blue below.
 
@@ -90,9 +83,9 @@ def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> 
     return _block(" ", parts)
 
 
-def legend() -> None:
-    """Say what the lines under the tokens mean."""
-    st.html(_block(" · ", [f'<span style="{_line(name)}">{name}</span>' for name in PHASES]))
+def legend() -> str:
+    """Return what the lines under the tokens mean, as HTML."""
+    return _block(" · ", [f'<span style="{_line(name)}">{name}</span>' for name in PHASES])
 
 
 def _block(between: str, parts: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from app_driver import HOSTILE
 
-from resa_lens.app import tokens
+from resa_lens.figures import tokens
 
 BIDI, ZERO = "\u202eevil\u202c", "a\u200bb\u2060c\ufeff"
 NASTY = (
