@@ -162,9 +162,9 @@ def sae_card(listing: Listing, saes: Artifact) -> str:
         f"---\n{front.to_yaml().strip()}\n---",
         f"# Sparse autoencoders of {escaped(base)}",
         f"Site {code_span(results.site)}, layers {where} (0-based, of {results.n_layers}), "
-        f"{training.get('latents')} latents, k {training.get('k')}, {escaped(training.get('activation'))}, "
-        f"seed {training.get('seed')}. Trained on {data}. Layout of sparsify: "
-        '`Sae.load_from_disk("layers.N.mlp")` reads one.',
+        f"{training.get('latents')} latents, k {training.get('k')}, "
+        f"{escaped(training.get('activation'))}, seed {training.get('seed')}. Trained on {data}. "
+        'Layout of sparsify: `Sae.load_from_disk("layers.N.mlp")` reads one.',
         "## Quality",
         *_quality(listing, saes),
         "## Think-tag exclusive features",

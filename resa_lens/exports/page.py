@@ -96,10 +96,8 @@ def _blocks(feature: Feature, tables: Tables) -> Iterator[Block]:
     for side, name in (("top", "raises"), ("bottom", "lowers")):
         if row[f"{side}_tokens"]:
             pairs = zip(row[f"{side}_tokens"], row[f"{side}_logits"], strict=True)
-            pairs_text = ", ".join(
-                f"{visible(token)} {value:+.2f}" for token, value in list(pairs)[:10]
-            )
-            yield f"Its direction {name} by the logit lens: {pairs_text}."
+            text = ", ".join(f"{visible(token)} {value:+.2f}" for token, value in list(pairs)[:10])
+            yield f"Its direction {name} by the logit lens: {text}."
     if row["histogram"]:
         yield activation_figure(tables.edges, row["histogram"])
 

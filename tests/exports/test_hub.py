@@ -22,6 +22,7 @@ from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.listing import scan
 from resa_lens.errors import BadInputError
 from resa_lens.exports.hub import check_card, write_package
+from resa_lens.saes.formats import load_coder
 
 REPOSITORY = "someone/saes"
 
@@ -129,7 +130,7 @@ def test_a_push_commits_every_file(demo: Any, hub: Any, tmp_path: Path) -> None:
     done = pushed(demo, hub, tmp_path / "out", source.relative)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert hub.asked["private"] is True
+    assert hub.asked["visibility"] == "private"
     assert set(result["files"]) == set(hub.files) - {".gitattributes"}
     for name in result["files"]:
         assert hub.files[name] == (tmp_path / "out" / name).read_bytes()

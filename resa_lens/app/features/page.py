@@ -28,7 +28,7 @@ from resa_lens.app.features.table import (
 )
 from resa_lens.app.widgets import download, missing, part, problem, problems, readable, table
 from resa_lens.artifacts.kinds.counts import RULES
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import WORDS
 from resa_lens.figures.plots import RULE_NAMES
@@ -70,8 +70,15 @@ def _source(runs: list[Source]) -> Source:
         problem(f"{wrong} The newest one is shown.")
     if len(by_key) == 1:
         return runs[0]
-    # The address holds the path, so it is also what is shown.
-    return by_key[str(st.selectbox("Run", list(by_key), **links.bound("run")))]
+    names = {source.key: _run_name(source) for source in runs}
+    return by_key[str(links.choice(st, "Run", "run", names))]
+
+
+def _run_name(source: Source) -> str:
+    artifact = source.activity or source.counts
+    tail = "" if artifact is None else f": {name_of(artifact)}"
+    what = "activity" if source.activity else "counts alone"
+    return f"{plain(source.model)}, {plain(source.site)}, {what}{tail}"
 
 
 # The address: which layer, and which feature

@@ -20,7 +20,7 @@ from resa_lens.app.widgets import part, problem, problems, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import line, model_of, models, sae_options, workspace_option
 from resa_lens.artifacts.kinds.counts import RULES, Features
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.figures import tokens
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts import prompts
@@ -173,12 +173,11 @@ def _saes(listing: Listing, model: dict[str, Any], name: str) -> Artifact | None
             _command("train-saes", name, listing),
         )
         return None
-    if st.session_state.get("saes") not in by_path:
-        st.session_state.pop("saes", None)
     if len(by_path) == 1:
         return next(iter(by_path.values()))
+    names = {path: name_of(artifact) for path, artifact in by_path.items()}
     of = "Of this model's weights"
-    return by_path[str(st.selectbox("SAEs", list(by_path), help=of, **links.bound("saes")))]
+    return by_path[str(links.choice(st, "SAEs", "saes", names, help=of))]
 
 
 def _whole(key: str, most: int | None = None) -> None:
