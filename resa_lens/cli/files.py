@@ -120,6 +120,7 @@ class Export(Place, Output):
     features: str = setting(
         "", 'LAYER:FEATURE by commas, "counted", "standing" or "all".  [html: counted, else all]'
     )
+    notes: Path | None = setting(None, "CSV file of your labels, as of app.", check=check_file)
     source_set: str | None = setting(None, "Neuronpedia's name of the SAEs.")
     creator: str = setting("resa-lens", "Neuronpedia's id of the account.")
     push: str | None = setting(None, "Push the hub's folder to this repository, owner/name.")
@@ -159,7 +160,7 @@ def export(args: Export) -> Outcome:
     from resa_lens.exports import neuronpedia, page
     from resa_lens.exports.tables import open_tables
 
-    tables = open_tables(listing, artifact)
+    tables = open_tables(listing, artifact, args.notes)
     chosen = tables.choose(args.features or ("counted" if args.to == "html" else "all"))
     total = tables.features.rows if chosen is None else len(chosen)
     with reporter.bar("features", total) as advance:

@@ -310,25 +310,31 @@ def label(feature: Feature) -> str:
     return f"{verdict.verdict}: {verdict.sentence or verdict.reason}"
 
 
+def labels(feature: Feature) -> dict[str, str]:
+    """Return what is said of a feature, {by which method: text}: a person's label, the verdict."""
+    known = {"resa-lens-note": feature.note.label, "resa-lens-verdict": label(feature)}
+    return {method: text for method, text in known.items() if text}
+
+
 def _explanations(feature: Feature, tables: Tables, names: Naming) -> Iterator[dict[str, Any]]:
-    if text := label(feature):
-        address = _address(feature, names)
-        prefix = "-".join((address["modelId"], address["layer"], address["index"]))
+    address = _address(feature, names)
+    prefix = "-".join((address["modelId"], address["layer"], address["index"]))
+    for method, text in labels(feature).items():
         yield record(
             "Explanation",
             **address,
-            id=f"{prefix}-resa-lens",
+            id=f"{prefix}-{method}",
             description=text,
             authorId=names.creator,
-            typeName="resa-lens-verdict",
+            typeName=method,
+            notes=feature.note.note or None if method == "resa-lens-note" else None,
             createdAt=tables.run.manifest.created,
         )
 
 
 def _uploaded(feature: Feature) -> dict[str, Any]:
     """Return a feature of an upload: what goes beyond its limits is cut, the peak stays inside."""
-    row, text = feature.row, label(feature)
-    activations = []
+    row, activations = feature.row, []
     for example, low, high, share in bins(feature):
         tokens, values, peak = _window(example)
         first = max(0, min(peak - LONGEST // 2, len(tokens) - LONGEST))
@@ -347,9 +353,10 @@ def _uploaded(feature: Feature) -> dict[str, Any]:
         "density": row["density"],
         "topLogits": _logits(row, "top"),
         "bottomLogits": _logits(row, "bottom"),
-        "explanations": [{"text": text[:LABEL], "methodName": "resa-lens-verdict", "modelName": ""}]
-        if text
-        else [],
+        "explanations": [
+            {"text": text[:LABEL], "methodName": method, "modelName": ""}
+            for method, text in labels(feature).items()
+        ],
         "activations": activations,
     }
 

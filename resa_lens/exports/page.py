@@ -68,7 +68,10 @@ def write_features(
 
 def _blocks(feature: Feature, tables: Tables) -> Iterator[Block]:
     row = feature.row
-    verdict = feature.verdict
+    verdict, note = feature.verdict, feature.note
+    if not note.empty:
+        tags = f" [{', '.join(note.tags)}]" if note.tags else ""
+        yield ". ".join(text for text in (note.label, note.note) if text) + tags
     if verdict:
         word = WORDS.get(verdict.verdict)
         stands = word is not None and word.group == STANDS

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -24,6 +25,7 @@ from resa_lens.artifacts.kinds.counts import Counts, Features
 from resa_lens.artifacts.kinds.falsification import Falsification, Verdict, Verdicts
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.notes import Key, Note, read_notes, saes_key
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import STANDS, WORDS
 from resa_lens.models.hookpoints import parse_feature
@@ -44,6 +46,8 @@ class Feature:
     rules: list[str]
     """That count it, the strictest first."""
     verdict: Verdict | None
+    note: Note = field(default_factory=Note)
+    """Of a person."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -64,6 +68,7 @@ class Tables:
     """None where they do not lie in the workspace."""
     counted: Features
     verdicts: tuple[Verdict, ...]
+    notes: Mapping[Key, Note]
 
     def choose(self, spec: str) -> Chosen | None:
         """Return the features that a person means; None for all.
@@ -109,6 +114,7 @@ class Tables:
             BadInputError: a table is damaged.
         """
         verdicts = {(v.layer, v.feature): v for v in self.verdicts}
+        key = saes_key(self.saes, self.saes.relative if self.saes else "")
         for group in range(self.features.metadata.num_row_groups):
             rows = self.features.read([group]).to_pylist()
             if chosen is not None:
@@ -120,7 +126,7 @@ class Tables:
                     place = layer, row["feature"]
                     yield Feature(
                         row, examples.get(row["feature"], []), self.counted.rules_of(*place),
-                        verdicts.get(place),
+                        verdicts.get(place), self.notes.get((key, *place), Note()),
                     )  # fmt: skip
 
     def _examples(self, layer: int, features: list[int]) -> dict[int, list[dict[str, Any]]]:
@@ -132,8 +138,13 @@ class Tables:
         return {name: sorted(rows, key=lambda row: row["rank"]) for name, rows in kept.items()}
 
 
-def open_tables(listing: Listing, run: Artifact) -> Tables:
+def open_tables(listing: Listing, run: Artifact, notes: Path | None = None) -> Tables:
     """Open an activity run's tables, and read the newest counts and verdicts of the same SAEs.
+
+    Args:
+        listing: the workspace.
+        run: of activity.
+        notes: a person's file of labels.
 
     Raises:
         BadInputError: not an activity run, or a damaged file.
@@ -157,4 +168,5 @@ def open_tables(listing: Listing, run: Artifact) -> Tables:
         saes,
         first.read("features.json", Features) if first else Features(layers=[]),
         tuple(judged[0][1].read("verdicts.json", Verdicts).features) if judged else (),
+        read_notes(notes) if notes else {},
     )

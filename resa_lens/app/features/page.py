@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens.app import empty, links
+from resa_lens.app.features import notes
 from resa_lens.app.features import view as feature_view
 from resa_lens.app.features.data import Source, command, sources
 from resa_lens.app.features.table import (
@@ -174,6 +175,7 @@ def _table(listing: Listing, source: Source) -> None:
         query = _query(source)
         selection = select(source, query)
         st.session_state[_ORDER] = selection.order
+        notes.listed(source, query.find, _open)
         more = f"; the first {PAGE:,} of them are below" if selection.matching > PAGE else ""
         st.text(f"{selection.matching:,} of {selection.total:,} features match{more}.")
         for note in selection.notes:
@@ -236,8 +238,8 @@ def _query(source: Source) -> Query:
             "Find in tokens",
             width=170,
             placeholder="for example therefore",
-            help="In the tokens that a feature raises (its logit lens) and in the text around its "
-            "strongest activations.",
+            help="In the tokens that a feature raises (its logit lens), in the text around its "
+            "strongest activations, and in your labels.",
             **links.bound("find"),
         )
         st.text_input(
@@ -363,19 +365,18 @@ def _rows(selection: Selection, query: Query) -> None:
 
     def picked() -> None:
         state: Any = st.session_state.get(_TABLE)
-        rows = state["selection"]["rows"] if state else []
+        chosen = state["selection"] if state else {}
+        rows = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
         if rows and rows[0] < len(selection.order):
             _open(*selection.order[rows[0]])
 
-    st.caption(
-        "Choose a row by the box at its left, or by Shift and the space bar, to open its feature."
-    )
+    st.caption("Click a row to open its feature, or choose it by Shift and the space bar.")
     table(
         visible,
         "features",
         key=_TABLE,
         on_select=picked,
-        selection_mode="single-row",
+        selection_mode=["single-row", "single-cell"],
         height=600 if len(visible) > 15 else "content",
         column_config={
             "raises": st.column_config.TextColumn(width="large"),

@@ -10,7 +10,7 @@ from urllib.parse import urlencode, urlsplit
 import streamlit as st
 
 from resa_lens.app import links
-from resa_lens.app.features import evidence
+from resa_lens.app.features import evidence, notes
 from resa_lens.app.features.data import (
     Activity,
     Source,
@@ -75,6 +75,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
             _lens(listing, source, figures)
         with part("Nearest features"):
             _nearest(layer, figures, go)
+    notes.box(source, layer, feature)
     evidence.show(listing, source, layer, feature)
     _address(source, layer, feature)
 

@@ -48,7 +48,8 @@ PAPER_TABLE = "paper/table6_hookpoints.csv"
 PAPER_MODELS = "paper/tables3_4_5_models.csv"
 PAPER_LAYERS = 28
 LAYERS, TUNED, QUALITY, PAPER = "By layer", "Tuned and inserted", "SAE quality", "The paper"
-"""Views of the page."""
+EVERYTHING = "Everything"
+"""Views of the page; the last is long, for printing and searching."""
 BADGES: dict[str, tuple[str, str, Any]] = {
     SUPPORTED: ("supported", ":material/check_circle:", "green"),
     TREND: ("a trend, no lumps", ":material/trending_up:", "orange"),
@@ -101,6 +102,7 @@ def show(listing: Listing) -> None:
         QUALITY: [partial(layers_saes.quality, listing, slug, models[slug], run, sweep)],
         PAPER: [partial(_paper, counts, first)],
     }
+    views[EVERYTHING] = [draw for sections in views.values() for draw in sections]
     # Not tabs: these draw everything, and only what is looked at is to be drawn.
     view = st.segmented_control(
         "View", list(views), default=LAYERS, required=True, label_visibility="collapsed",

@@ -233,7 +233,8 @@ def _names(listing: Listing, graph: Graph, folded: Sequence[str]) -> dict[str, s
             title = artifact.kind.title
             names[key] = f"{title}: {name_of(artifact, one_based=links.one_based())}"
         elif node:
-            names[key] = f"{node.title}, {node.detail}" if node.key == key else f"missing: {key}"
+            known = node.key == key and not node.missing
+            names[key] = f"{node.title}, {node.detail}" if known else f"missing: {key}"
     return names
 
 
