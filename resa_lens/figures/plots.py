@@ -155,11 +155,12 @@ def counts_figure(
     # A rule that counts nothing has no bars: theirs would hold room, and push the others aside.
     drawn = {rule: table for rule, table in counts.items() if any(table.values())} or counts
     _stacks(figure, drawn, RULE_COLOURS, shift)
-    for rule in counts:
+    for rule, table in counts.items():
         if rule not in drawn:
             name = f"{RULE_NAMES.get(rule, _plain(rule))}: none"
             figure.add_scatter(
-                x=[None], y=[None], mode="markers", name=name,
+                x=[layer + shift for layer in table], y=[None] * len(table), name=name,
+                mode="markers",
                 marker={"symbol": "square", "size": 10, "color": RULE_COLOURS.get(rule, GREY)},
             )  # fmt: skip
     if null:
