@@ -100,8 +100,8 @@ def choice(
         label, list(names), format_func=names.__getitem__, key=key, on_change=_to_address,
         args=(key,), persist_state="session", **how,
     )  # fmt: skip
-    if value is not None and value != next(iter(names)) and value != address:
-        st.query_params[key] = value
+    if value != address and (address is not None or value not in (None, next(iter(names)))):
+        _to_address(key)
     return value
 
 

@@ -405,8 +405,10 @@ def test_random_weights_stand_beside_the_counts(open_page):
     low, high = stats.clopper_pearson(counted, active)
     assert marks["error_y"]["array"][0] == pytest.approx(active * high - counted)
     assert marks["error_y"]["arrayminus"][0] == pytest.approx(counted - active * low)
-    # Over the third of three bars of its layer.
-    assert marks["x"][0] == pytest.approx(1 + 0.8 / 3)
+    # Over the one bar of its layer: the other rules count nothing, and hold no room.
+    assert marks["x"][0] == pytest.approx(1)
+    bars = [t["name"] for t in made["data"] if t["type"] == "bar"]
+    assert bars == ["either tag"]
     assert held.summary.reason in texts(app)
     tally = table(app, "random weights: counted")
     assert list(tally["rule"]) == ["all", "any", "either"]

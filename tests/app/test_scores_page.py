@@ -217,7 +217,7 @@ def test_only_the_same_questions_are_paired(two, open_page):
     said = "evals/c-elsewhere answered other questions than evals/a-base: they cannot be paired."
     assert said in texts(app)
     assert app.selectbox(key="right").value == "evals/b-other"
-    assert app.selectbox(key="right").options == ["evals/b-other"]
+    assert len(app.selectbox(key="right").options) == 1
     app = open_page(two, "scores", left="evals/c-elsewhere")
     texts(app)
     assert charts(app) == 1  # alone, its accuracy

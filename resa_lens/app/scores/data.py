@@ -29,7 +29,7 @@ from resa_lens.artifacts.kinds.eval import (
     is_adapted,
 )
 from resa_lens.artifacts.kinds.sweep import ANSWERS, Job, Sweep
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.errors import BadInputError
 from resa_lens.evals.compare import (
     Comparison,
@@ -73,6 +73,12 @@ class Run:
     base: bool
     weights: str
     """Hash of the weights; of the base model's for an adapter."""
+
+    @property
+    def label(self) -> str:
+        """What a person tells it by, among others."""
+        what = self.what.partition(";")[0].partition(", adapter")[0].partition(": run")[0]
+        return f"{what}, {name_of(self.artifact)}"
 
     @property
     def questions(self) -> str:

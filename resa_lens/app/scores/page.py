@@ -84,20 +84,14 @@ def _choose(runs: Sequence[Run]) -> dict[str, Run]:
     first, second = scores_data.defaults(runs)
     address = st.query_params.get("right")
     columns = st.columns(2)
-    name = columns[0].selectbox(
-        "A, to compare with",
-        list(by_name),
-        index=list(by_name).index(first.name),
-        **links.bound("left"),
-    )
-    left = by_name[str(name)]
+    names = _names(runs, first)
+    left = by_name[str(links.choice(columns[0], "A, to compare with", "left", names))]
     partners = {run.name: run for run in scores_data.partners(runs, left)}
     rest = dict(partners)
     selection = [left]
     if rest:
-        default = list(rest).index(second.name) if second and second.name in rest else 0
-        right = columns[1].selectbox("B", list(rest), index=default, **links.bound("right"))
-        selection.append(rest.pop(str(right)))
+        names = _names(list(rest.values()), second)
+        selection.append(rest.pop(str(links.choice(columns[1], "B", "right", names))))
     if rest:
         more = st.multiselect(
             "More runs on the same questions",
@@ -113,6 +107,12 @@ def _choose(runs: Sequence[Run]) -> dict[str, Run]:
         f"beside A; {len(runs) - 1 - len(partners)} answered other questions."
     )
     return dict(zip(LETTERS, selection, strict=False))
+
+
+def _names(runs: Sequence[Run], default: Run | None) -> dict[str, str]:
+    """Return what a person tells runs by, the default first."""
+    ordered = sorted(runs, key=lambda run: default is None or run.name != default.name)
+    return {run.name: run.label for run in ordered}
 
 
 def _readable(runs: Mapping[str, Run]) -> dict[str, Run]:
