@@ -38,6 +38,7 @@ ROOMS = {
     "Layers": ("layers",),
     "Tuning": ("tuning",),
     "Evaluations": ("evals",),
+    "Experts": ("experts",),
     "Figures": ("figures",),
     "Artifacts": ("artifacts",),
     "Stages": ("stages",),
