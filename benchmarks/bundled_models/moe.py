@@ -44,7 +44,7 @@ LEAST_SHARE = 0.1
 class MoEConfig(TinyConfig):
     """Shape and training of the bundled mixture."""
 
-    tokens: int = 7_000_000
+    tokens: int = 5_000_000
     stop_at: float | None = 0.74
     layers: int = 8
     experts: int = 16

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from resa_lens.config import Config, execution, setting
+from resa_lens.config import Config, data_source, execution, setting
 from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EvalConfig
-from resa_lens.texts.prompts import PHASES
+from resa_lens.texts.prompts import PHASES, TAGS
 
 How = Literal["reroute", "zero", "zero-renorm", "on", "scale"]
 HOWS: tuple[str, ...] = get_args(How)
@@ -98,11 +98,11 @@ class RankConfig(Config):
         "npmi (expert and target), rd (risk difference), rd-matched (of equal tokens alone), ftri "
         "(of mean maps); npmi for a tag, rd for a phase, ftri for a class by default.",
     )
-    target: str = setting(
-        "<think>", "What experts are ranked for: a tag or token, prompt, think or answer, or a "
-        "class of --classes.",
+    target: str | None = setting(
+        None, "What experts are ranked for: a tag or token, prompt, think or answer, or a class of "
+        "--classes; <think>, or the first class, by default.",
     )  # fmt: skip
-    classes: str | None = setting(
+    classes: str | None = data_source(
         None, "Contrast of documents: families, steps (with steps or at once), right (own answers "
         "right or wrong), or two files by a comma.", check=check_classes,
     )  # fmt: skip
@@ -122,7 +122,8 @@ class RankConfig(Config):
             return self.by
         if self.target in PHASES:
             return "rd"
-        return "ftri" if self.classes and not self.target.startswith("<") else "npmi"
+        tag = not self.classes if self.target is None else self.target in TAGS
+        return "ftri" if self.classes and not tag else "npmi"
 
 
 @dataclass(frozen=True)

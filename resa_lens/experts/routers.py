@@ -10,10 +10,11 @@ what needs a rule (another expert in the place of one that is off, an expert for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -307,12 +308,17 @@ def find_routers(model: Model) -> dict[int, Router]:
     return routers
 
 
-def check_mixture(config: Any, name: str) -> None:
-    """Raise BadInputError where a model's configuration speaks of no experts; nothing is loaded.
+def check_mixture(
+    config: Any, name: str, experts: Mapping[int, Sequence[int]] = MappingProxyType({})
+) -> None:
+    """Raise BadInputError where a model's configuration speaks of no experts, or not of these.
+
+    Nothing is loaded for it; which layers are dense only the modules say.
 
     Args:
         config: of transformers.
         name: of the model, for the error.
+        experts: by 0-based layer, those that are to be changed.
     """
     text = config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -320,6 +326,18 @@ def check_mixture(config: Any, name: str) -> None:
     if not counts:
         raise BadInputError(f"model {name} has no experts; {ONLY}")
     k = int(getattr(text, "num_experts_per_tok", 0) or 0)
+    layers = int(text.num_hidden_layers)
+    for layer, chosen in experts.items():
+        if layer >= layers:
+            raise BadInputError(
+                f"expert {layer}:{chosen[0]}: layer {layer} does not exist; {name} has layers 0 to "
+                f"{layers - 1}"
+            )
+        if wrong := [e for e in chosen if e >= max(counts)]:
+            raise BadInputError(
+                f"expert {layer}:{wrong[0]} does not exist; layer {layer} has experts 0 to "
+                f"{max(counts) - 1}"
+            )
     if k >= max(counts):
         raise BadInputError(
             f"model {name}: every token uses all {max(counts)} experts (k is their number), so "
