@@ -44,7 +44,8 @@ LEAST_SHARE = 0.1
 class MoEConfig(TinyConfig):
     """Shape and training of the bundled mixture."""
 
-    tokens: int = 5_000_000
+    tokens: int = 4_000_000
+    decay_share: float = 0.25
     stop_at: float | None = 0.74
     layers: int = 8
     experts: int = 16
