@@ -172,7 +172,7 @@ def _cell(text: str) -> str:
 
 FRONT = (
     "lab", "scoring", "probing", "workbench", "plain", "results", "discovery", "features",
-    "interventions", "insertion", "scores", "sweeps", "options",
+    "interventions", "insertion", "experts", "scores", "sweeps", "options",
 )  # fmt: skip
 """Modules of the front door, in the order in which a reader needs them."""
 ELSEWHERE = (

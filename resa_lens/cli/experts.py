@@ -22,7 +22,7 @@ NAMED, CHANGED = 10, 4
 """Experts that `rank` names and `steer` changes, where no number is given."""
 OF_RANK = ("by", "target", "classes", "types", "draws", "top")
 OF_STEER = (
-    "experts", "how", "beta", "where", "doses", "random", "answer_sets", "tasks", "limit",
+    "experts", "how", "beta", "where", "sizes", "random", "answer_sets", "tasks", "limit",
     "extraction",
 )  # fmt: skip
 """Options of one action that the ones before it do not take."""
@@ -42,10 +42,10 @@ class Experts(Questions, OnData):
         None, f"Experts that are named [{NAMED}], or changed [{CHANGED}].", min=1, max=10**6
     )
     steer: dict[str, Any] = part(
-        SteerConfig, "experts how beta where doses random answer_sets seed", "Steering",
+        SteerConfig, "experts how beta where sizes random answer_sets seed", "Steering",
         given="values",
     )  # fmt: skip
-    asking: EvalConfig = part(EvalConfig, "limit extraction", "Questions", limit=200)
+    asking: EvalConfig = part(EvalConfig, "limit extraction", "Questions", limit=500)
     generation: GenerationConfig = part(GenerationConfig, "max_new_tokens", "Questions")
 
     def __post_init__(self) -> None:

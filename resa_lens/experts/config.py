@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from resa_lens.config import Config, data_source, execution, setting
+from resa_lens.config import Config, data_source, setting
 from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EvalConfig
 from resa_lens.texts.prompts import PHASES, TAGS
@@ -137,7 +137,7 @@ class SteerConfig(Config):
     how: How = setting("reroute", "What is done to the experts.")
     beta: float = setting(1.0, "Factor on their weight, with --how scale.", min=0, max=10**6)
     where: Where = setting("all", "Tokens at which they are changed.")
-    doses: tuple[int, ...] | None = setting(
+    sizes: tuple[int, ...] | None = setting(
         None, "Numbers of experts of the curve, the first in the ranking; powers of two by "
         "default.", min=1, max=10**6,
     )  # fmt: skip
@@ -147,9 +147,8 @@ class SteerConfig(Config):
         max=10_000,
     )  # fmt: skip
     rank: RankConfig = field(default_factory=lambda: RankConfig(top=4))
-    eval: EvalConfig = field(default_factory=lambda: EvalConfig(limit=200))
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
-    batch_size: int = execution(64, "Documents at a time.", min=1, max=2**16)
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -43,9 +43,9 @@ def phase_losses(
             real = places >= 0
             tracker.phases = torch.where(real, phases[places.clamp_min(0)], -1)
             logits = plain(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
-            wanted = ids[:, 1:].to(logits.device)
+            following = ids[:, 1:].to(logits.device)
             loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), wanted.flatten(), reduction="none"
+                logits.flatten(0, 1).float(), following.flatten(), reduction="none"
             )
             kept = real[:, 1:].flatten()
             at = places[:, 1:].flatten()[kept]

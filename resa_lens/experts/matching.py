@@ -91,10 +91,10 @@ def matched_sets(
                 sets.setdefault(key, float(amounts[row].sum()))
                 if len(sets) == count:
                     return [MatchedSet(experts, total) for experts, total in sets.items()]
-    shown = f"the nearest is {100 * nearest:.0f} % off" if np.isfinite(nearest) else "none fits"
+    nearness = f"the nearest is {100 * nearest:.0f} % off" if np.isfinite(nearest) else "none fits"
     raise BadInputError(
         f"{len(sets)} of {count} random sets of {len(chosen)} experts match the use of the chosen "
-        f"({target:.3g} slots a token) within {100 * mismatch:.0f} %; {shown}: choose fewer or "
+        f"({target:.3g} slots a token) within {100 * mismatch:.0f} %; {nearness}: choose fewer or "
         "less used experts"
     )
 

@@ -196,6 +196,9 @@ def rank_experts(
     else:
         notes.append("no token of the target stands elsewhere, so nothing is token-matched")
     p_value = _p_values(routing, texts, contrast, config, matched)
+    if by != "rd-matched" and p_value.size / (config.draws + 1) > LEVEL:
+        needed = int(p_value.size / LEVEL)
+        notes.append(f"Holm over {p_value.size} experts calls none with less than {needed} --draws")
     types = None
     if target in texts.marks and (classes is None or target not in classes.names):
         if texts.pieces.get(target, 1) > 1:

@@ -192,7 +192,7 @@ class Experts:
         target: str | None = None,
         top: int = 4,
         tasks: str = "tiny",
-        limit: int | None = 200,
+        limit: int | None = 500,
         **options: Any,
     ) -> Steering:
         """Change experts and measure thoughts and answers, beside random experts.
@@ -204,7 +204,7 @@ class Experts:
             top: experts that are changed, where none are named.
             tasks: the questions, as of `eval`.
             limit: questions at most; None for all.
-            options: fields of `SteerConfig` (how, beta, where, doses, random), `RankConfig`,
+            options: fields of `SteerConfig` (how, beta, where, sizes, random), `RankConfig`,
                 `UseConfig` and `CorpusConfig`.
         """
         from resa_lens.evals.run import EvalConfig

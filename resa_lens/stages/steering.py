@@ -108,7 +108,7 @@ def steering_run(
 
     def work(draft: Draft) -> None:
         draft.expect(routing_mb(routers, config.rank.use.tokens), 1)
-        sets = 1 + len(config_doses(config, _size(config))) + config.answer_sets
+        sets = 1 + len(set_sizes(config, _size(config))) + config.answer_sets
         expect_answers(draft, model, prompts, every, sets)
         run = _Run(ctx, model, routers, items, data, config, draft.work)
         results = run.results()
@@ -138,18 +138,18 @@ def _size(config: SteerConfig) -> int:
     return config.rank.top
 
 
-def config_doses(config: SteerConfig, size: int) -> tuple[int, ...]:
+def set_sizes(config: SteerConfig, size: int) -> tuple[int, ...]:
     """Return the numbers of experts of the curve, ascending; the last is all of them.
 
     Raises:
         BadInputError: a dose above the number of experts.
     """
-    if config.doses is None:
+    if config.sizes is None:
         powers = [2**i for i in range(size.bit_length()) if 2**i < size]
         return (*powers, size)
-    if wrong := [dose for dose in config.doses if dose > size]:
-        raise BadInputError(f"dose {wrong[0]}: {size} experts are chosen; name at most so many")
-    return tuple(sorted({*config.doses, size}))
+    if wrong := [each for each in config.sizes if each > size]:
+        raise BadInputError(f"size {wrong[0]}: {size} experts are chosen; name at most so many")
+    return tuple(sorted({*config.sizes, size}))
 
 
 class _Steered:
@@ -274,7 +274,7 @@ class _Run:
         )  # fmt: skip
 
     def _doses(self, chosen: Sequence[Place]) -> list[Sequence[Place]]:
-        return [chosen[:dose] for dose in config_doses(self.config, len(chosen))]
+        return [chosen[:dose] for dose in set_sizes(self.config, len(chosen))]
 
     def _losses(
         self,

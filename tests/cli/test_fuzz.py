@@ -32,6 +32,7 @@ NEEDED: dict[str, list[str]] = {
     "compare": ["run-a", "run-b"],
     "convert": ["saes", "converted", "--to", "saelens"],
     "merge": ["merged", "--adapter", "adapter"],
+    "experts": ["steer", "--model", "tiny-moe-reasoner"],
 }
 """What a command cannot do without, sound where it can be."""
 LONG, SURROGATE = "x" * 300, "name\udcff"

@@ -19,7 +19,7 @@ from resa_lens.figures.grids import cell
 from resa_lens.stages.reports import experts as reports
 
 PLAIN, MATCHED = "plain", "token-matched"
-SHOWN = 20
+LISTED = 20
 
 
 def show(listing: Listing) -> None:
@@ -129,7 +129,7 @@ def _ranking(artifacts: Sequence[Artifact]) -> None:
         for row in experts
     ]  # fmt: skip
     table(rows, "ranking", "Table of all experts")
-    _sentences(reports.ranking("", {**results, "folder": artifact.relative}, SHOWN))
+    _sentences(reports.ranking("", {**results, "folder": artifact.relative}, LISTED))
 
 
 def _steering(artifacts: Sequence[Artifact]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from resa_lens.figures.grids import cell, grid
 
-SHOWN = 10
+LISTED = 10
 
 
 def routing(name: str, values: dict[str, Any]) -> Iterator[Any]:
@@ -18,7 +18,7 @@ def routing(name: str, values: dict[str, Any]) -> Iterator[Any]:
         "least": "{least:.2f}", "most": "{most:.2f}",
     })  # fmt: skip
     phases = [p for p in ("prompt", "think", "answer") if p in values["tokens"]]
-    rows = sorted(values["experts"], key=lambda row: -_spread(row, phases))[:SHOWN]
+    rows = sorted(values["experts"], key=lambda row: -_spread(row, phases))[:LISTED]
     columns: dict[str, Any] = {"layer": "{layer}", "expert": "{expert}"}
     columns |= {f"{p} %": f"{{scores.use.{p}:*.1f}}" for p in phases}
     columns |= {f"mass, {p}": f"{{scores.mass.{p}:.3f}}" for p in phases}
