@@ -278,3 +278,18 @@ def test_ways_have_one_list() -> None:
         "sigmoid of all experts, top k of the best 1 of 2 groups, renormalised, x 2.5"
     )
     assert copy.copy(Router.__dataclass_fields__["layer"]).name == "layer"
+
+
+# Adapters
+
+
+def test_an_adapter_says_which_parts_of_a_mixture_it_leaves_alone() -> None:
+    from resa_lens.tuning.train import left_out, lora_targets
+
+    shared, routed = mixture("qwen2-moe").model, mixture("qwen3-moe").model
+    with pytest.raises(BadInputError, match=r"'up_proj' to adapt .its experts are stacked"):
+        lora_targets(routed, ("q_proj", "up_proj"))
+    assert lora_targets(shared, ("q_proj", "up_proj")) == ["q_proj", "up_proj"]
+    (sentence,) = left_out(shared, ["q_proj", "up_proj"])
+    assert "up_proj are adapted in dense layers and shared experts alone" in sentence
+    assert left_out(shared, ["q_proj"]) == []
