@@ -41,7 +41,7 @@ class Routing(Result):
         return frame
 
     def _overview(self) -> pd.DataFrame:
-        return self.table()[["use prompt", "use think", "use answer"]]
+        return self.table().filter(["use prompt", "use think", "use answer"])
 
     def _sentences(self) -> list[str]:
         results = self.run.results
