@@ -41,7 +41,7 @@ def fit(*args: str) -> dict[str, Any]:
 
 NO_MODEL = {
     "app", "audit", "regret", "runs", "compare", "fit-mixture", "convert", "cost", "merge",
-    "doctor",
+    "doctor", "export",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ NO_MODEL = {
 def test_the_commands_of_the_design_are_there() -> None:
     assert set(COMMANDS) >= {
         "demo", "train-saes", "count-features", "recommend-layers", "tune", "eval", "compare",
-        "fit-mixture", "convert", "runs", "app", "doctor",
+        "fit-mixture", "convert", "runs", "app", "doctor", "export",
     }  # fmt: skip
 
 

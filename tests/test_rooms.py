@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "resa_lens"
 ROOMS = (
     "errors", "config", "processes", "claims", "files", "publishing", "hashes", "resources",
     "progress", "jobs", "stats", "texts", "models", "machine", "saes", "features", "layers",
-    "tuning", "evals", "experts", "artifacts", "figures", "stages", "session", "cli", "app",
+    "tuning", "evals", "experts", "artifacts", "figures", "stages", "exports", "session", "cli",
+    "app",
 )  # fmt: skip
 """From the ground up; the first nine are single files."""
 ABOVE_ALL = ("__init__", "__main__", "corpora")

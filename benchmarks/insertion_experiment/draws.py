@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,15 +78,18 @@ def questions(split: str) -> tuple[list[EvalItem], EvalConfig]:
     return items, EvalConfig(limit=GATE_QUESTIONS, levels=(1, 2, 3))
 
 
-def damaged(seed: int, block: int = LAYER, sd: float = DAMAGE) -> Model:
-    """Return tiny-reasoner with noise on the down projection of one block's MLP.
+def damaged(
+    seed: int, block: int = LAYER, sd: float = DAMAGE, name: str = "tiny-reasoner"
+) -> Model:
+    """Return a bundled model with noise on the down projection of one block's MLP.
 
     Args:
         seed: of the noise.
         block: 0-based.
         sd: of the noise, in standard deviations of the weights.
+        name: of the model.
     """
-    model = load_model("tiny-reasoner")
+    model = load_model(name)
     layers: Any = model.model.model.layers
     weight: Tensor = layers[block].mlp.down_proj.weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -103,10 +106,29 @@ def activations(model: Model, seed: int, point: Hookpoint = POINT) -> Tensor:
     return torch.cat([part.acts[point].flatten(0, 1) for part in parts])
 
 
-def trained_sae(model: Model, seed: int) -> SparseCoder:
-    """Return the product's SAE of a model: 512 latents, k 8, half of its documents worked."""
-    rows, corpus = records(0.5, seed)
-    config = SaeConfig(latents=512, k=8, seed=seed).for_width(model.d_model)
+def trained_sae(
+    model: Model,
+    seed: int,
+    *,
+    thought_share: float = 0.5,
+    tokens: int | None = None,
+    families: Collection[str] = (),
+    initial: SparseCoder | None = None,
+) -> SparseCoder:
+    """Return the product's SAE of a model: 512 latents, k 8.
+
+    Args:
+        model: whose activations it learns.
+        seed: of its weights and of the documents' order.
+        thought_share: share of the documents that hold worked steps.
+        tokens: of training; None is the product's default at this width.
+        families: of questions, of which the documents are; empty for all.
+        initial: an SAE to go on from.
+    """
+    rows, corpus = records(thought_share, seed)
+    if families:
+        rows = [row for row in rows if row.family in families]
+    config = SaeConfig(latents=512, k=8, tokens=tokens, seed=seed).for_width(model.d_model)
     assert config.tokens is not None
     assert config.batch is not None
     training, held_out = split_records(rows)
@@ -114,7 +136,10 @@ def trained_sae(model: Model, seed: int) -> SparseCoder:
     batches = corpora.batches(
         model.tokenizer, training, corpus, tokens=config.tokens, batch=config.batch
     )
-    trained = train_saes(model, [LAYER], batches, list(tail), config)
+    trained = train_saes(
+        model, [LAYER], batches, list(tail), config,
+        initial=None if initial is None else {POINT: initial},
+    )  # fmt: skip
     coder = trained.coders[POINT]
     return coder.requires_grad_(False)
 
@@ -327,14 +352,33 @@ def adapters(seed: int) -> TuneConfig:
     return TuneConfig(rank=32, alpha=128, dropout=0.0, learning_rate=1e-4, batch=BATCH, seed=seed)
 
 
-def with_adapter(fresh: Model, folder: Path, scale: float = 1.0) -> Model:
-    """Return a target with an adapter, at a scale, merged into it."""
+def with_adapter(
+    fresh: Model, folder: Path, scale: float = 1.0, rotation: int | None = None
+) -> Model:
+    """Return a target with an adapter merged into it.
+
+    Args:
+        fresh: the target.
+        folder: of the adapter.
+        scale: of what it adds to each weight.
+        rotation: seed of one random rotation of each module's inputs: what is added keeps its
+            singular values and its outputs, and reads other directions.
+    """
     peft: Any = PeftModel.from_pretrained(fresh.model, str(folder))
+    generator = None if rotation is None else torch.Generator().manual_seed(rotation)
     with torch.no_grad():
         for weight_name, weight in peft.named_parameters():
             if "lora_B" in weight_name:
                 weight *= scale
+            elif "lora_A" in weight_name and generator is not None:
+                weight.copy_(weight @ random_rotation(weight.shape[1], generator))
     return replace(fresh, model=peft.merge_and_unload())
+
+
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """Return an orthogonal matrix drawn evenly (Haar), [size, size]."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    return q * r.diagonal().sign()
 
 
 def objective(cell: str) -> Objective:

@@ -78,6 +78,48 @@ def bound(key: str) -> dict[str, Any]:
     return {"key": key, "bind": "query-params", "persist_state": "session"}
 
 
+def choice(
+    place: Any, label: str, key: str, names: Mapping[str, str], *, optional: str = "", **how: Any
+) -> str | None:
+    """Draw a choice that the page shows by name and the address holds by key.
+
+    Args:
+        place: the container, or streamlit itself.
+        label: of the choice.
+        key: of the widget and in the address.
+        names: {key: name}; the first is chosen where nothing else is.
+        optional: what stands there while nothing is chosen; empty where something always is.
+        how: further arguments of `st.selectbox`.
+    """
+    address = st.query_params.get(key)
+    if address in names:
+        st.session_state[key] = address
+    elif st.session_state.get(key) not in names:
+        st.session_state.pop(key, None)
+    if optional:
+        how = {"index": None, "placeholder": optional, **how}
+    value = place.selectbox(
+        label, list(names), format_func=names.__getitem__, key=key, on_change=_to_address,
+        args=(key,), persist_state="session", **how,
+    )  # fmt: skip
+    if value is not None and value != next(iter(names)) and value != address:
+        st.query_params[key] = value
+    return value
+
+
+def choose(key: str, value: str) -> None:
+    """Choose something else than what a `choice` shows, before the page runs again."""
+    st.session_state[key] = value
+    _to_address(key)
+
+
+def _to_address(key: str) -> None:
+    if st.session_state.get(key) is None:
+        st.query_params.pop(key, None)
+    else:
+        st.query_params[key] = str(st.session_state[key])
+
+
 def one_based() -> bool:
     """Return whether layers are shown counted from 1."""
     return bool(st.session_state.get("one_based", False))

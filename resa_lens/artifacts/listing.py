@@ -117,6 +117,13 @@ def short_id(artifact: Artifact) -> str:
     return (artifact.manifest.identity or artifact.path.name.rpartition("-")[2])[:8]
 
 
+def name_of(artifact: Artifact, *, one_based: bool = False) -> str:
+    """Return what a person tells an artifact by, among others of its kind and model."""
+    detail = artifact.kind.detail(artifact, one_based=one_based) or artifact.kind.title
+    day = artifact.manifest.created[:16].replace("T", " ")
+    return ", ".join(part for part in (detail, day, short_id(artifact)) if part)
+
+
 def row(
     listing: Listing, artifact: Artifact, *, verifying: Callable[[str], None] | None = None
 ) -> dict[str, Any]:

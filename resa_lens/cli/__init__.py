@@ -22,7 +22,7 @@ GROUPS = {
         "stability", "sweep",
     ),
     "Tables": ("fit-mixture", "regret", "audit"),
-    "Files": ("convert", "merge", "cost"),
+    "Files": ("convert", "merge", "export", "cost"),
 }  # fmt: skip
 """The commands in the order of the help."""
 

@@ -1,4 +1,4 @@
-"""Files that other tools read, and what they cost: convert, merge, cost."""
+"""Files that other tools read, and what they cost: convert, merge, export, cost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from resa_lens.cli.groups import AdapterBase, Adapters, NamedModel, Output, Plac
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import give_one, setting
 from resa_lens.errors import BadInputError
+from resa_lens.exports import reports as export_reports
 from resa_lens.files import check_file, check_path
 from resa_lens.models.hookpoints import (
     LLAMA,
@@ -105,6 +106,78 @@ def merge(args: Merge) -> Outcome:
         note=ConsoleReporter().note, **args.pick("dtype", "base", "force"),
     )  # fmt: skip
     return merged.to_dict(), reports.merged(merged)
+
+
+@options("Export")
+class Export(Place, Output):
+    """What is exported, and in which form."""
+
+    source: str = argument("An id of `resa-lens runs`, or a path: activity, SAEs, an adapter.")
+    target: Path = argument("The folder or .html file that is made.", check=check_path)
+    to: Literal["neuronpedia", "neuronpedia-upload", "html", "hub"] = setting(
+        help="Neuronpedia's export folder or upload batches, a page, or a hub's folder with a card."
+    )
+    features: str = setting(
+        "", 'LAYER:FEATURE by commas, "counted", "standing" or "all".  [html: counted, else all]'
+    )
+    notes: Path | None = setting(None, "CSV file of your labels, as of app.", check=check_file)
+    source_set: str | None = setting(None, "Neuronpedia's name of the SAEs.")
+    creator: str = setting("resa-lens", "Neuronpedia's id of the account.")
+    push: str | None = setting(None, "Push the hub's folder to this repository, owner/name.")
+    public: bool = setting(False, "Make a repository that is pushed to a public one.")
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where an option says nothing of the form."""
+        if self.push is not None and self.to != "hub":
+            raise BadInputError(f"--push {self.push} is of --to hub, not of {self.to}")
+        if self.features and self.to == "hub":
+            raise BadInputError(f"--features {self.features} is of features, not of --to hub")
+
+
+@command("export")
+def export(args: Export) -> Outcome:
+    """Write features, SAEs or adapters for other tools.
+
+    Features of an activity run go to Neuronpedia or onto a self-contained page; SAEs and adapters,
+    with a card, into a folder for a hub.
+
+    Example: resa-lens export 6f99fcad features.html --to html --features 8:12,7:596
+    """
+    from resa_lens.artifacts.listing import named, scan
+
+    workspace, reporter = args.open()
+    listing = scan(workspace.root)
+    artifact = named(listing, args.source)
+    if args.to == "hub":
+        from resa_lens.exports import hub
+
+        package = hub.write_package(listing, artifact, args.target)
+        if args.push:
+            reporter.note(f"pushing {package.megabytes:.1f} MB to {args.push} ...")
+            package = hub.push(package, args.push, private=not args.public)
+        values = {"files": list(package.files), "megabytes": package.megabytes, "url": package.url}
+        return {**_exported(args, artifact.relative), **values}, export_reports.packaged(package)
+    from resa_lens.exports import neuronpedia, page
+    from resa_lens.exports.tables import open_tables
+
+    tables = open_tables(listing, artifact, args.notes)
+    chosen = tables.choose(args.features or ("counted" if args.to == "html" else "all"))
+    total = tables.features.rows if chosen is None else len(chosen)
+    with reporter.bar("features", total) as advance:
+        if args.to == "html":
+            done = page.write_features(tables, args.target, chosen, advance)
+        else:
+            names = neuronpedia.naming(tables, args.source_set, args.creator)
+            write = (
+                neuronpedia.write_folder if args.to == "neuronpedia" else neuronpedia.write_uploads
+            )
+            done = write(tables, args.target, names, chosen, advance)
+    counts = {"features": done.features, "files": done.files, "left_out": done.skipped}
+    return {**_exported(args, artifact.relative), **counts}, export_reports.exported(done)
+
+
+def _exported(args: Export, source: str) -> dict[str, object]:
+    return {"source": source, "target": str(args.target), "to": args.to}
 
 
 @options("Cost")

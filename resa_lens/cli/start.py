@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -167,6 +168,9 @@ class App(Place):
         max=65535,
     )
     no_browser: bool = setting(False, "Only serve; open the address yourself.")
+    notes: str | None = setting(
+        None, "CSV file of your labels, notes and tags of features [RESA_LENS_NOTES]."
+    )
 
 
 @command("app")
@@ -181,6 +185,12 @@ def explorer(args: App) -> Outcome:
         raise BadInputError("streamlit is not installed; run: pip install 'resa-lens[app]'")
     place = next(iter(places.candidates(args.workspace).values()))
     check_workspace(str(place.root))
+    from resa_lens.artifacts import notes
+
+    if args.notes:
+        os.environ[notes.VARIABLE] = args.notes
+    if file := notes.notes_file():
+        notes.read_notes(file)
     port, note = ports.free_port(args.port)
     typer.echo(f"workspace: {place.root} ({place.why})", err=True)
     if note:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from resa_lens.figures.tokens import chips, coloured
 from resa_lens.publishing import filled
 
 _STYLE = """
@@ -45,7 +46,29 @@ class Verdict:
     supported: bool
 
 
-Block = str | go.Figure | Table | Verdict
+@dataclass(frozen=True)
+class Passage:
+    """Tokens of a text, coloured by how strongly a feature answers to each."""
+
+    tokens: Sequence[str]
+    values: Sequence[float]
+    peak: int
+    """The token that is framed."""
+    most: float
+    """The value of the strongest colour."""
+    note: str = ""
+    """Said before it."""
+
+
+@dataclass(frozen=True)
+class Chips:
+    """Tokens with a number each."""
+
+    tokens: Sequence[str]
+    values: Sequence[float]
+
+
+Block = str | go.Figure | Table | Verdict | Passage | Chips
 Section = tuple[str, Sequence[Block]]
 
 
@@ -68,6 +91,11 @@ def _block(block: Block, first_figure: bool) -> str:
             "<tr>" + "".join(_cell(str(cell)) for cell in row) + "</tr>" for row in block.rows
         )
         return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
+    if isinstance(block, Passage):
+        text = coloured(block.tokens, block.values, most=block.most, peak=block.peak)
+        return f"<div class='small'>{html.escape(block.note)}</div>{text}"
+    if isinstance(block, Chips):
+        return chips(block.tokens, block.values, ".3g")
     if isinstance(block, Verdict):
         kind = "verdict supported" if block.supported else "verdict"
         return (

@@ -152,9 +152,19 @@ def counts_figure(
     """
     shift = int(one_based)
     figure = go.Figure()
-    _stacks(figure, counts, RULE_COLOURS, shift)
+    # A rule that counts nothing has no bars: theirs would hold room, and push the others aside.
+    drawn = {rule: table for rule, table in counts.items() if any(table.values())} or counts
+    _stacks(figure, drawn, RULE_COLOURS, shift)
+    for rule, table in counts.items():
+        if rule not in drawn:
+            name = f"{RULE_NAMES.get(rule, _plain(rule))}: none"
+            figure.add_scatter(
+                x=[layer + shift for layer in table], y=[None] * len(table), name=name,
+                mode="markers",
+                marker={"symbol": "square", "size": 10, "color": RULE_COLOURS.get(rule, GREY)},
+            )  # fmt: skip
     if null:
-        _null_marks(figure, list(counts), null, shift)
+        _null_marks(figure, list(drawn), null, shift)
     for rank, layer in enumerate(recommended):
         figure.add_vline(
             x=layer + shift,

@@ -33,16 +33,17 @@ def adapter_card(
     """
     config, results = manifest["config"], manifest.get("results", {})
     control = config.get("control")
-    base = _base_name(str(results.get("model", config.get("base", ""))))
+    base = base_name(str(results.get("model", config.get("base", ""))))
     tags = ["lora", "resa-lens", *(["control"] if control else ["sae-tuning"])]
     front = ModelCardData(
         base_model=base, library_name="peft", pipeline_tag="text-generation", tags=tags
     )
     if control:
+        compared = "A control, for comparison with SAE-Tuning:"
         made = (
-            f"A control, for comparison with SAE-Tuning: {_code(control)} in the place of the SAE."
+            f"{compared} {code_span(control)} in the place of the SAE."
             if config.get("sae")
-            else f"A control, for comparison with SAE-Tuning: fine-tuned on {_code(control)} data."
+            else f"{compared} fine-tuned on {code_span(control)} data."
         )
     else:
         made = (
@@ -52,19 +53,19 @@ def adapter_card(
         )
     parts = [
         f"---\n{front.to_yaml().strip()}\n---",
-        f"# LoRA adapter for {_text(base)}",
+        f"# LoRA adapter for {escaped(base)}",
         made,
         "## Scores",
         *_score_parts(scores),
         "## Lineage",
-        _table(("what", "value"), _lineage(config, results, manifest, sae)),
+        table_of(("what", "value"), _lineage(config, results, manifest, sae)),
         "## Cost of this adapter's tuning",
-        _table(("what", "value"), _cost_rows(manifest)),
+        table_of(("what", "value"), _cost_rows(manifest)),
         "## Made with",
         _fenced(shlex.join(str(word) for word in manifest.get("command", []))),
-        _table(
+        table_of(
             ("package", "version"),
-            [(_text(name), _text(v)) for name, v in manifest.get("versions", {}).items()],
+            [(escaped(name), escaped(v)) for name, v in manifest.get("versions", {}).items()],
         ),
     ]
     return "\n\n".join(parts) + "\n"
@@ -85,7 +86,7 @@ def write_card(folder: Path, text: str) -> Path:
     return path
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
     """Return a name that tells nothing of the machine: a path's last part, a hub id whole."""
     name = _line(name)
     local = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -106,7 +107,7 @@ def _score_parts(scores: Mapping[str, Any] | None) -> list[str]:
     paired = scores["paired"]
     gained, lost = paired.get("gained"), paired.get("lost")
     flips = "" if gained is None else f", {gained} gained and {lost} lost"
-    how = f" ({_text(paired['note'])})" if paired.get("note") else ""
+    how = f" ({escaped(paired['note'])})" if paired.get("note") else ""
     low, high = (100 * value for value in paired["ci"])
     difference = 100 * paired["difference"]
     figures = (
@@ -120,7 +121,7 @@ def _score_parts(scores: Mapping[str, Any] | None) -> list[str]:
     else:
         verdict = f"Measured {'gain' if difference > 0 else 'loss'}: {figures}."
     return [
-        _table(("", "accuracy", "95 % interval", "questions"), rows),
+        table_of(("", "accuracy", "95 % interval", "questions"), rows),
         f"{verdict} Same questions for both, paired. One adapter's test: it is not corrected for "
         "other adapters, layers or seeds that were tried.",
     ]
@@ -134,32 +135,34 @@ def _lineage(
 ) -> list[tuple[str, str]]:
     n_layers = results.get("n_layers")
     rows = [
-        ("base model", f"{_code(_base_name(str(results.get('model', ''))))}, weights "
-         f"{_code(config.get('base_hash'))}"),
+        ("base model", f"{code_span(base_name(str(results.get('model', ''))))}, weights "
+         f"{code_span(config.get('base_hash'))}"),
     ]  # fmt: skip
     layer = config.get("layer")
     if config.get("sae"):
-        rows.append(("source model of the SAE", _code(config.get("source"))))
-        rows.append(("SAE run", _code(config["sae"])))
+        rows.append(("source model of the SAE", code_span(config.get("source"))))
+        rows.append(("SAE run", code_span(config["sae"])))
         if layer is not None and n_layers:
             where = describe_layer(int(layer), int(n_layers))
-            rows.append(("place", f"{where}, site {_code(results.get('site'))}"))
+            rows.append(("place", f"{where}, site {code_span(results.get('site'))}"))
         rows += _sae_rows(sae, layer)
     if config.get("control"):
-        rows.append(("control", _code(config["control"])))
+        rows.append(("control", code_span(config["control"])))
     rows.append(("objective", _objective_text(config.get("objective", {}))))
     data = config.get("elicitation", {}).get("source")
     hashed = manifest.get("hashes", {}).get("data", config.get("data"))
-    rows.append(("elicitation data", f"{_code(_base_name(str(data)))}, hash {_code(hashed)}"))
+    rows.append(
+        ("elicitation data", f"{code_span(base_name(str(data)))}, hash {code_span(hashed)}")
+    )
     rows.append(
         ("length", f"{config.get('steps')} steps, {results.get('tokens', 'unknown')} tokens")
     )
-    lora = ", ".join(f"{_text(k)} {_code(v)}" for k, v in config.get("lora", {}).items())
+    lora = ", ".join(f"{escaped(k)} {code_span(v)}" for k, v in config.get("lora", {}).items())
     rows.append(("LoRA and optimizer", lora))
-    rows.append(("trainable parameters", _text(results.get("trainable", "unknown"))))
+    rows.append(("trainable parameters", escaped(results.get("trainable", "unknown"))))
     if losses := results.get("losses"):
         rows.append(("loss", f"{losses[0]:.4g} at the first step, {losses[-1]:.4g} at the last"))
-    rows += [("warning", _text(warning)) for warning in results.get("warnings") or []]
+    rows += [("warning", escaped(warning)) for warning in results.get("warnings") or []]
     return rows
 
 
@@ -179,11 +182,11 @@ def _objective_text(objective: Mapping[str, Any]) -> str:
     name = objective.get("preset")
     known = asdict(PRESETS[name]) if name in PRESETS else {}
     differ = [
-        f"{_text(key)} {_code(value)}"
+        f"{escaped(key)} {code_span(value)}"
         for key, value in objective.items()
         if key != "preset" and (key not in known or _plain(known[key]) != _plain(value))
     ]
-    head = f"preset {_code(name)}" if name else "no preset"
+    head = f"preset {code_span(name)}" if name else "no preset"
     return f"{head}; " + (", ".join(differ) if differ else "every option as in it")
 
 
@@ -196,13 +199,13 @@ def _cost_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds = cost.get("seconds", manifest.get("seconds", 0.0))
     memory = cost.get("peak_rss_mb", manifest.get("peak_memory_mb"))
     device = cost.get("hardware") or manifest.get("device", "unknown")
-    rows = [("time", f"{seconds:.1f} s on {_text(device)}, {_text(manifest.get('dtype', ''))}")]
+    rows = [("time", f"{seconds:.1f} s on {escaped(device)}, {escaped(manifest.get('dtype', ''))}")]
     rows.append(("peak memory", f"{memory:.0f} MB" if memory is not None else "not recorded"))
     if cost.get("peak_cuda_mb") is not None:
         rows.append(("peak GPU memory", f"{cost['peak_cuda_mb']:.0f} MB"))
     energy = watt_hours(cost)
     why = "; ".join(cost.get("energy_not_readable", [])) or "not recorded"
-    rows.append(("energy", f"{energy:.3g} Wh" if energy is not None else _text(why)))
+    rows.append(("energy", f"{energy:.3g} Wh" if energy is not None else escaped(why)))
     return rows
 
 
@@ -212,12 +215,12 @@ def _line(value: Any) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Return a value as text that is no markup of Markdown or HTML."""
     return re.sub(r"([\\`*_\[\]{}#|~!])", r"\\\1", html.escape(_line(value), quote=False))
 
 
-def _code(value: Any) -> str:
+def code_span(value: Any) -> str:
     """Return a value in code marks that it cannot close, also in a table's cell."""
     text = _line(value)
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
@@ -231,6 +234,7 @@ def _fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table_of(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return a table of cells that are Markdown already."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

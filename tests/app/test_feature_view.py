@@ -24,9 +24,10 @@ from synthetic_workspace import (
 )
 
 from resa_lens.app.features.table import Query, select
-from resa_lens.app.tokens import visible
 from resa_lens.artifacts.feature_tables import ADDED
 from resa_lens.artifacts.kinds.effects import features_key
+from resa_lens.artifacts.notes import VARIABLE, read_notes
+from resa_lens.figures.tokens import visible
 
 NASTY = f"{HOSTILE} $x^2$ `c`\n\u202eabc\u200b</div>"
 
@@ -396,3 +397,24 @@ def test_hostile_names_of_runs_and_scores(workspace, features):
     assert ":red" not in marked_up(app)
     app = features(workspace, rule="every feature", score=nasty)
     assert "features match" in texts(app)
+
+
+def test_a_label_is_kept_listed_and_searched(workspace, features, tmp_path, monkeypatch) -> None:
+    where = {"layer": str(PLANTED.layer), "feature": str(PLANTED.feature)}
+    app = features(workspace, **where)
+    assert "--notes FILE.csv" in "".join(c.value for c in app.caption)
+    file = tmp_path / "notes.csv"
+    monkeypatch.setenv(VARIABLE, str(file))
+    app = features(workspace, **where)
+    tail = f"{PLANTED.layer}:{PLANTED.feature}"
+    app.text_input(key=f"note-label-{tail}").set_value(NASTY).run()
+    app.text_input(key=f"note-tags-{tail}").set_value("one, two").run()
+    assert not app.exception
+    ((key, note),) = read_notes(file).items()
+    assert key[1:] == (PLANTED.layer, PLANTED.feature)
+    assert (note.label, note.tags) == (NASTY.strip(), ("one", "two"))
+    listed = tables(features(workspace, find="one"))["layer"]
+    assert list(listed["feature"]) == [PLANTED.feature]
+    assert "layer" not in tables(features(workspace, find="three"))
+    file.write_text("damaged")
+    assert "other columns" in texts(features(workspace, **where))

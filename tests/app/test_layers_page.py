@@ -36,7 +36,8 @@ CONTROLS = "sweeps/tiny-reasoner-459a3904-paper-mlp_out-937b1cc0"
 
 @pytest.fixture
 def open_app(open_page):
-    return lambda workspace: open_page(workspace, "layers")
+    """Everything on one page; that views leave parts out has a test of its own."""
+    return lambda workspace: open_page(workspace, "layers", view="Everything")
 
 
 @pytest.fixture
@@ -99,7 +100,9 @@ def test_other_rule_and_numbering(demo, open_app):
 
 def test_the_first_rule_shown_counts_something_and_an_address_names_something(demo, open_page):
     assert set(demo.result["verdicts"]) == {"all", "any", "either"}
-    app = open_page(demo.workspace, "layers", model="absent", counts="counts/none")
+    app = open_page(
+        demo.workspace, "layers", view="Everything", model="absent", counts="counts/none"
+    )
     said = texts(app)
     for what in ("model 'absent'", "counts 'counts/none'"):
         assert f"The address names {what}, which is not in this workspace." in said
@@ -277,7 +280,7 @@ def test_workspace_argument():
 
 
 def test_sweep_and_counts_stand_on_one_axis(open_page):
-    app = open_page(SHIPPED, "layers")
+    app = open_page(SHIPPED, "layers", view="Everything")
     assert app.selectbox(key="sweep").value == SWEEP  # the one of all layers
     sweep = data.read(data.scan(str(SHIPPED)).at(SWEEP), "sweep.json", SweepTables)
     shown = texts(app)
@@ -310,7 +313,7 @@ def test_sweep_and_counts_stand_on_one_axis(open_page):
 
 
 def test_the_address_chooses_sweep_and_numbering(open_page):
-    app = open_page(SHIPPED, "layers", sweep=CONTROLS, one_based="true")
+    app = open_page(SHIPPED, "layers", view="Everything", sweep=CONTROLS, one_based="true")
     made = specs(app)["Features and tuned accuracy by layer"]
     below = {t["name"]: t for t in made["data"] if t.get("xaxis") == "x2"}
     assert below["through the SAE (interval among all layers)"]["x"] == [5, 9]
@@ -337,7 +340,7 @@ def test_controls_without_a_layer_keep_off_the_layers():
 
 def test_a_workspace_of_sweeps_alone(tmp_path, open_page):
     shutil.copytree(SHIPPED / "sweeps", tmp_path / "sweeps")
-    app = open_page(tmp_path, "layers")
+    app = open_page(tmp_path, "layers", view="Everything")
     assert "No feature counts in" in texts(app)
     assert "it holds: sweep" in texts(app)
     assert app.selectbox(key="model").value == "tiny-reasoner-459a3904"
@@ -350,7 +353,7 @@ def test_a_workspace_of_sweeps_alone(tmp_path, open_page):
     for file in tmp_path.rglob("sweep.json"):
         file.write_text("{")
         reseal(file)
-    app = open_page(tmp_path, "layers")
+    app = open_page(tmp_path, "layers", view="Everything")
     assert "sweep.json is damaged" in texts(app)
 
 
@@ -358,7 +361,7 @@ def test_a_workspace_of_saes_alone(shipped, open_page):
     for folder in shipped.iterdir():
         if folder.is_dir() and folder.name != "saes":
             shutil.rmtree(folder)
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     assert "it holds: saes" in texts(app)
     assert any("resa-lens recommend-layers" in code.value for code in app.code)
     panels = specs(app)["SAE quality on held-out sequences"]["data"]
@@ -377,7 +380,7 @@ def test_a_damaged_sweep_leaves_the_counts(shipped, open_page):
     ):
         file.write_text(whole)
         edit(file, change)
-        app = open_page(shipped, "layers")
+        app = open_page(shipped, "layers", view="Everything")
         assert "sweep.json is damaged or of another version" in texts(app)
         assert "Think-tag exclusive features" in specs(app)
     # Another one can still be chosen.
@@ -389,7 +392,7 @@ def test_a_damaged_sweep_leaves_the_counts(shipped, open_page):
 
 
 def test_random_weights_stand_beside_the_counts(open_page):
-    app = open_page(SHIPPED, "layers")
+    app = open_page(SHIPPED, "layers", view="Everything")
     listing = data.scan(str(SHIPPED))
     (counts,) = listing.of(Counts)
     (tests,) = listing.made_of(counts, Falsification)
@@ -420,12 +423,12 @@ def test_random_weights_stand_beside_the_counts(open_page):
 def test_damaged_verdicts_leave_the_rest(shipped, open_page):
     file = next(shipped.rglob("verdicts.json"))
     edit(file, lambda v: v["features"][0].pop("verdict"))
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     assert f"{file} is damaged or of another version" in texts(app)
     assert "Features and tuned accuracy by layer" in specs(app)
     file.write_text(file.read_text()[:99])
     reseal(file)
-    assert "is damaged" in texts(open_page(shipped, "layers"))
+    assert "is damaged" in texts(open_page(shipped, "layers", view="Everything"))
 
 
 def test_hostile_names_in_sweeps_and_verdicts(shipped, open_page):
@@ -446,7 +449,7 @@ def test_hostile_names_in_sweeps_and_verdicts(shipped, open_page):
             feature["rule"] = HOSTILE
 
     edit(next(shipped.rglob("verdicts.json")), verdicts)
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     assert f"mixture: {HOSTILE}" in texts(app)
     assert "onerror" not in marked_up(app)
     assert "<img" not in "".join(chart.proto.spec for chart in app.get("plotly_chart"))
@@ -469,7 +472,7 @@ def test_quality_by_phase(shipped, open_page):
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     (folder / "quality.json").write_text(json.dumps({"3": phases, "4": phases}))
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     drawn = {t["name"]: t for t in specs(app)["Loss recovered by phase"]["data"]}
     assert drawn["think"]["x"] == [3, 4]
     assert drawn["think"]["y"] == [90, 90]
@@ -478,7 +481,7 @@ def test_quality_by_phase(shipped, open_page):
     assert list(rows["phase"]) == ["think", "answer", "all"] * 2
     assert rows["high, nats"].iloc[0] == pytest.approx(0.25 + 2.1314495 * 0.125)  # t, 15 degrees
     (folder / "quality.json").write_text('{"3": {"think": {"tokens": "many"}}}')
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     assert "quality.json is damaged or of another version" in texts(app)
     assert "SAE quality on held-out sequences" in specs(app)
 
@@ -488,7 +491,7 @@ def test_a_causal_recommendation_shows_its_effects(shipped, open_page):
     effects = {"4": [0.5, 0.1, 10], "5": [0.25, 0.1], "6": 0.125, "7": [-0.5, 0.1, None]}
     del effects["7"]
     edit(manifest, lambda m: m["config"].update(selector="causal", causal=effects))
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     (points, *_) = specs(app)["Causal effect by layer"]["data"]
     assert points["x"] == [4, 5, 6]
     assert points["y"] == [0.5, 0.25, 0.125]
@@ -497,10 +500,10 @@ def test_a_causal_recommendation_shows_its_effects(shipped, open_page):
     assert points["marker"]["symbol"] == ["circle", "diamond", "circle"]  # layer 5 is recommended
     assert math.isnan(table(app, "effect, nats")["low"].iloc[2])
     edit(manifest, lambda m: m["config"].update(causal={"4": "much"}))
-    app = open_page(shipped, "layers")
+    app = open_page(shipped, "layers", view="Everything")
     assert "is damaged or of another version, at causal.4" in texts(app)
     edit(manifest, lambda m: m["config"].pop("causal"))
-    said = texts(open_page(shipped, "layers"))
+    said = texts(open_page(shipped, "layers", view="Everything"))
     assert "Selector causal read more than the counts below" in said
 
 
@@ -518,3 +521,27 @@ def test_stacking_moves_every_mark_to_its_row():
     assert list(made.layout.xaxis.ticktext) == ["0", "1"]
     many = layer_plots.on_one_axis(above, below, range(28), title="both", one_based=True)
     assert list(many.layout.xaxis.ticktext) == [str(k) for k in range(1, 29, 2)]
+
+
+def test_a_view_draws_its_own_parts_alone(open_page) -> None:
+    shown = {
+        view: marked_up(open_page(SHIPPED, "layers", view=view))
+        for view in ("By layer", "Tuned and inserted", "SAE quality", "The paper", "Everything")
+    }
+    parts = {
+        "By layer": "Mixture over layers", "Tuned and inserted": "Scores before and after",
+        "The paper": "Beside the paper",
+    }  # fmt: skip
+    for view, part in parts.items():
+        assert [name for name in shown if part in shown[name]] == [view, "Everything"]
+    assert marked_up(open_page(SHIPPED, "layers")) == shown["By layer"]
+
+
+def test_runs_are_chosen_by_name_and_addressed_by_path(open_page) -> None:
+    app = open_page(SHIPPED, "layers", view="Everything")
+    box = app.selectbox(key="sweep")
+    assert all("tunings, 2" in name for name in box.options)
+    box.set_value(CONTROLS).run()
+    assert app.query_params["sweep"] in (CONTROLS, [CONTROLS])
+    again = open_page(SHIPPED, "layers", view="Everything", sweep=CONTROLS)
+    assert again.selectbox(key="sweep").value == CONTROLS

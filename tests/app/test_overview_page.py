@@ -10,6 +10,8 @@ import pytest
 from app_driver import HOSTILE, edit, manifest_of, marked_up, state, texts
 
 from resa_lens.app.overview import page as overview_page
+from resa_lens.artifacts import lineage
+from resa_lens.artifacts.listing import scan
 from resa_lens.artifacts.workspace import MANIFEST, Manifest, Workspace
 from resa_lens.resources import data_path
 
@@ -117,8 +119,9 @@ def test_what_is_missing_has_its_command(held: Path, open_page):
     assert f"resa-lens falsify --model tiny-reasoner --workspace {held}" in commands
     assert any(command.startswith("resa-lens sweep --model") for command in commands)
     # The counts' parent is drawn hollow; chosen, it says how it is made.
-    missing = next(key for key in app.selectbox(key="artifact").options if key.startswith("saes/"))
-    app.selectbox(key="artifact").select(missing).run()
+    options = app.selectbox(key="artifact").options
+    missing = next(name for name in options if name.startswith("missing: saes/"))
+    app.selectbox(key="artifact").set_value(missing.removeprefix("missing: ")).run()
     assert "not in this workspace" in texts(app)
     assert any("train-saes --model tiny-reasoner --latents 1024" in c.value
                or "--latents 1024" in c.value for c in app.code)  # fmt: skip
@@ -131,9 +134,9 @@ def test_results_of_another_version_hide_nothing_else(held: Path, open_page, kin
     app = open_page(held, "overview")
     assert "What is done and what is missing" in marked_up(app)
     assert not app.exception
-    for key in app.selectbox(key="artifact").options:
-        if key.startswith(kind):
-            app.selectbox(key="artifact").select(key).run()
+    for node in lineage.build(scan(held)).nodes:
+        if node.key.startswith(kind):
+            app.selectbox(key="artifact").set_value(node.key).run()
             assert not app.exception
 
 

@@ -92,6 +92,14 @@ def write_run(
 
 
 @pytest.fixture
+def open_page(open_page):
+    """Everything on one page; that views leave parts out has a test of its own."""
+    return lambda root, page, **query: open_page(
+        root, page, **{"scores_view": "Everything", **query}
+    )
+
+
+@pytest.fixture
 def two(tmp_path) -> Path:
     """Twelve questions: four gained, two lost, three both right, three both wrong."""
     write_run(tmp_path, "a-base", [[int(k in "lr")] for k in "ggggllrrrwww"])
@@ -510,3 +518,23 @@ def test_fewer_draws_where_each_costs_more():
     assert scores_data.draws_for(500) == stats.DRAWS
     assert scores_data.draws_for(100_000) == 1000
     assert scores_data.draws_for(10**9) == 1000
+
+
+def test_a_view_draws_its_own_parts_and_flips_come_first(two, open_page) -> None:
+    asked = {"left": "evals/a-base", "right": "evals/b-other"}
+    shown = {
+        view: marked_up(open_page(two, "scores", **asked, scores_view=view))
+        for view in ("Answers", "Accuracy", "Difference by group", "Everything")
+    }
+    for view, part in (("Answers", "Answers"), ("Accuracy", "low and high: 95 %")):
+        assert [name for name in shown if part in shown[name]] == [view, "Everything"]
+    # The difference itself stands above every view.
+    assert all("B minus A" in text for text in shown.values())
+    badges = [
+        badge.value
+        for badge in open_page(two, "scores", **asked, scores_view="Answers").markdown
+        if "right" in badge.value or "wrong" in badge.value
+    ]
+    first = badges[:2]
+    assert any("right" in text for text in first)
+    assert any("wrong" in text for text in first)

@@ -31,6 +31,7 @@ NEEDED: dict[str, list[str]] = {
     "match-features": ["seed:0", "seed:1"],
     "compare": ["run-a", "run-b"],
     "convert": ["saes", "converted", "--to", "saelens"],
+    "export": ["run", "exported", "--to", "html"],
     "merge": ["merged", "--adapter", "adapter"],
     "experts": ["steer", "--model", "tiny-moe-reasoner"],
 }

@@ -36,6 +36,7 @@ from resa_lens.artifacts.kinds.effects import Results as EffectResults
 from resa_lens.artifacts.kinds.falsification import Falsification, Verdict, Verdicts
 from resa_lens.artifacts.kinds.scores import Scores
 from resa_lens.artifacts.listing import Listing, is_parent
+from resa_lens.artifacts.notes import saes_key
 from resa_lens.errors import BadInputError
 from resa_lens.texts.prompts import PHASES
 
@@ -49,6 +50,8 @@ class Source:
     key: str
     """Workspace-relative path of the activity run; of the counts where there is none."""
     saes: str
+    notes_key: str
+    """What a file of notes calls these SAEs."""
     model: str
     site: str
     n_layers: int
@@ -128,6 +131,7 @@ def _source(listing: Listing, run: Artifact) -> Source:
     return Source(
         key=run.relative,
         saes=saes,
+        notes_key=saes_key(listing.at(saes), saes),
         model=results.model,
         site=results.site,
         n_layers=results.n_layers,

@@ -19,7 +19,6 @@ from resa_lens.app.features.data import (
     opened,
     verdict_of,
 )
-from resa_lens.app.tokens import plain
 from resa_lens.app.widgets import figure, missing, part, table
 from resa_lens.artifacts.kinds.ablation import AblationResults
 from resa_lens.artifacts.kinds.attribution import AttributionResults
@@ -30,6 +29,7 @@ from resa_lens.features.battery import in_words
 from resa_lens.features.words import NEEDS
 from resa_lens.figures import features as feature_plots
 from resa_lens.figures import plots
+from resa_lens.figures.tokens import plain
 from resa_lens.stages.comparison import span
 
 SHOWN_RUNS = 5

@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens.app import empty, links
+from resa_lens.app.features import notes
 from resa_lens.app.features import view as feature_view
 from resa_lens.app.features.data import Source, command, sources
 from resa_lens.app.features.table import (
@@ -26,13 +27,13 @@ from resa_lens.app.features.table import (
     score_names,
     select,
 )
-from resa_lens.app.tokens import plain
 from resa_lens.app.widgets import download, missing, part, problem, problems, readable, table
 from resa_lens.artifacts.kinds.counts import RULES
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import WORDS
 from resa_lens.figures.plots import RULE_NAMES
+from resa_lens.figures.tokens import plain
 from resa_lens.models.hookpoints import describe_layer, parse_feature, parse_layer
 from resa_lens.texts.prompts import PHASES
 
@@ -70,8 +71,15 @@ def _source(runs: list[Source]) -> Source:
         problem(f"{wrong} The newest one is shown.")
     if len(by_key) == 1:
         return runs[0]
-    # The address holds the path, so it is also what is shown.
-    return by_key[str(st.selectbox("Run", list(by_key), **links.bound("run")))]
+    names = {source.key: _run_name(source) for source in runs}
+    return by_key[str(links.choice(st, "Run", "run", names))]
+
+
+def _run_name(source: Source) -> str:
+    artifact = source.activity or source.counts
+    tail = "" if artifact is None else f": {name_of(artifact)}"
+    what = "activity" if source.activity else "counts alone"
+    return f"{plain(source.model)}, {plain(source.site)}, {what}{tail}"
 
 
 # The address: which layer, and which feature
@@ -167,6 +175,7 @@ def _table(listing: Listing, source: Source) -> None:
         query = _query(source)
         selection = select(source, query)
         st.session_state[_ORDER] = selection.order
+        notes.listed(source, query.find, _open)
         more = f"; the first {PAGE:,} of them are below" if selection.matching > PAGE else ""
         st.text(f"{selection.matching:,} of {selection.total:,} features match{more}.")
         for note in selection.notes:
@@ -229,8 +238,8 @@ def _query(source: Source) -> Query:
             "Find in tokens",
             width=170,
             placeholder="for example therefore",
-            help="In the tokens that a feature raises (its logit lens) and in the text around its "
-            "strongest activations.",
+            help="In the tokens that a feature raises (its logit lens), in the text around its "
+            "strongest activations, and in your labels.",
             **links.bound("find"),
         )
         st.text_input(
@@ -356,19 +365,18 @@ def _rows(selection: Selection, query: Query) -> None:
 
     def picked() -> None:
         state: Any = st.session_state.get(_TABLE)
-        rows = state["selection"]["rows"] if state else []
+        chosen = state["selection"] if state else {}
+        rows = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
         if rows and rows[0] < len(selection.order):
             _open(*selection.order[rows[0]])
 
-    st.caption(
-        "Choose a row by the box at its left, or by Shift and the space bar, to open its feature."
-    )
+    st.caption("Click a row to open its feature, or choose it by Shift and the space bar.")
     table(
         visible,
         "features",
         key=_TABLE,
         on_select=picked,
-        selection_mode="single-row",
+        selection_mode=["single-row", "single-cell"],
         height=600 if len(visible) > 15 else "content",
         column_config={
             "raises": st.column_config.TextColumn(width="large"),

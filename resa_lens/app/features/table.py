@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from resa_lens.app import data
 from resa_lens.app.features.data import HASHES, SCORES, Source, opened
-from resa_lens.app.tokens import visible
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.feature_tables import EXAMPLES, FEATURES, Groups
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.kinds.scores import ScoreSummary
 from resa_lens.errors import BadInputError
 from resa_lens.figures.plots import VERDICT_COLOURS
+from resa_lens.figures.tokens import visible
 from resa_lens.texts.prompts import PHASES
 
 TEXT_GROUPS = 400

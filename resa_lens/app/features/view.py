@@ -9,8 +9,8 @@ from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
-from resa_lens.app import links, tokens
-from resa_lens.app.features import evidence
+from resa_lens.app import links
+from resa_lens.app.features import evidence, notes
 from resa_lens.app.features.data import (
     Activity,
     Source,
@@ -27,6 +27,7 @@ from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import DESCRIBED, REFUTED, STANDS, UNDETERMINED, WORDS
 from resa_lens.figures import features as feature_plots
+from resa_lens.figures import tokens
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts.prompts import PHASES
 
@@ -74,6 +75,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
             _lens(listing, source, figures)
         with part("Nearest features"):
             _nearest(layer, figures, go)
+    notes.box(source, layer, feature)
     evidence.show(listing, source, layer, feature)
     _address(source, layer, feature)
 
@@ -206,7 +208,7 @@ def _examples(source: Source, layer: int, feature: int, figures: Activity) -> No
         intervals = (*INTERVALS, RANDOM) if drawn else (STRONGEST,)
         interval = _choice("Examples", intervals, "examples")
         phase = _choice("Of", (EVERY, *PHASES), "of", format_func=_phase_name)
-        tokens.legend()
+        st.html(tokens.legend())
     rows = drawn if interval == RANDOM else [row for row in rows if row["interval"] == interval]
     # Without phases the examples stand all the same.
     phases = readable(phases_of, source, [row["document"] for row in rows]) or {}

@@ -8,13 +8,14 @@ from typing import Any
 
 import streamlit as st
 
-from resa_lens.app import links, tokens
+from resa_lens.app import links
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.lab import jobs
 from resa_lens.app.widgets import problem, readable, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
+from resa_lens.figures import tokens
 from resa_lens.texts.prompts import PHASES
 
 KINDS = {
@@ -181,9 +182,8 @@ def _side_by_side(plain: dict[str, Any], changed: dict[str, Any], request: dict[
             written = slice(document["prompt_tokens"], None)
             words = document["tokens"][written]
             if words:
-                tokens.show(
-                    words, [0.0] * len(words), phases=document["phases"][written], peak=first
-                )
+                blank, phases = [0.0] * len(words), document["phases"][written]
+                st.html(tokens.coloured(words, blank, phases=phases, peak=first))
             else:
                 st.text("nothing was written")
     moved = changed["moved"]

@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from resa_lens.app import data, links, tokens
+from resa_lens.app import data, links
 from resa_lens.app.lab import changes as lab_changes
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.widgets import part, problem, problems, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import line, model_of, models, sae_options, workspace_option
 from resa_lens.artifacts.kinds.counts import RULES, Features
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, name_of
+from resa_lens.figures import tokens
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts import prompts
 
@@ -58,8 +59,9 @@ def show(listing: Listing) -> None:
     saes = _saes(listing, response["model"], sent.request["model"])
     if saes is None:
         document = response["document"]
-        tokens.show(document["tokens"], [0.0] * len(document["ids"]), phases=document["phases"])
-        tokens.legend()
+        blank = [0.0] * len(document["ids"])
+        st.html(tokens.coloured(document["tokens"], blank, phases=document["phases"]))
+        st.html(tokens.legend())
         return
     if saes.weights != response["model"]["weights"]:
         st.caption(
@@ -171,12 +173,11 @@ def _saes(listing: Listing, model: dict[str, Any], name: str) -> Artifact | None
             _command("train-saes", name, listing),
         )
         return None
-    if st.session_state.get("saes") not in by_path:
-        st.session_state.pop("saes", None)
     if len(by_path) == 1:
         return next(iter(by_path.values()))
+    names = {path: name_of(artifact) for path, artifact in by_path.items()}
     of = "Of this model's weights"
-    return by_path[str(st.selectbox("SAEs", list(by_path), help=of, **links.bound("saes")))]
+    return by_path[str(links.choice(st, "SAEs", "saes", names, help=of))]
 
 
 def _whole(key: str, most: int | None = None) -> None:
@@ -255,8 +256,9 @@ def _features(
         with part():
             coloured, values = _counted(listing, saes, request, values)
     place = _token(document)
-    tokens.show(document["tokens"], values.tolist(), phases=document["phases"], peak=place)
-    tokens.legend()
+    phases = document["phases"]
+    st.html(tokens.coloured(document["tokens"], values.tolist(), phases=phases, peak=place))
+    st.html(tokens.legend())
     _strongest(acts.loc[acts["token"] == place, :], document, layer, n_layers, place, listing, saes)
     rows = {
         "position": list(range(count)),

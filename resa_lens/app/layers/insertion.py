@@ -9,7 +9,7 @@ from resa_lens.app.widgets import figure, layer_columns, readable, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.kinds.insertion import Insertion, LayerInsertion
 from resa_lens.artifacts.kinds.insertion import Results as InsertionResults
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.figures.scores import forest_figure
 from resa_lens.models.hookpoints import describe_layer, list_layers
 
@@ -22,8 +22,9 @@ def show(listing: Listing, slug: str) -> None:
     st.subheader("Inserted, nothing tuned", anchor=False)
     test = tests[0]
     if len(tests) > 1:
-        by_path = {artifact.relative: artifact for artifact in tests}
-        test = by_path[str(st.selectbox("Test", list(by_path), **links.bound("insertion")))]
+        names = {a.relative: name_of(a, one_based=links.one_based()) for a in tests}
+        path = links.choice(st, "Test", "insertion", names)
+        test = next(artifact for artifact in tests if artifact.relative == path)
     results = readable(_results, test)
     if results is None:
         return

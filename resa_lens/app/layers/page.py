@@ -34,7 +34,7 @@ from resa_lens.artifacts.kinds.insertion import Insertion
 from resa_lens.artifacts.kinds.recommendation import Recommendation, StoredRecommendation
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
-from resa_lens.artifacts.listing import Listing, is_parent
+from resa_lens.artifacts.listing import Listing, is_parent, name_of
 from resa_lens.figures import layers as layer_plots
 from resa_lens.figures import plots
 from resa_lens.figures.scores import sweep_figure
@@ -47,6 +47,9 @@ from resa_lens.texts.tables import read_rows
 PAPER_TABLE = "paper/table6_hookpoints.csv"
 PAPER_MODELS = "paper/tables3_4_5_models.csv"
 PAPER_LAYERS = 28
+LAYERS, TUNED, QUALITY, PAPER = "By layer", "Tuned and inserted", "SAE quality", "The paper"
+EVERYTHING = "Everything"
+"""Views of the page; the last is long, for printing and searching."""
 BADGES: dict[str, tuple[str, str, Any]] = {
     SUPPORTED: ("supported", ":material/check_circle:", "green"),
     TREND: ("a trend, no lumps", ":material/trending_up:", "orange"),
@@ -80,26 +83,32 @@ def show(listing: Listing) -> None:
         recommendation, rule = _recommendation(listing, run)
         if falsifications := listing.made_of(run, Falsification):
             verdicts = readable(data.read, falsifications[0], "verdicts.json", Verdicts)
-    sections: list[Callable[[], None]] = [
-        partial(_by_layer, counts, recommendation, verdicts, sweep)
-    ]
+    layers: list[Callable[[], None]] = [partial(_by_layer, counts, recommendation, verdicts, sweep)]
+    tuned: list[Callable[[], None]] = [partial(layers_insertion.show, listing, slug)]
     if swept and sweep:
         own = run is not None and is_parent(run, swept)
-        sections.append(partial(layers_sweep.show, swept, sweep, own))
+        tuned.insert(0, partial(layers_sweep.show, swept, sweep, own))
     if counts:
         first = next((name for name in (rule, *RULES) if any(counts.table(name).values())), rule)
-        sections.append(partial(_mixture, counts, recommendation, rule, first))
+        layers.append(partial(_mixture, counts, recommendation, rule, first))
     if run and counts and verdicts:
-        layers = [row.layer for row in counts.layers]
+        measured = [row.layer for row in counts.layers]
         address = data.features_of(listing, data.saes_path(run))
-        sections.append(partial(layers_saes.verdicts, verdicts, layers, address))
-    apart(
-        *sections,
-        partial(layers_saes.quality, listing, slug, models[slug], run, sweep),
-        partial(layers_insertion.show, listing, slug),
-        partial(_paper, counts, first),
-        partial(_scores, listing, models[slug]),
-    )
+        layers.append(partial(layers_saes.verdicts, verdicts, measured, address))
+    tuned.append(partial(_scores, listing, models[slug]))
+    views: dict[str, list[Callable[[], None]]] = {
+        LAYERS: layers,
+        TUNED: tuned,
+        QUALITY: [partial(layers_saes.quality, listing, slug, models[slug], run, sweep)],
+        PAPER: [partial(_paper, counts, first)],
+    }
+    views[EVERYTHING] = [draw for sections in views.values() for draw in sections]
+    # Not tabs: these draw everything, and only what is looked at is to be drawn.
+    view = st.segmented_control(
+        "View", list(views), default=LAYERS, required=True, label_visibility="collapsed",
+        **links.bound("view"),
+    )  # fmt: skip
+    apart(*views[str(view)])
 
 
 def _models_of(listing: Listing) -> dict[str, str]:
@@ -124,14 +133,15 @@ def _sweeps_of(listing: Listing, slug: str, site: str | None = None) -> list[Art
 
 
 def _choose(place: Any, label: str, key: str, artifacts: Sequence[Artifact]) -> Artifact | None:
-    """Choose among artifacts by their paths, as they stand in the address; the first by default."""
+    """Choose among artifacts by name; the address holds their paths.  The first by default."""
     if not artifacts:
         place.caption(f"{label}: none of this model")
         return None
     by_path = {artifact.relative: artifact for artifact in artifacts}
     if wrong := links.check(key, by_path, key):
         problem(f"{wrong} The newest one is shown.")
-    return by_path[str(place.selectbox(label, list(by_path), **links.bound(key)))]
+    names = {path: name_of(a, one_based=links.one_based()) for path, a in by_path.items()}
+    return by_path[str(links.choice(place, label, key, names))]
 
 
 def _recommendation(listing: Listing, run: Artifact) -> tuple[StoredRecommendation | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from resa_lens.artifacts.kinds.model import MergedModel
 from resa_lens.artifacts.kinds.recommendation import Recommendation
 from resa_lens.artifacts.kinds.sweep import Sweep
 from resa_lens.artifacts.lineage import Graph, Node
-from resa_lens.artifacts.listing import UNVERIFIABLE, Listing
+from resa_lens.artifacts.listing import UNVERIFIABLE, Listing, name_of
 from resa_lens.errors import BadInputError
 from resa_lens.layers import SUPPORTED
 from resa_lens.machine.meters import watt_hours
@@ -217,27 +217,32 @@ def _lineage(listing: Listing) -> None:
             select=_clicked,
             alt=f"Lineage of {len(graph.nodes)} artifacts; the choice below says the same in words",
         )
-    choice = st.selectbox(
-        "Artifact",
-        [*(node.key for node in graph.nodes), *folded],
-        index=None,
-        placeholder="Choose an artifact",
-        **links.bound("artifact"),
-    )
-    if choice and (node := graph.node(str(choice))):
+    names = _names(listing, graph, folded)
+    choice = links.choice(st, "Artifact", "artifact", names, optional="Choose an artifact")
+    if choice and (node := graph.node(choice)):
         with st.container(border=True):
             _node(listing, graph, node, str(choice))
+
+
+def _names(listing: Listing, graph: Graph, folded: Sequence[str]) -> dict[str, str]:
+    """Return what the choice says of each node, and of what is folded into them, by key."""
+    names = {}
+    for key in [*(node.key for node in graph.nodes), *folded]:
+        artifact, node = listing.at(key), graph.node(key)
+        if artifact:
+            title = artifact.kind.title
+            names[key] = f"{title}: {name_of(artifact, one_based=links.one_based())}"
+        elif node:
+            known = node.key == key and not node.missing
+            names[key] = f"{node.title}, {node.detail}" if known else f"missing: {key}"
+    return names
 
 
 def _clicked() -> None:
     """Choose the node that was clicked, before the page runs again."""
     for point in st.session_state["lineage"]["selection"]["points"][:1]:
         key = point["customdata"]
-        _choose(key[0] if isinstance(key, list | tuple) else key)
-
-
-def _choose(key: str) -> None:
-    st.session_state["artifact"] = key
+        links.choose("artifact", key[0] if isinstance(key, list | tuple) else key)
 
 
 def _node(listing: Listing, graph: Graph, node: Node, key: str) -> None:
@@ -253,7 +258,7 @@ def _node(listing: Listing, graph: Graph, node: Node, key: str) -> None:
             else:
                 st.text(f"It lies elsewhere: {absent.key}")
     elif node.members:
-        st.text(f"{node.title} with the same parents; choose one above by its path.")
+        st.text(f"{node.title} with the same parents; choose one above.")
         table([_row(member) for member in node.members], "folded")
     else:
         model = next((m for m in commands.models(listing) if node.key == f"model {m.slug}"), None)
@@ -369,8 +374,8 @@ def _related(heading: str, nodes: list[Node]) -> None:
             plain(label),
             icon=":material/arrow_forward:",
             type="tertiary",
-            on_click=_choose,
-            args=(node.key,),
+            on_click=links.choose,
+            args=("artifact", node.key),
             key=f"{heading} {node.key}",
         )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import streamlit as st
 
 from resa_lens.app import empty, links
@@ -13,6 +15,7 @@ from resa_lens.app.answers import Answers, answers
 from resa_lens.app.scores import data as scores_data
 from resa_lens.app.scores.data import Filter, Run
 from resa_lens.app.widgets import (
+    apart,
     figure,
     part,
     problem,
@@ -25,8 +28,8 @@ from resa_lens.app.widgets import (
 from resa_lens.artifacts.kinds.eval import Point
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
-from resa_lens.evals.compare import RunSummary
-from resa_lens.figures import plots
+from resa_lens.evals.compare import Comparison, RunSummary
+from resa_lens.figures import plots, tokens
 from resa_lens.figures.scores import forest_figure
 from resa_lens.stages.comparison import points, sentences, span
 from resa_lens.stats import Interval, PairedComparison
@@ -39,6 +42,9 @@ MARGIN = 2.0
 PER_PAGE = 10
 LONGEST_LINK = 4000
 
+ANSWERS, SCORES, DIFFERENCE, ALL = "Answers", "Accuracy", "Difference by group", "All runs"
+EVERYTHING = "Everything"
+"""Views of the page; the last is long, for printing and searching."""
 Groups = dict[str, Point]
 """Accuracy by group: all questions, levels, families."""
 
@@ -55,15 +61,21 @@ def show(listing: Listing) -> None:
         return
     for letter, run in compared.items():
         st.text(f"{letter}: {run.what}")
-    with st.container():
-        groups = _scores(compared)
-    with st.container():
-        paired = _difference(compared, groups)
-    with st.container():
-        _many(compared)
-    with st.container():
-        if paired:
-            _samples(compared)
+    alone = len(compared) < 2
+    comparison = None if alone else _compared(compared)
+    views: dict[str, list[Callable[[], object]]] = {
+        ANSWERS: [partial(_samples, compared)] if alone or comparison else [],
+        SCORES: [partial(_scores, compared)],
+        DIFFERENCE: [partial(_difference, compared, comparison)] if comparison else [],
+        ALL: [partial(_many, compared)] if len(compared) > 2 else [],
+    }
+    views = {name: draw for name, draw in views.items() if draw}
+    views[EVERYTHING] = [draw for sections in views.values() for draw in sections]
+    view = st.segmented_control(
+        "View", list(views), default=next(iter(views)), required=True,
+        label_visibility="collapsed", **links.bound("scores_view"),
+    )  # fmt: skip
+    apart(*views[str(view)])
 
 
 def _choose(runs: Sequence[Run]) -> dict[str, Run]:
@@ -116,8 +128,8 @@ def _readable(runs: Mapping[str, Run]) -> dict[str, Run]:
     return kept
 
 
-def _scores(runs: Mapping[str, Run]) -> dict[str, Groups]:
-    """Draw each run by itself; returns its accuracy by group."""
+def _scores(runs: Mapping[str, Run]) -> None:
+    """Draw each run by itself."""
     st.subheader("Accuracy", anchor=False)
     summaries = {letter: scores_data.summary(run.key, letter) for letter, run in runs.items()}
     rows = []
@@ -139,10 +151,14 @@ def _scores(runs: Mapping[str, Run]) -> dict[str, Groups]:
         "low and high: 95 % interval over questions (Wilson's where each is right or wrong, else a "
         "bootstrap). Of several answers to a question the mean counts."
     )
-    groups = {letter: _groups(summary) for letter, summary in summaries.items()}
+    groups = _by_group(runs)
     if any(len(rows) > 1 for rows in groups.values()):
         figure(plots.scores_figure(groups), "figure-runs")
-    return groups
+
+
+def _by_group(runs: Mapping[str, Run]) -> dict[str, Groups]:
+    """Return each run's accuracy by group."""
+    return {letter: _groups(scores_data.summary(run.key, letter)) for letter, run in runs.items()}
 
 
 def _groups(summary: RunSummary) -> Groups:
@@ -152,11 +168,9 @@ def _groups(summary: RunSummary) -> Groups:
     return groups | {name: (s.value, s.ci, s.n) for name, s in summary.by_task.items()}
 
 
-def _difference(runs: Mapping[str, Run], groups: Mapping[str, Groups]) -> bool:
-    """Draw the second run minus the first; returns whether their questions are the same."""
-    if len(runs) < 2:
-        return True
-    first, second = pair = list(runs)[:2]
+def _compared(runs: Mapping[str, Run]) -> Comparison | None:
+    """Say how the second run differs from the first; None where that cannot be said."""
+    first, second = list(runs)[:2]
     st.subheader(f"{second} minus {first}", anchor=False)
     margin = st.number_input(
         "Margin, points",
@@ -168,18 +182,24 @@ def _difference(runs: Mapping[str, Run], groups: Mapping[str, Groups]) -> bool:
         width=180,
         **links.bound("margin"),
     )
-    share = float(margin) / 100
     keys = runs[first].key, runs[second].key
     with st.spinner("Comparing question by question"):
-        comparison = readable(scores_data.compared, *keys, (first, second), share)
-    if comparison is None:
-        return False
-    paired = comparison.paired
-    st.text(
-        f"{second} minus {first}: {points(paired.difference)} points (95 % {span(paired.ci)}); "
-        f"{paired.gained} gained, {paired.lost} lost; n = {paired.n}"
-    )
-    st.text("\n".join(sentences(comparison)))
+        comparison = readable(scores_data.compared, *keys, (first, second), float(margin) / 100)
+    if comparison is not None:
+        paired = comparison.paired
+        st.text(
+            f"{second} minus {first}: {points(paired.difference)} points (95 % {span(paired.ci)}); "
+            f"{paired.gained} gained, {paired.lost} lost; n = {paired.n}"
+        )
+        st.text("\n".join(sentences(comparison)))
+    return comparison
+
+
+def _difference(runs: Mapping[str, Run], comparison: Comparison) -> None:
+    """Draw the second run minus the first by group."""
+    first, second = pair = list(runs)[:2]
+    share = float(st.session_state.get("margin", MARGIN)) / 100
+    paired, groups = comparison.paired, _by_group(runs)
     by_group = {f"level {row.group}": row for row in comparison.by_level}
     by_group |= {row.group: row for row in comparison.by_task}
     lines = [(label, row.paired.difference, row.paired.ci) for label, row in by_group.items()]
@@ -192,7 +212,7 @@ def _difference(runs: Mapping[str, Run], groups: Mapping[str, Groups]) -> bool:
     figure(drawing, "figure-difference")
     if not lines:
         st.caption("A sweep keeps neither families nor levels: only all questions can be compared.")
-        return True
+        return
     st.caption(
         f"Grey: the margin. {len(comparison.by_level)} levels and {len(comparison.by_task)} "
         "families are as many tests: of true equals, one in twenty intervals misses 0. p after "
@@ -207,7 +227,6 @@ def _difference(runs: Mapping[str, Run], groups: Mapping[str, Groups]) -> bool:
         flips = {"gained": row.paired.gained, "lost": row.paired.lost}
         rows.append({**cells, **_tested(row.paired, row.paired.ci, row.holm_p), **flips})
     table(rows, "differences", "Table of groups")
-    return True
 
 
 def _tested(paired: PairedComparison, ci: Interval, holm: float) -> dict[str, float | None]:
@@ -217,8 +236,6 @@ def _tested(paired: PairedComparison, ci: Interval, holm: float) -> dict[str, fl
 
 
 def _many(runs: Mapping[str, Run]) -> None:
-    if len(runs) < 3:
-        return
     first = next(iter(runs))
     share = float(st.session_state.get("margin", MARGIN)) / 100
     with part(f"All minus {first}"):
@@ -276,6 +293,9 @@ def _samples(runs: Mapping[str, Run]) -> None:
         # A filter may leave fewer pages than the one that is open.
         if int(st.session_state.get("sample_page", 1)) > pages:
             st.session_state["sample_page"] = pages
+        # What flipped is what a reader came for.
+        flipped = np.isin(kinds[places], (scores_data.GAINED, scores_data.LOST))
+        places = places[np.argsort(~flipped, kind="stable")]
         page = int(st.pagination(pages, max_visible_pages=5, **links.bound("sample_page")))
         page_places = places[(page - 1) * PER_PAGE : page * PER_PAGE].tolist()
         st.text(f"{places.size} of {len(kinds)} questions; {PER_PAGE} a page")
@@ -349,7 +369,24 @@ def _question(
         for column, (letter, one), rows in zip(columns, own.items(), texts, strict=True):
             with column:
                 _answers(letter, one, rows, place)
+        if all(texts) and len(texts) > 1:
+            _differing(*(rows[0] for rows in texts))
         _to_the_lab(str(first["question"]), str(first["prompt"]))
+
+
+def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    """Draw the two thoughts with the words in which they differ."""
+    thoughts = [
+        (
+            scores_data.thought_and_answer(str(row["prompt"]), str(row["generation"]))[0] or ""
+        ).strip()
+        for row in (left, right)
+    ]
+    if thoughts[0] == thoughts[1] or not all(thoughts):
+        return
+    with st.expander("Where the thoughts differ"):
+        for column, text in zip(st.columns(2), tokens.differing(*thoughts), strict=True):
+            column.html(text)
 
 
 def _to_the_lab(question: str, prompt: str) -> None:

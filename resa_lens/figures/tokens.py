@@ -8,10 +8,10 @@ can turn the text around it.
 from __future__ import annotations
 
 import html
+import re
 import unicodedata
 from collections.abc import Sequence
-
-import streamlit as st
+from difflib import SequenceMatcher
 
 from resa_lens.texts.prompts import PHASES
 
@@ -23,6 +23,8 @@ _PATTERNS = {"prompt": "dotted", "think": "solid", "answer": "double"}
 _NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories without a picture: controls, formats, what is not assigned, separators."""
+COMPARED = 3000
+"""Words of each of two texts that are compared."""
 LONGEST = 120
 """Characters of a token that are shown: a token of thousands would take the page."""
 STYLE = (
@@ -67,11 +69,6 @@ def coloured(
     return _block("", parts)
 
 
-def show(tokens: Sequence[str], values: Sequence[float], **how: object) -> None:
-    """Draw coloured tokens; arguments as for `coloured`."""
-    st.html(coloured(tokens, values, **how))  # type: ignore[arg-type]
-
-
 def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> str:
     """Return tokens as HTML, each apart with its number: orange above 0, blue below.
 
@@ -90,9 +87,25 @@ def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> 
     return _block(" ", parts)
 
 
-def legend() -> None:
-    """Say what the lines under the tokens mean."""
-    st.html(_block(" · ", [f'<span style="{_line(name)}">{name}</span>' for name in PHASES]))
+def legend() -> str:
+    """Return what the lines under the tokens mean, as HTML."""
+    return _block(" · ", [f'<span style="{_line(name)}">{name}</span>' for name in PHASES])
+
+
+def differing(left: str, right: str) -> tuple[str, str]:
+    """Return two texts as HTML in which the words that the other lacks are coloured.
+
+    Of texts of more than `COMPARED` words the first ones are compared, and the rest left out.
+    """
+    words = [re.findall(r"\S+|\s+", text)[:COMPARED] for text in (left, right)]
+    sides: tuple[list[str], list[str]] = [], []
+    matcher = SequenceMatcher(None, *words, autojunk=False)
+    for kind, *ends in matcher.get_opcodes():
+        spans = words[0][ends[0] : ends[1]], words[1][ends[2] : ends[3]]
+        for side, part, colour in zip(sides, spans, (_COLD, _WARM), strict=True):
+            style = "" if kind == "equal" else f"background:{_shade(colour, 0.5)}"
+            side += [f'<span style="{style}">{_text(word)}</span>' for word in part]
+    return _block("", sides[0]), _block("", sides[1])
 
 
 def _block(between: str, parts: Sequence[str]) -> str:

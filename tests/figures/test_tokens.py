@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from app_driver import HOSTILE
 
-from resa_lens.app import tokens
+from resa_lens.figures import tokens
 
 BIDI, ZERO = "\u202eevil\u202c", "a\u200bb\u2060c\ufeff"
 NASTY = (
@@ -139,3 +139,16 @@ def test_a_token_of_thousands_of_characters_leaves_room_for_the_rest():
 def test_lengths_that_differ_are_refused():
     with pytest.raises(ValueError):
         tokens.coloured(["a", "b"], [1.0])
+
+
+def test_words_that_differ_are_coloured_and_stay_text() -> None:
+    left, right = tokens.differing("2+2=4 <b>so</b> 5", "2+2=4 <b>so</b> 6")
+    coloured = [re.findall(r'background:[^"]*">([^<]*)<', side) for side in (left, right)]
+    assert coloured == [["5"], ["6"]]
+    assert "<b>" not in left
+    assert "&lt;b&gt;so&lt;/b&gt;" in left
+    same, again = tokens.differing("a b", "a b")
+    assert "background" not in same.split("</style>")[1]
+    assert same == again
+    long = tokens.differing("x " * 10_000, "y " * 10_000)[0]
+    assert long.count("<span") == tokens.COMPARED

@@ -1,0 +1,1 @@
+"""Doors out: what was found, in the forms that other tools and people read."""
