@@ -38,6 +38,7 @@ ROOMS = {
     "Layers": ("layers",),
     "Tuning": ("tuning",),
     "Evaluations": ("evals",),
+    "Experts": ("experts",),
     "Figures": ("figures",),
     "Artifacts": ("artifacts",),
     "Stages": ("stages",),
@@ -171,7 +172,7 @@ def _cell(text: str) -> str:
 
 FRONT = (
     "lab", "scoring", "probing", "workbench", "plain", "results", "discovery", "features",
-    "interventions", "insertion", "scores", "sweeps", "options",
+    "interventions", "insertion", "experts", "scores", "sweeps", "options",
 )  # fmt: skip
 """Modules of the front door, in the order in which a reader needs them."""
 ELSEWHERE = (

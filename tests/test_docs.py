@@ -67,6 +67,7 @@ COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-define
 PROGRAMS = ("pip", "ruff", "pyright", "mkdocs", "source", "streamlit", "git")
 RECORDED = {
     "docs/findings.md": "long experiments, made once; their commands are only parsed",
+    "docs/experiment-experts.md": "a registered run, made once; its commands are only parsed",
     "docs/log.md": "measurements, made once; their commands are only parsed",
 }
 NOT_RUN: dict[str, str] = {
@@ -93,6 +94,10 @@ SHORTER: dict[str, dict[str, str]] = {
     },
     r"resa-lens sweep .*--steps 2000": {"--steps": "2", "--seeds": "1"},
     r"resa-lens ablate": {"--limit": "2"},
+    r"resa-lens experts steer": {
+        "--limit": "2", "--text-tokens": "5000", "--answer-sets": "1", "--draws": "199",
+    },
+    r"resa-lens experts": {"--text-tokens": "8000"},
     r"resa-lens (activity|match-features|score-features)": {"--text-tokens": "2048"},
     r"resa-lens attribute": {"--text-tokens": "256"},
 }  # fmt: skip

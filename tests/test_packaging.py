@@ -74,13 +74,14 @@ def python(installed: Path, cwd: Path, code: str, *args: str) -> str:
 @pytest.mark.slow
 def test_the_wheel_is_small_and_holds_the_data_and_the_app(dist):
     (wheel,) = dist.glob("*.whl")
-    assert wheel.stat().st_size < 40 * 10**6
+    assert wheel.stat().st_size < 45 * 10**6
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for name in (
         "resa_lens/_data/tiny-reasoner/model.safetensors",
         "resa_lens/_data/tiny-reasoner/tokenizer.json",
         "resa_lens/_data/tiny-reasoner-rl/model.safetensors",
+        "resa_lens/_data/tiny-moe-reasoner/model.safetensors",
         "resa_lens/_data/tiny-reasoner-rl/checkpoints/step-109/adapter_model.safetensors",
         "resa_lens/_data/prices.csv",
         "resa_lens/_data/tiny/test.jsonl",

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "resa_lens"
 ROOMS = (
     "errors", "config", "processes", "claims", "files", "publishing", "hashes", "resources",
     "progress", "jobs", "stats", "texts", "models", "machine", "saes", "features", "layers",
-    "tuning", "evals", "artifacts", "figures", "stages", "exports", "session", "cli",
+    "tuning", "evals", "experts", "artifacts", "figures", "stages", "exports", "session", "cli",
     "app",
 )  # fmt: skip
 """From the ground up; the first nine are single files."""

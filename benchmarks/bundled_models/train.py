@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from benchmarks.bundled_models.questions import TRAIN_LEVELS, Question, draw, draw_unique
 from resa_lens.texts import prompts
@@ -122,7 +122,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _id_of(tokenizer: Qwen2Tokenizer, token: str) -> int:
+def id_of(tokenizer: Qwen2Tokenizer, token: str) -> int:
+    """Return the id of a token that stands in the vocabulary."""
     found = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(found, int)
     return found
@@ -177,7 +178,9 @@ def _optimizers(model: Qwen2ForCausalLM, config: TinyConfig) -> list[torch.optim
     return optimizers
 
 
-def _batches(tokenizer: Qwen2Tokenizer, config: TinyConfig, skip: int) -> Iterator[torch.Tensor]:
+def packed_batches(
+    tokenizer: Qwen2Tokenizer, config: TinyConfig, skip: int
+) -> Iterator[torch.Tensor]:
     """Yield packed [batch, sequence] ids; `skip` whole batches are passed over on a resume."""
     stream, buffer, need = documents(config.seed + 2), [], config.batch * config.sequence
     while True:
@@ -192,7 +195,8 @@ def _batches(tokenizer: Qwen2Tokenizer, config: TinyConfig, skip: int) -> Iterat
         yield torch.tensor(batch).view(config.batch, config.sequence)
 
 
-def _rate(step: int, steps: int, config: TinyConfig) -> float:
+def rate_at(step: int, steps: int, config: TinyConfig) -> float:
+    """Return the factor of the learning rates: 100 steps up, level, then down to 2 %."""
     warm = min(1.0, (step + 1) / 100)
     left = (steps - step) / max(1, int(steps * config.decay_share))
     return warm * max(0.02, min(1.0, left))
@@ -207,7 +211,7 @@ def train(config: TinyConfig, out: Path) -> Path:
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    model = build_model(config, len(tokenizer), _id_of(tokenizer, EOS), _id_of(tokenizer, PAD))
+    model = build_model(config, len(tokenizer), id_of(tokenizer, EOS), id_of(tokenizer, PAD))
     optimizers = _optimizers(model, config)
     steps = config.tokens // (config.batch * config.sequence)
     every = max(1, config.checkpoint_tokens // (config.batch * config.sequence))
@@ -221,11 +225,11 @@ def train(config: TinyConfig, out: Path) -> Path:
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if start:
         base = [[config.learning_rate] * 2, [config.muon_learning_rate]][: len(optimizers)]
-    batches = _batches(tokenizer, config, start)
+    batches = packed_batches(tokenizer, config, start)
     began, running = time.time(), 0.0
     for step in range(start, steps):
         ids = next(batches)
-        factor = _rate(step, steps, config)
+        factor = rate_at(step, steps, config)
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -270,7 +274,7 @@ def train(config: TinyConfig, out: Path) -> Path:
 
 
 @torch.no_grad()
-def dev_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, questions: int = 300) -> float:
+def dev_accuracy(model: PreTrainedModel, tokenizer: Qwen2Tokenizer, questions: int = 300) -> float:
     """Return the greedy accuracy on questions of the training split, levels 1 to 3.
 
     The test split has no part in when the training stops.

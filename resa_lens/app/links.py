@@ -9,12 +9,14 @@ from typing import Any
 import streamlit as st
 
 OVERVIEW, LAYERS, FEATURES, LAB, SCORES = "overview", "layers", "features", "lab", "scores"
+EXPERTS = "experts"
 PAGES: dict[str, tuple[str, str]] = {
     OVERVIEW: ("Overview", ":material/account_tree:"),
     LAYERS: ("Layers", ":material/layers:"),
     FEATURES: ("Features", ":material/grid_view:"),
     LAB: ("Prompt lab", ":material/science:"),
     SCORES: ("Scores", ":material/query_stats:"),
+    EXPERTS: ("Experts", ":material/hub:"),
 }
 """Title and icon by path; the page is `show(listing)` of the module `resa_lens.app.<path>.page`."""
 

@@ -18,7 +18,8 @@ GROUPS = {
         "compare",
     ),
     "Look closer": (
-        "activity", "score-features", "match-features", "ablate", "attribute", "stability", "sweep",
+        "activity", "score-features", "match-features", "ablate", "attribute", "experts",
+        "stability", "sweep",
     ),
     "Tables": ("fit-mixture", "regret", "audit"),
     "Files": ("convert", "merge", "export", "cost"),
@@ -28,7 +29,7 @@ GROUPS = {
 
 # Each adds its commands.
 for _module in (
-    "start", "layers", "features", "interventions", "tuning", "evals", "tables", "files",
+    "start", "layers", "features", "interventions", "experts", "tuning", "evals", "tables", "files",
 ):  # fmt: skip
     import_module(f"resa_lens.cli.{_module}")
 

@@ -12,7 +12,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     """Return a figure or a colour; the modules are imported at the first use."""
     if name.endswith("_figure") or name.isupper():
-        for module in ("plots", "scores", "features", "layers", "lineage"):
+        for module in ("plots", "scores", "features", "layers", "lineage", "experts"):
             value = getattr(import_module(f"resa_lens.figures.{module}"), name, None)
             if value is not None:
                 return value

@@ -17,7 +17,7 @@ from resa_lens.files import named_path, parse_json, read_json, read_regular
 from resa_lens.hashes import digest, file_hash
 from resa_lens.resources import data_path
 
-BUNDLED = ("tiny-reasoner", "tiny-reasoner-rl")
+BUNDLED = ("tiny-reasoner", "tiny-reasoner-rl", "tiny-moe-reasoner")
 CHECKPOINTS = "checkpoints"
 """Of a bundled model: the folder of its adapters on the way, named step-<update>."""
 HUB_KERNELS = "RESA_LENS_HUB_KERNELS"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class UnloadedModel:
     d_model: int
     context: int | None
     """As `Model.context`."""
+    config: Any = field(default=None, repr=False, compare=False)
+    """The configuration, of transformers."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -83,7 +85,7 @@ def read_unloaded(name: str, base: str | None = None) -> UnloadedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         text = config.get_text_config()
         layers, width = int(text.num_hidden_layers), int(text.hidden_size)
-        return UnloadedModel(name, path, layers, width, context_of(config))
+        return UnloadedModel(name, path, layers, width, context_of(config), config)
 
 
 def source_of(path: Path) -> tuple[Path, dict[str, str]]:

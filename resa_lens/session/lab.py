@@ -13,6 +13,7 @@ from resa_lens.artifacts.workspace import Workspace
 from resa_lens.models.host import Model
 from resa_lens.progress import SILENT, ConsoleReporter, PrintedReporter
 from resa_lens.session.discovery import Counts, Recommendation, SAEs
+from resa_lens.session.experts import Experts
 from resa_lens.session.features import Activity, Falsification
 from resa_lens.session.options import filled
 from resa_lens.session.probing import Probing
@@ -298,6 +299,11 @@ class Lab(Scoring, Probing):
             generations=generations, max_new_tokens=max_new_tokens, memory_limit_mb=memory_limit_mb,
         )  # fmt: skip
         return Activity(run, saes)
+
+    @property
+    def experts(self) -> Experts:
+        """Experts of a mixture: `lab.experts.measure`, `.rank` and `.steer`."""
+        return Experts(self)
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         """Return what the workspace holds, the newest first; nothing is made or changed.

@@ -49,7 +49,7 @@ from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.tuning.log import LOG
 from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
 from resa_lens.tuning.sft import KINDS, OwnConfig, sft_batches, sft_loss
-from resa_lens.tuning.train import add_lora, lora_targets, save_adapter, tune
+from resa_lens.tuning.train import add_lora, left_out, lora_targets, save_adapter, tune
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def adapter_run(
         raise BadInputError(
             f"{job.model} is an adapter; tune its base model (adapters on adapters are not stacked)"
         )
-    lora_targets(target.model, job.objective.targets)
+    ctx.note_once(left_out(target.model, lora_targets(target.model, job.objective.targets)))
     corpus = fit_corpus(job.elicitation, target)
     steps = job.steps or default_steps(target, records, corpus, job.lora)
     run = _Run(ctx, job, target, records, corpus, steps, world)

@@ -20,6 +20,7 @@ from resa_lens.machine.limits import size_mb
 from resa_lens.models.hookpoints import Hookpoint, describe_layer
 from resa_lens.models.host import Model
 from resa_lens.models.packing import check_separate, end_of_documents, separate_documents
+from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.fit import check_fit
 from resa_lens.saes.formats import by_hookpoint, coder_contents, find_coders, load_coder
@@ -228,12 +229,12 @@ def packed(model: Model, corpus: CorpusConfig) -> Iterator[None]:
         yield
 
 
-def fit_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
+def fit_corpus(corpus: CorpusConfig, model: Model | UnloadedModel) -> CorpusConfig:
     """Shorten the sequences where the model's context is shorter."""
     return replace(corpus, sequence=min(corpus.sequence, model.context or corpus.sequence))
 
 
-def phased_corpus(corpus: CorpusConfig, model: Model) -> CorpusConfig:
+def phased_corpus(corpus: CorpusConfig, model: Model | UnloadedModel) -> CorpusConfig:
     """Return the corpus of texts that are looked at by phase, fitted to the model.
 
     Each record's steps stand in them (`phases.phased_texts`), so the share of thoughts and the

@@ -28,7 +28,7 @@ from resa_lens.tuning.collapse import CollapseWatch, document_loss
 from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
 from resa_lens.tuning.lora import AdapterSwitch, shorten_lora
 from resa_lens.tuning.norms import shorten_norms
-from resa_lens.tuning.objective import PRESETS, Objective
+from resa_lens.tuning.objective import MLP, PRESETS, Objective
 from resa_lens.tuning.passes import Passes
 from resa_lens.tuning.rotary import shorten_rotary
 
@@ -75,12 +75,36 @@ def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
         found = next((names for names in named if all(map(present, names))), None)
         if found is None:
             has = sorted({module.rsplit(".", 1)[-1] for module in modules} - {"lm_head"})
+            experts = " (its experts are stacked in one tensor a layer, which LoRA leaves alone)"
             raise BadInputError(
-                f"the model has no module named {name!r} to adapt; choose --targets from "
-                f"{', '.join(has)}"
+                f"the model has no module named {name!r} to adapt"
+                f"{experts if has_experts(model) else ''}; choose --targets from {', '.join(has)}"
             )
         chosen += found
     return list(dict.fromkeys(chosen))
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Return whether a model is a mixture whose experts are stacked in one tensor a layer."""
+    blocks = (getattr(module, "experts", None) for module in model.modules())
+    return any(
+        isinstance(block, torch.nn.Module) and any(p.ndim == 3 for p in block.parameters())
+        for block in blocks
+    )
+
+
+def left_out(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return what an adapter does not reach of a mixture's MLPs, in a sentence, or nothing.
+
+    Names of MLP modules mean those of dense layers and of shared experts there.
+    """
+    named = [name for name in targets if name in (*MLP, *chain(*EQUIVALENTS["up_proj"]))]
+    if not named or not has_experts(model):
+        return []
+    return [
+        f"warning: {', '.join(named)} are adapted in dense layers and shared experts alone; the "
+        "routed experts are stacked in one tensor a layer, which LoRA leaves alone"
+    ]
 
 
 def _adaptable(module: torch.nn.Module) -> bool:

@@ -171,7 +171,7 @@ def test_a_micro_run_learns_and_leaves_a_model_that_loads(tokenizer, tmp_path, c
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tokenizer, tmp_path, monkeypatch, muon):
     config = replace(MICRO, muon=muon)
     whole = train(config, tmp_path / "whole")
-    real, calls = training._rate, []
+    real, calls = training.rate_at, []
 
     def dies_at_step_10(step, *rest):
         calls.append(step)
@@ -180,12 +180,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tokenizer, tmp_path, monkeyp
         return real(step, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_rate", dies_at_step_10)
+        patched.setattr(training, "rate_at", dies_at_step_10)
         with pytest.raises(KilledError):
             train(config, tmp_path / "resumed")
     assert state(tmp_path / "resumed")["step"] == 8  # checkpoints every 4 steps of 256 tokens
     calls.clear()
-    monkeypatch.setattr(training, "_rate", lambda step, *r: calls.append(step) or real(step, *r))
+    monkeypatch.setattr(training, "rate_at", lambda step, *r: calls.append(step) or real(step, *r))
     resumed = train(config, tmp_path / "resumed")
     assert calls == list(range(8, 16))
     expected, found = state(tmp_path / "whole"), state(tmp_path / "resumed")
@@ -222,8 +222,8 @@ def test_a_run_stops_at_the_asked_accuracy_and_stays_stopped(tokenizer, tmp_path
     monkeypatch.setattr(training, "dev_accuracy", dev_accuracy)
     config = replace(MICRO, tokens=8192, stop_at=0.68)  # 32 steps, a checkpoint every 4
     steps: list[int] = []
-    real = training._rate
-    monkeypatch.setattr(training, "_rate", lambda step, *r: steps.append(step) or real(step, *r))
+    real = training.rate_at
+    monkeypatch.setattr(training, "rate_at", lambda step, *r: steps.append(step) or real(step, *r))
     folder = train(config, tmp_path / "run")
     # Asked from the middle on, at steps 16 and 20.
     assert steps == list(range(20))

@@ -33,6 +33,7 @@ NEEDED: dict[str, list[str]] = {
     "convert": ["saes", "converted", "--to", "saelens"],
     "export": ["run", "exported", "--to", "html"],
     "merge": ["merged", "--adapter", "adapter"],
+    "experts": ["steer", "--model", "tiny-moe-reasoner"],
 }
 """What a command cannot do without, sound where it can be."""
 LONG, SURROGATE = "x" * 300, "name\udcff"

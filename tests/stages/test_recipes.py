@@ -45,6 +45,7 @@ OWN = ("seconds", "threads_probe", "planned_memory_mb", "peak_memory_mb", "saes"
 HERE = ["--saes", str(SAES), "--layers", "5"]
 LAYER = ["--saes", str(SAES), "--layer", "5"]
 SHORT = ["--limit", "8", "--max-new-tokens", "48"]
+MIXTURE = ["--model", "tiny-moe-reasoner", "--text-tokens", "3000"]
 COMMANDS = [
     ["train-saes", "--layers", "5", "--tokens", "2048", "--latents", "128", "--k", "8",
      "--thought-share", "0"],
@@ -58,6 +59,10 @@ COMMANDS = [
     ["attribute", *LAYER, "--text-tokens", "600", "--top", "3"],
     ["ablate", *LAYER, "--features", "1,2", "--doses", "1", "--control-sets", "1", *SHORT],
     ["match-features", str(SAES), str(SAES), "--layers", "5", "--text-tokens", "600"],
+    ["experts", "measure", *MIXTURE],
+    ["experts", "rank", *MIXTURE, "--target", "think", "--draws", "99"],
+    ["experts", "steer", *MIXTURE, "--target", "think", "--draws", "99", "--top", "2",
+     "--answer-sets", "1", *SHORT],
     ["tune", "--model", "tiny-reasoner", *LAYER, "--steps", "2", "--rank", "2",
      "--learning-rate", "1e-3", *SHORT],
     ["sweep", "--saes", str(SAES), "--layers", "5", "--seeds", "2", "--steps", "1", "--no-effects",

@@ -47,6 +47,18 @@ RESULTS: dict[str, dict[str, Any]] = {
     },
     "ablation": {**OF_MODEL, "layer": 5, "effect": -0.1, "control": 0.0, "p_value": 0.1},
     "matches": {**OF_MODEL, "models": ["a", "b"], "layers": {"5": {"cosine": 0.5}}},
+    "routing": {
+        "model": "tiny-moe-reasoner", "layers": [0, 1], "n_layers": 2, "experts": 4, "k": 2,
+        "documents": 3, "tokens": 90,
+    },
+    "ranking": {
+        "model": "tiny-moe-reasoner", "target": "<think>", "by": "npmi", "layer": 1, "expert": 3,
+        "score": 0.5, "reached_by": 7, "types": 25, "documents": 40,
+    },
+    "steering": {
+        "model": "tiny-moe-reasoner", "experts": [[1, 3]], "how": "reroute", "where": "all",
+        "effect": 0.1, "control": 0.05, "p_value": 0.1, "accuracy": -0.02,
+    },
     "adapter": {**OF_MODEL, "layer": 5},
     "eval": {
         **SCORE, "by_task": {}, "by_level": {}, "seconds": 1.0, "tokens": 90,

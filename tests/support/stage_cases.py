@@ -26,10 +26,13 @@ from resa_lens.artifacts.kinds.falsification import Falsification
 from resa_lens.artifacts.kinds.insertion import Insertion
 from resa_lens.artifacts.kinds.matches import Matches
 from resa_lens.artifacts.kinds.quality import Quality
+from resa_lens.artifacts.kinds.ranking import Ranking
 from resa_lens.artifacts.kinds.recommendation import Recommendation
+from resa_lens.artifacts.kinds.routing import Routing
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.kinds.scores import Scores
 from resa_lens.artifacts.kinds.stability import Stability
+from resa_lens.artifacts.kinds.steering import Steering
 from resa_lens.artifacts.kinds.sweep import Sweep
 from resa_lens.artifacts.manifest import Manifest
 from resa_lens.artifacts.stage import Context, Stage
@@ -37,6 +40,7 @@ from resa_lens.artifacts.workspace import Workspace
 from resa_lens.config import roles
 from resa_lens.evals.engines import GenerationConfig
 from resa_lens.evals.run import EvalConfig
+from resa_lens.experts.config import RankConfig, SteerConfig, UseConfig
 from resa_lens.features.activity import ActivityConfig
 from resa_lens.features.exclusive import RULES, CountConfig, FeatureCounts, LayerCount
 from resa_lens.features.falsify import FalsifyConfig
@@ -55,12 +59,15 @@ from resa_lens.stages.falsification import falsify_run
 from resa_lens.stages.feature_scores import ScoreConfig, score_run
 from resa_lens.stages.insertion import InsertionConfig, insertion_run
 from resa_lens.stages.matching import MatchConfig, Side, match_run
+from resa_lens.stages.ranking import ranking_run
 from resa_lens.stages.recommendation import recommend_run, sae_quality
+from resa_lens.stages.routing import routing_run
 from resa_lens.stages.sae_quality import quality_run
 from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.saes import SaeRun
 from resa_lens.stages.scores import eval_run, load_eval_items
 from resa_lens.stages.stability import stability_run
+from resa_lens.stages.steering import steering_run
 from resa_lens.stages.sweep import sweep_run
 from resa_lens.stages.sweep_jobs import SweepConfig
 from resa_lens.stages.tune_job import TuneJob
@@ -380,6 +387,29 @@ def _insert(call: Call) -> Any:
     )  # fmt: skip
 
 
+def _route(call: Call) -> Any:
+    """The model here is dense: what it would be refused for is left out."""
+    with patch("resa_lens.stages.routing.find_routers", lambda _: {}):
+        return routing_run(call.ctx, call.model, call.corpus, call.options["config"])
+
+
+def _rank(call: Call) -> Any:
+    with patch("resa_lens.stages.ranking.find_routers", lambda _: {}):
+        return ranking_run(call.ctx, call.model, call.corpus, call.options["config"])
+
+
+def _steer(call: Call) -> Any:
+    items = load_eval_items(str(call.given.records), EvalConfig())
+    with (
+        patch("resa_lens.stages.steering.find_routers", lambda _: {}),
+        patch("resa_lens.stages.steering.check_steering", lambda *_: None),
+    ):
+        return steering_run(
+            call.ctx, call.model, items, call.corpus, call.options["config"],
+            **call.given.execution,
+        )  # fmt: skip
+
+
 def _sweep(call: Call) -> Any:
     options = dict(call.options)
     own = ("layers", "seeds", "controls", "control_layers", "rule", "effects", "start_check",
@@ -566,6 +596,23 @@ CASES = {
             PHASED | {"limit"},
         ),
         Case(
+            "routing", Routing, routing_run, _route,
+            {"config": UseConfig(tokens=300), "corpus": CORPUS}, {}, {}, MODEL | {"data"}, PHASED,
+        ),
+        Case(
+            "ranking", Ranking, ranking_run, _rank,
+            {"config": RankConfig(by="npmi"), "corpus": CORPUS}, {}, {}, MODEL | {"data"},
+            # By its name, or the contents of its files: tested apart.
+            PHASED | {"classes"},
+        ),
+        Case(
+            "steering", Steering, steering_run, _steer,
+            {"config": SteerConfig(sizes=(1, 2), eval=EVAL), "corpus": CORPUS}, {},
+            {"source": "another"}, MODEL | {"data", "questions"},
+            # A factor goes with one way alone.
+            PHASED | {"classes", "beta", "limit"},
+        ),
+        Case(
             "falsification", Falsification, falsify_run, _falsify,
             {"config": FalsifyConfig(texts=2, shuffles=2), "plain_texts": ("a b c", "d e f"),
              "other_seed": True, "random_weights": True},
@@ -644,6 +691,13 @@ OTHER: dict[tuple[str, str], Any] = {
     ("AblationConfig", "at"): "first",
     ("AblationConfig", "doses"): (0.5,),
     ("AblationConfig", "phases"): ("think",),
+    ("UseConfig", "unit"): "sum",
+    ("RankConfig", "by"): "rd",
+    ("RankConfig", "target"): "think",
+    ("SteerConfig", "experts"): "1:2",
+    ("SteerConfig", "how"): "zero",
+    ("SteerConfig", "where"): "think",
+    ("SteerConfig", "sizes"): (1,),
     ("GenerationConfig", "top_p"): 0.5,
     ("GenerationConfig", "stop"): ("\n",),
     ("GenerationConfig", "timeout"): 9.0,

@@ -7,7 +7,8 @@ from pkgutil import iter_modules
 
 _ORDER = (
     "saes", "quality", "counts", "stability", "recommendation", "activity", "scores",
-    "falsification", "effects", "attribution", "ablation", "matches", "insertion",
+    "falsification", "effects", "attribution", "ablation", "matches", "insertion", "routing",
+    "ranking", "steering",
     "adapter", "eval", "sweep", "model",
 )  # fmt: skip
 """Of the work, in tables; a kind that is not named here stands behind these."""
