@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer
@@ -168,7 +169,7 @@ class App(Place):
         max=65535,
     )
     no_browser: bool = setting(False, "Only serve; open the address yourself.")
-    notes: str | None = setting(
+    notes: Path | None = setting(
         None, "CSV file of your labels, notes and tags of features [RESA_LENS_NOTES]."
     )
 
@@ -188,7 +189,7 @@ def explorer(args: App) -> Outcome:
     from resa_lens.artifacts import notes
 
     if args.notes:
-        os.environ[notes.VARIABLE] = args.notes
+        os.environ[notes.VARIABLE] = str(args.notes)
     if file := notes.notes_file():
         notes.read_notes(file)
     port, note = ports.free_port(args.port)

@@ -17,7 +17,7 @@ from resa_lens.resources import data_path
 
 SHIPPED = data_path("workspace")
 MODEL = "tiny-reasoner-459a3904"
-COUNTS = f"counts/{MODEL}/mlp_out-1a79b6e5"
+COUNTS = f"counts/{MODEL}/mlp_out-9a4bb908aea5"
 
 
 @pytest.fixture

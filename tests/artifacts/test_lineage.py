@@ -21,8 +21,8 @@ from resa_lens.resources import data_path
 ROOT = Path("/w o/space")
 MODEL = "tiny-reasoner-459a3904"
 WEIGHTS = "459a3904" + 56 * "0"
-SAES = f"saes/{MODEL}/scratch-mlp_out-1024x32-3bd33d80"
-COUNTS = f"counts/{MODEL}/mlp_out-1a79b6e5"
+SAES = f"saes/{MODEL}/scratch-mlp_out-1024x32-d6776ad89844"
+COUNTS = f"counts/{MODEL}/mlp_out-9a4bb908aea5"
 
 
 def artifact(relative: str, kind: str, parents: tuple[str, ...] = (), **fields) -> Artifact:
