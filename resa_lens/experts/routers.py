@@ -249,7 +249,8 @@ def find_rule(
         for factor in dict.fromkeys((scaling, 1.0)):
             rule = Rule(score, renormalise, factor, g, u, best)
             weights, chosen = rule.choose(logits, k, bias)
-            error = float((dense_weights(weights, chosen, count) - expected).abs().max())
+            difference = dense_weights(weights, chosen, count) - expected
+            error = float(difference.detach().abs().max())
             if error < nearest[0]:
                 nearest = error, rule
     error, rule = nearest
