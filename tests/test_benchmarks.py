@@ -41,6 +41,11 @@ def test_speed_of_a_step_and_of_a_whole_training() -> None:
     assert len(times) == 5
     assert all(float(value) > 0 for value in times)
     assert "FVU on 512 fresh tokens" in step
+    # 60 is a width that no number of heads of 64 divides.
+    many = run("sae_speed.py", "sweep", "--shapes", "64,256,8,128 60,251,8,64", "--rounds", "2")
+    assert len(re.findall(r"^\| (?:64|60) \|", many, re.MULTILINE)) == 2
+    assert many.count("the worst:") == 2
+    shape[1] = "60"
     whole = run(
         "sae_speed.py", "end-to-end", *shape,
         "--n-layers", "3", "--steps", "2", "--batch", "2", "--sequence", "32", "--vocab", "128",

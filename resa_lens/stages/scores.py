@@ -17,7 +17,8 @@ import torch
 
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.kinds.eval import Eval
-from resa_lens.artifacts.stage import NARROW, Context, Draft
+from resa_lens.artifacts.placement import NARROW
+from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, DamagedError

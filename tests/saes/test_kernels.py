@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resa_lens.saes import kernels
 from resa_lens.saes.kernels import (
     by_latent,
+    kernel_path,
     native_bf16,
     pair_dots,
     pair_dots_gather,
@@ -96,3 +99,41 @@ def test_triton_agrees_with_eager() -> None:
         check=False,
     )
     assert done.stdout.strip() == "agree", done.stderr
+
+
+def fake_triton(monkeypatch: pytest.MonkeyPatch, kernel: object) -> None:
+    kernels.triton_failure.cache_clear()
+    found = importlib.util.find_spec("json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    module = SimpleNamespace(pair_dots_triton=kernel)
+    monkeypatch.setitem(sys.modules, "resa_lens.saes.triton_kernels", module)
+
+
+def broken(*_: object) -> torch.Tensor:
+    raise RuntimeError("Failed to find C compiler.\n  Please specify\n  via CC")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (pair_dots_gather, None),
+        (broken, "RuntimeError: Failed to find C compiler. Please specify via CC"),
+        (lambda a, *_: a.new_zeros(3), "its products are wrong on this machine"),
+    ],
+    ids=["works", "no compiler", "wrong"],
+)
+def test_triton_is_tried_and_not_only_found(
+    kernel: object, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_triton(monkeypatch, kernel)
+    assert kernels.triton_failure("cpu") == reason
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T")
+    monkeypatch.setattr(kernels, "triton_failure", lambda device: reason)
+    assert kernel_path("cuda") == f"NVIDIA-T, {'eager' if reason else 'triton'}"
+
+
+def test_without_triton_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.triton_failure.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert kernels.triton_failure("cpu") == "it is not installed"
+    kernels.triton_failure.cache_clear()
