@@ -30,6 +30,9 @@ from resa_lens.machine import determinism
 GATHER_BYTES = 64 * 2**20
 """Largest temporary of the gather that stands in where there is no better kernel."""
 
+CACHE_BYTES = 2**20
+"""Of a core's cache: what is worked on at once."""
+
 
 @cache
 def native_bf16() -> bool:
@@ -132,6 +135,24 @@ def pair_dots_gather(
         (a[r] * b[m]).sum(1) for r, m in zip(rows.split(piece), latents.split(piece), strict=True)
     ]
     return torch.cat(dots) if dots else a.new_zeros(0)
+
+
+def row_dots(a: Float[Tensor, "row d"], b: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
+    """Return a[row] . b[row], to the bits of `linalg.vecdot`.
+
+    On a CPU in pieces that stay in the cache: there vecdot writes out all products first, as many
+    as there are weights, which takes five to fifteen times as long.
+    """
+    if not determinism.on_cpu(a):
+        return torch.linalg.vecdot(a, b)
+    dots = a.new_empty(len(a))
+    size = max(1, CACHE_BYTES // (a.shape[1] * a.element_size()))
+    products = torch.empty_like(a[:size])
+    for row in range(0, len(a), size):
+        part = slice(row, row + size)
+        piece = torch.mul(a[part], b[part], out=products[: len(a[part])])
+        torch.sum(piece, 1, out=dots[part])
+    return dots
 
 
 def weighted_rows(

@@ -24,7 +24,7 @@ from torch import Tensor
 from resa_lens.machine import determinism
 from resa_lens.machine.determinism import sum_by_index
 from resa_lens.saes.coder import ACTIVATIONS, Coder
-from resa_lens.saes.kernels import by_latent, pair_dots, row_starts, weighted_rows
+from resa_lens.saes.kernels import by_latent, pair_dots, row_dots, row_starts, weighted_rows
 from resa_lens.saes.select import (
     Active,
     Encoder,
@@ -201,7 +201,7 @@ def gradients(coder: Coder, step: Step, world: World = ALONE) -> Iterator[tuple[
         weighted_rows(t.pull, s.starts, s.rows, t.active.values[s.order]) for s, t in sorted_terms
     )
     world.sum_(decoder)
-    along = torch.linalg.vecdot(decoder, W_dec)
+    along = row_dots(decoder, W_dec)
     decoder.addcmul_(W_dec, along[:, None], value=-1)
     yield "W_dec", decoder
     del decoder

@@ -62,6 +62,17 @@ def test_by_latent_turns_the_pattern_around() -> None:
     assert torch.equal(wide.order, turned.order)
 
 
+@pytest.mark.parametrize("shape", [(40, 12), (300, 7), (701, 1000), (2048, 256)])
+def test_row_dots_are_vecdot_s_to_the_bit(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = torch.randn(shape), torch.randn(shape)
+    expected = torch.linalg.vecdot(a, b)
+    for size in (1, 2**12, 2**20):
+        monkeypatch.setattr(kernels, "CACHE_BYTES", size)
+        assert torch.equal(kernels.row_dots(a, b), expected)
+
+
 def test_says_whether_the_cpu_has_bfloat16() -> None:
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
