@@ -94,3 +94,22 @@ def test_waiting_for_the_app() -> None:
     times = dict(re.findall(r"^(\S.*?) +([\d.]+) s", out, re.MULTILINE))
     assert len(times) == 16
     assert all(float(seconds) > 0 for seconds in times.values())
+
+
+def test_all_parts_of_the_gpu_script_run_at_a_tiny_shape(tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    done = subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu.sh"), str(table)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TINY": "1", "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + table.read_text()
+    text = table.read_text()
+    assert text.count("### ") == 8
+    assert len(re.findall(r"^    ended after \d+ s$", text, re.MULTILINE)) >= 7
+    assert "| k-th of all, by counting |" in text
+    assert "| chunked, loss and gradients |" in text
+    assert "| `doctor" in text

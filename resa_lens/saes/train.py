@@ -160,6 +160,8 @@ class LayerTrainer:
         self.optimizer.begin(rate)
         for name, gradient in gradients(coder, figures, world):
             self.optimizer.update(name, gradient)
+            # Or it would live on while the next one is made, which may be as large.
+            del gradient
         rows = world.rows(x)
         self.tokens += rows
         self.since_fired += rows
