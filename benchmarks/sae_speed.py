@@ -301,10 +301,11 @@ def llama(width: int, layers: int, vocab: int, dtype: torch.dtype, device: str) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    # With a width of their own, heads need not divide the model's.
-    groups = max(1, width // 192)
+    # transformers refuses a number of heads that does not divide the width.
+    heads = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
+    groups = max(g for g in range(1, max(1, width // 192) + 1) if heads % g == 0)
     config = LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=3 * groups,
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=groups, head_dim=64, intermediate_size=width * 8 // 3,
         vocab_size=vocab, max_position_embeddings=4096,
     )  # fmt: skip

@@ -41,7 +41,7 @@ def test_speed_of_a_step_and_of_a_whole_training() -> None:
     assert len(times) == 5
     assert all(float(value) > 0 for value in times)
     assert "FVU on 512 fresh tokens" in step
-    # 60 is a width that no number of heads of 64 divides.
+    # Of 1,000 no number of heads of 64 is a divisor; 60 is narrower than one.
     many = run("sae_speed.py", "sweep", "--shapes", "64,256,8,128 60,251,8,64", "--rounds", "2")
     assert len(re.findall(r"^\| (?:64|60) \|", many, re.MULTILINE)) == 2
     assert many.count("the worst:") == 2
