@@ -28,7 +28,7 @@ def generated_by(model: Model, config: EvalConfig, engine: str) -> str:
 def replicate_noise(
     ctx: Context,
     engine: StreamingEngine,
-    asked: Sequence[Asked],
+    questions: Sequence[Asked],
     config: EvalConfig,
     first: EvalResult,
     replicates: int,
@@ -41,7 +41,7 @@ def replicate_noise(
     Args:
         ctx: shows the progress.
         engine: that gave the first answers.
-        asked: the prompts.
+        questions: the prompts.
         config: how they are asked.
         first: the first replicate, graded.
         replicates: of all, the first one included.
@@ -51,18 +51,18 @@ def replicate_noise(
         answers that are right in some replicate and wrong in another.
     """
     verdicts = [[bool(row["correct"]) for row in first.samples]]
-    with ctx.bar("answering again", (replicates - 1) * len(asked)) as advance:
+    with ctx.bar("answering again", (replicates - 1) * len(questions)) as advance:
         for _ in range(replicates - 1):
             answers = engine.generate(
-                [one.prompt for one in asked], config.generation,
-                streams=[one.stream for one in asked], answered=lambda *_: advance(1),
+                [one.prompt for one in questions], config.generation,
+                streams=[one.stream for one in questions], answered=lambda *_: advance(1),
             )  # fmt: skip
-            graded = score(asked, answers, extraction=config.extraction)
+            graded = score(questions, answers, extraction=config.extraction)
             verdicts.append([bool(row["correct"]) for row in graded.samples])
     accuracies = [sum(right) / max(1, len(right)) for right in verdicts]
     flips = sum(len(set(answers)) > 1 for answers in zip(*verdicts, strict=True))
     return {
         "accuracies": accuracies,
         "sd": statistics.stdev(accuracies),
-        "flips": flips / max(1, len(asked)),
+        "flips": flips / max(1, len(questions)),
     }
