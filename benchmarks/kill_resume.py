@@ -38,10 +38,12 @@ def main(
     tokens: int = 61_440,
     latents: int = 1024,
     optimizer: str = "signum",
+    device: str = "cpu",
 ) -> None:
     """Run it and print the table."""
     options = ["--layers", layers, "--tokens", str(tokens), "--latents", str(latents)]
-    options += ["--optimizer", optimizer, "--threads", "1"]
+    options += ["--optimizer", optimizer, "--threads", "1", "--device", device]
+    options += ["--deterministic"] if device.startswith("cuda") else []
     rng = random.Random(seed)
     print(f"{date.today()}, {' '.join(options)}")
     with tempfile.TemporaryDirectory() as root:

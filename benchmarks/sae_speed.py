@@ -1,13 +1,15 @@
 """SAE training against its peers and its floor, side by side in one run, interleaved.
 
     python benchmarks/sae_speed.py step                 one SAE on given activations
+    python benchmarks/sae_speed.py sweep                the same at eight shapes, and the worst
     python benchmarks/sae_speed.py end-to-end           the model's forward pass and all SAEs
     python benchmarks/sae_speed.py end-to-end --peer-python P          SAELens in environment P too
     python benchmarks/sae_speed.py end-to-end --full --device cuda     the paper's shape
 
 The floor is what no trainer can avoid: the model's forward up to the last hooked layer and one
 encoder product a layer; it is given with the product in float32 and in bfloat16.  Medians; whole
-ratios are of medians of the same run.
+ratios are of medians of the same run.  On a CPU with one thread `step` and `sweep` count seconds of
+the processor, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
 from typing import Annotated, Any
@@ -51,7 +54,11 @@ def heading(device: str, threads: int) -> None:
 
 
 def timed(job: Callable[[], object], device: str = "cpu") -> float:
-    """Return the seconds of one call."""
+    """Return the seconds of one call: of the clock, or of the processor where one thread works."""
+    if device == "cpu" and torch.get_num_threads() == 1:
+        began = time.process_time()
+        job()
+        return time.process_time() - began
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -81,6 +88,98 @@ def verdict(what: str, theirs: float, ours: float, target: float) -> None:
     print(f"{what:58} {ratio:6.2f}x  target {target:.2f}x  {met}")
 
 
+@dataclass
+class Contest:
+    """One SAE of each trainer at a shape, and the jobs that are timed."""
+
+    width: int
+    latents: int
+    k: int
+    tokens: int
+    device: str
+
+    def __post_init__(self) -> None:
+        from resa_lens.saes.select import half_room
+        from resa_lens.saes.train import SaeConfig
+
+        self.generator = torch.Generator().manual_seed(0)
+        atoms = torch.randn(2 * self.width, self.width, generator=self.generator)
+        self.atoms = F.normalize(atoms, dim=1)
+        self.config = SaeConfig(latents=self.latents, k=self.k, include_special=True).for_width(
+            self.width
+        )
+        self.half = half_room(self.latents, self.width, self.device)
+
+    def activations(self) -> torch.Tensor:
+        """Sparse sums of fixed directions with some noise, so that there is something to learn."""
+        kinds = 2 * self.width
+        chosen = torch.rand(self.tokens, kinds, generator=self.generator).topk(24).indices
+        sizes = torch.rand(self.tokens, 24, generator=self.generator)
+        x = torch.zeros(self.tokens, kinds).scatter_(1, chosen, sizes) @ self.atoms
+        noise = torch.randn(self.tokens, self.width, generator=self.generator)
+        return (x + 0.02 * noise).to(self.device)
+
+    def ours(self) -> Any:
+        """Return a trainer of one SAE."""
+        from resa_lens.models.hookpoints import Hookpoint
+        from resa_lens.saes.train import new_trainers
+
+        trainers = new_trainers([Hookpoint(0)], self.width, self.config, 1000, device=self.device)
+        return next(iter(trainers.values()))
+
+    def sparsify(self) -> tuple[Any, Any]:
+        """Return sparsify's coder with its optimizer, from the same weights."""
+        from schedulefree import ScheduleFreeWrapper
+        from sparsify.sign_sgd import SignSGD
+
+        from resa_lens.saes.coder import SparseCoder, SparseCoderConfig
+
+        coder = SparseCoder(self.width, SparseCoderConfig(num_latents=self.latents, k=self.k))
+        coder.load_state_dict(self.ours().coder.state_dict())
+        coder = coder.to(self.device)
+        rate = self.config.learning_rate or 0.0
+        wrapper = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=rate), momentum=0.95)
+        wrapper.train()
+        return coder, wrapper
+
+    def their_step(self, pair: tuple[Any, Any], x: torch.Tensor, autocast: bool) -> None:
+        """Take a step as sparsify's trainer does."""
+        coder, wrapper = pair
+        coder.set_decoder_norm_to_unit_norm()
+        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=autocast):
+            fvu = coder(x).fvu
+        fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        wrapper.step()
+        wrapper.zero_grad()
+
+    def seconds(self, rounds: int, trainer: Any) -> dict[str, float]:
+        """Return the median seconds of a step of each, and of one encoder product."""
+        x, device = self.activations(), self.device
+        plain, auto = self.sparsify(), self.sparsify()
+        weights = trainer.params["encoder.weight"], trainer.params["encoder.bias"]
+        bf16 = tuple(w.bfloat16() for w in weights)
+        xb = x.bfloat16()
+        return interleaved(
+            {
+                "ours": lambda: timed(lambda: trainer.step(x, self.half), device),
+                "sparsify": lambda: timed(lambda: self.their_step(plain, x, False), device),
+                "autocast": lambda: timed(lambda: self.their_step(auto, x, True), device),
+                "fp32": lambda: timed(lambda: F.linear(x, *weights), device),
+                "bf16": lambda: timed(lambda: F.linear(xb, *bf16), device),
+            },
+            rounds,
+            warm=2,
+        )
+
+
+def step_targets() -> tuple[float, float]:
+    """Return what sparsify's step, and its step under autocast, must take of ours at least."""
+    from resa_lens.saes.kernels import native_bf16
+
+    return (2.0 if native_bf16() else 1.3), 1.5
+
+
 @app.command()
 def step(
     width: int = 576,
@@ -93,70 +192,12 @@ def step(
     device: str = "cpu",
 ) -> None:
     """One SAE on given activations: ours, sparsify's as shipped, sparsify's under autocast."""
-    from schedulefree import ScheduleFreeWrapper
-    from sparsify.sign_sgd import SignSGD
-
-    from resa_lens.models.hookpoints import Hookpoint
-    from resa_lens.saes.coder import SparseCoder, SparseCoderConfig
-    from resa_lens.saes.select import half_room
-    from resa_lens.saes.train import SaeConfig, new_trainers
-
     torch.set_num_threads(threads)
     heading(device, threads)
     print(f"width {width}, {latents} latents, k {k}, {tokens} tokens a step, {rounds} rounds")
-    generator = torch.Generator().manual_seed(0)
-    atoms = F.normalize(torch.randn(2 * width, width, generator=generator), dim=1)
-
-    def activations() -> torch.Tensor:
-        """Sparse sums of fixed directions with some noise, so that there is something to learn."""
-        chosen = torch.rand(tokens, 2 * width, generator=generator).topk(24).indices
-        sizes = torch.rand(tokens, 24, generator=generator)
-        x = torch.zeros(tokens, 2 * width).scatter_(1, chosen, sizes) @ atoms
-        return (x + 0.02 * torch.randn(tokens, width, generator=generator)).to(device)
-
-    x = activations()
-    config = SaeConfig(latents=latents, k=k, include_special=True).for_width(width)
-    rate = config.learning_rate or 0.0
-
-    def ours() -> Any:
-        return next(iter(new_trainers([Hookpoint(0)], width, config, 1000, device=device).values()))
-
-    def sparsify() -> tuple[SparseCoder, ScheduleFreeWrapper]:
-        coder = SparseCoder(width, SparseCoderConfig(num_latents=latents, k=k))
-        coder.load_state_dict(ours().coder.state_dict())
-        coder = coder.to(device)
-        wrapper = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=rate), momentum=0.95)
-        wrapper.train()
-        return coder, wrapper
-
-    room = half_room(latents, width, device)
-
-    def their_step(pair: tuple[SparseCoder, ScheduleFreeWrapper], x: Any, autocast: bool) -> None:
-        coder, wrapper = pair
-        coder.set_decoder_norm_to_unit_norm()
-        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=autocast):
-            fvu = coder(x).fvu
-        fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        wrapper.step()
-        wrapper.zero_grad()
-
-    trainer, plain, auto = ours(), sparsify(), sparsify()
-    half = room
-    weights = trainer.params["encoder.weight"], trainer.params["encoder.bias"]
-    bf16 = tuple(w.bfloat16() for w in weights)
-    xb = x.bfloat16()
-    found = interleaved(
-        {
-            "ours": lambda: timed(lambda: trainer.step(x, half), device),
-            "sparsify": lambda: timed(lambda: their_step(plain, x, False), device),
-            "autocast": lambda: timed(lambda: their_step(auto, x, True), device),
-            "fp32": lambda: timed(lambda: F.linear(x, *weights), device),
-            "bf16": lambda: timed(lambda: F.linear(xb, *bf16), device),
-        },
-        rounds,
-        warm=2,
-    )
+    contest = Contest(width, latents, k, tokens, device)
+    trainer = contest.ours()
+    found = contest.seconds(rounds, trainer)
     for name, label in (
         ("ours", "resa-lens step"),
         ("sparsify", "sparsify 1.3.3 step, as shipped"),
@@ -165,32 +206,65 @@ def step(
         ("bf16", "floor: one encoder product, bf16"),
     ):
         print(f"{label:58} {1000 * found[name]:8.3g} ms")
-    from resa_lens.saes.kernels import native_bf16
-
-    verdict("sparsify / ours", found["sparsify"], found["ours"], 2.0 if native_bf16() else 1.3)
-    verdict("sparsify under autocast / ours", found["autocast"], found["ours"], 1.5)
+    targets = step_targets()
+    verdict("sparsify / ours", found["sparsify"], found["ours"], targets[0])
+    verdict("sparsify under autocast / ours", found["autocast"], found["ours"], targets[1])
     print(f"{'ours / floor (fp32, bf16 product)':58} {found['ours'] / found['fp32']:6.2f}x "
           f"{found['ours'] / found['bf16']:.2f}x")  # fmt: skip
-    pieces(trainer, x, half)
+    pieces(trainer, contest.activations(), contest.half)
     # FVU after the same tokens, from the same weights, in the averaged weights.
-    trainer, plain, auto = ours(), sparsify(), sparsify()
-    data = [activations() for _ in range(fvu_steps)]
+    trainer, plain, auto = contest.ours(), contest.sparsify(), contest.sparsify()
+    data = [contest.activations() for _ in range(fvu_steps)]
     with torch.no_grad():
         for coder, _ in (plain, auto):
             coder.b_dec.copy_(data[0].mean(0))
     for x in data:
-        trainer.step(x, half)
-        their_step(plain, x, False)
-        their_step(auto, x, True)
+        trainer.step(x, contest.half)
+        contest.their_step(plain, x, False)
+        contest.their_step(auto, x, True)
     plain[1].eval()
     auto[1].eval()
-    test = torch.cat([activations() for _ in range(4)])
+    test = torch.cat([contest.activations() for _ in range(4)])
     with torch.no_grad():
         a, b, c = (coder(test).fvu.item() for coder in (trainer.finish(), plain[0], auto[0]))
     print(
         f"FVU on {len(test)} fresh tokens after {fvu_steps * tokens} tokens: ours {a:.5f}, "
         f"sparsify {b:.5f} (ours {100 * (a / b - 1):+.2f} %, limit +1 %), autocast {c:.5f}"
     )
+
+
+SHAPES = (
+    (256, 2048, 32, 1024), (576, 4608, 32, 1024), (576, 4608, 64, 512), (768, 6144, 32, 1024),
+    (896, 7168, 32, 1024), (1000, 7001, 32, 1024), (1024, 8000, 32, 2048), (1024, 8192, 64, 1024),
+)  # fmt: skip
+"""Width, latents, k and tokens a step; of 1,000 and 7,001 no power of two is a divisor."""
+
+
+@app.command()
+def sweep(
+    shapes: Annotated[str, typer.Option(help="width,latents,k,tokens of each; by spaces.")] = "",
+    rounds: int = 7,
+    threads: Threads = 1,
+    device: str = "cpu",
+) -> None:
+    """A step at many shapes, and the worst of them against the targets."""
+    torch.set_num_threads(threads)
+    heading(device, threads)
+    chosen = [tuple(map(int, shape.split(","))) for shape in shapes.split()] or SHAPES
+    print("| width | latents | k | tokens | ours, ms | sparsify / ours | autocast / ours | "
+          "ours / bf16 product |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    ratios: list[tuple[float, float]] = []
+    for shape in chosen:
+        width, latents, k, tokens = shape
+        contest = Contest(width, latents, k, tokens, device)
+        found = contest.seconds(rounds, contest.ours())
+        ratios.append((found["sparsify"] / found["ours"], found["autocast"] / found["ours"]))
+        cells = [f"{1000 * found['ours']:.0f}", *(f"{ratio:.2f}" for ratio in ratios[-1]),
+                 f"{found['ours'] / found['bf16']:.2f}"]  # fmt: skip
+        print("|", " | ".join([*map(str, shape), *cells]), "|", flush=True)
+    targets = step_targets()
+    verdict("the worst: sparsify / ours", min(a for a, _ in ratios), 1.0, targets[0])
+    verdict("the worst: sparsify under autocast / ours", min(b for _, b in ratios), 1.0, targets[1])
 
 
 def pieces(trainer: Any, x: torch.Tensor, half: torch.Tensor | None) -> None:
@@ -227,9 +301,12 @@ def llama(width: int, layers: int, vocab: int, dtype: torch.dtype, device: str) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    # transformers refuses a number of heads that does not divide the width.
+    heads = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
+    groups = max(g for g in range(1, max(1, width // 192) + 1) if heads % g == 0)
     config = LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 192), intermediate_size=width * 8 // 3,
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, head_dim=64, intermediate_size=width * 8 // 3,
         vocab_size=vocab, max_position_embeddings=4096,
     )  # fmt: skip
     made: Any = LlamaForCausalLM(config)

@@ -41,6 +41,11 @@ def test_speed_of_a_step_and_of_a_whole_training() -> None:
     assert len(times) == 5
     assert all(float(value) > 0 for value in times)
     assert "FVU on 512 fresh tokens" in step
+    # Of 1,000 no number of heads of 64 is a divisor; 60 is narrower than one.
+    many = run("sae_speed.py", "sweep", "--shapes", "64,256,8,128 60,251,8,64", "--rounds", "2")
+    assert len(re.findall(r"^\| (?:64|60) \|", many, re.MULTILINE)) == 2
+    assert many.count("the worst:") == 2
+    shape[1] = "60"
     whole = run(
         "sae_speed.py", "end-to-end", *shape,
         "--n-layers", "3", "--steps", "2", "--batch", "2", "--sequence", "32", "--vocab", "128",
@@ -89,3 +94,22 @@ def test_waiting_for_the_app() -> None:
     times = dict(re.findall(r"^(\S.*?) +([\d.]+) s", out, re.MULTILINE))
     assert len(times) == 16
     assert all(float(seconds) > 0 for seconds in times.values())
+
+
+def test_all_parts_of_the_gpu_script_run_at_a_tiny_shape(tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    done = subprocess.run(
+        [str(ROOT / "benchmarks" / "gpu.sh"), str(table)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TINY": "1", "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + table.read_text()
+    text = table.read_text()
+    assert text.count("### ") == 8
+    assert len(re.findall(r"^    ended after \d+ s$", text, re.MULTILINE)) >= 7
+    assert "| k-th of all, by counting |" in text
+    assert "| chunked, loss and gradients |" in text
+    assert "| `doctor" in text

@@ -85,6 +85,8 @@ class Manifest(BaseModel):
     """Whether it was made with deterministic algorithms alone: the same bits on CUDA too."""
     device: str = "cpu"
     dtype: str = "float32"
+    products: str = "float32"
+    """The format in which the factors of float32 products were: float32, or TF32 on a GPU."""
     kernel_path: str = "eager"
     versions: dict[str, str] = Field(default_factory=lambda: package_versions())
     platform: str = Field(default_factory=platform.platform)

@@ -22,6 +22,7 @@ from resa_lens import claims
 from resa_lens.artifacts.artifact import Artifact, Kind, Parent, checked
 from resa_lens.artifacts.begun import record_run, restore_run, unfinished_like
 from resa_lens.artifacts.manifest import MANIFEST, SHOWN, Manifest
+from resa_lens.artifacts.placement import place
 from resa_lens.artifacts.walk import WORK
 from resa_lens.artifacts.workspace import LOCK, Workspace, has_progress
 from resa_lens.config import config_dict, result_fields
@@ -37,6 +38,7 @@ from resa_lens.machine.limits import (
     memory_errors,
     size_mb,
 )
+from resa_lens.machine.precision import products
 from resa_lens.models.host import Model, load_model
 from resa_lens.models.unloaded import UnloadedModel, read_unloaded
 from resa_lens.progress import SILENT, Advance, Reporter
@@ -44,8 +46,6 @@ from resa_lens.publishing import put_back
 from resa_lens.saes.plan import Meter
 from resa_lens.saes.world import ALONE, World
 
-NARROW = 256
-"""Up to this width one thread is faster than several: the products are too small to share."""
 SMALL_MB = 1.0
 """Of disk: a manifest, and the tables of a stage that says nothing of its own."""
 LOADING = "Use --dtype bfloat16 or a smaller model, or a machine with more memory."
@@ -96,12 +96,7 @@ class Context:
                     name, device=self.device, dtype=self.dtype, base=base, adapters=adapters,
                     scale=scale,
                 )  # fmt: skip
-            usual = 1 if model.d_model <= NARROW else max(1, torch.get_num_threads())
-            torch.set_num_threads(threads := self.threads or usual)
-            self.reporter.note(
-                f"model {model.slug}: {model.n_layers} layers x {model.d_model}, {model.dtype} on "
-                f"{model.device} ({model.reason}), {threads} thread{'s' if threads > 1 else ''}"
-            )
+            place(model, self.threads, self.reporter.note)
             model.tell = self.reporter.note
             self.models[key] = model
             for folder in dict.fromkeys((model.folder, *(a.folder for a in model.adapters))):
@@ -403,6 +398,7 @@ class Stage:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             device=model.device,
             dtype=model.dtype,
+            products=products(),
             kernel_path=f"{attention}; {draft.kernel_path}" if draft.kernel_path else attention,
             cost=spent,
             seconds=round(draft.seconds, 3) if draft.seconds is not None else 0.0,

@@ -52,6 +52,9 @@ class Eval(Planned, Adapters, AdapterBase, Questions, OnModel):
         "hf", "hf, vllm, or lighteval: hf inside lighteval, with its metric as well as ours."
     )
     merge: bool = option(False, "Engine vllm: merge adapters into the weights.")
+    replicates: int = option(
+        1, "Answer all so often with the same seeds, to see the engine's own noise.", min=1, max=100
+    )
 
     def __post_init__(self) -> None:
         """Raise BadInputError where options would do nothing, or no answers can be drawn."""
@@ -103,11 +106,13 @@ def evaluate(args: Eval) -> Outcome:
         return plan.to_dict(), plan_report(plan)
     run = eval_run(
         ctx, model, items, config, source=args.tasks, engine=args.engine,
-        lora="merged" if args.merge else "request",
+        lora="merged" if args.merge else "request", replicates=args.replicates,
     )  # fmt: skip
-    folder = str(run.artifact.path)
+    folder, noise = str(run.artifact.path), run.artifact.manifest.results.get("replicates")
     values = {**run.result.to_dict(), "folder": folder, "model": model.name}
-    return values, reports.evaluation(model.slug, run.result, folder)
+    if noise:
+        values["replicates"] = noise
+    return values, reports.evaluation(model.slug, run.result, folder, noise)
 
 
 @options("Comparison")

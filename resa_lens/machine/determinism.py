@@ -35,13 +35,18 @@ def prepare_cublas() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a call has done its work when it returns: elsewhere a look at a result waits."""
+    return tensor.device.type == "cpu"
+
+
 def sum_by_index(index: Tensor, values: Tensor, size: int) -> Tensor:
     """Return the sum of the values of each index, as a weighted bincount does.
 
-    On CUDA that adds in any order; `index_add_` sorts first where deterministic algorithms are
-    asked for.
+    On CUDA that waits for the largest index, and adds in any order; `index_add_` does not wait, and
+    sorts first where deterministic algorithms are asked for.
     """
-    if _replaced(values):
+    if not on_cpu(values):
         return values.new_zeros(size).index_add_(0, index, values)
     return torch.bincount(index, values, minlength=size)
 

@@ -9,8 +9,8 @@ builds a [row, k, d_in] or [row, d_sae] temporary:
 - `by_latent`: the pairs sorted by latent, so that a weight gradient is `weighted_rows` again, over
   segments, in place of scattered adds.
 
-On a CUDA device `pair_dots` is a Triton kernel where Triton is installed, and a gather in pieces
-where it is not.
+On a CUDA device `pair_dots` is a Triton kernel where a trial of it succeeds, and a gather in pieces
+where it does not.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from resa_lens.machine import determinism
+
 GATHER_BYTES = 64 * 2**20
 """Largest temporary of the gather that stands in where there is no better kernel."""
+
+CACHE_BYTES = 2**20
+"""Of a core's cache: what is worked on at once."""
 
 
 @cache
@@ -39,16 +44,32 @@ def native_bf16() -> bool:
 
 
 @cache
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+def triton_failure(device: str) -> str | None:
+    """Try the Triton kernel on a device; return why it cannot be used, None where it can.
+
+    That Triton is installed says little: it needs a compiler, a driver and a card that it knows.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "it is not installed"
+    try:
+        from resa_lens.saes.triton_kernels import pair_dots_triton
+
+        a = torch.arange(1.0, 33.0, device=device).view(2, 16)
+        starts, latents = (torch.tensor(v, device=device) for v in ([0, 2, 3], [1, 0, 1]))
+        products = pair_dots_triton(a, a, starts, latents)
+        if not torch.allclose(products, pair_dots_gather(a, a, starts, latents)):
+            return "its products are wrong on this machine"
+    except Exception as error:  # noqa: BLE001 - its compiler raises what it likes
+        text = " ".join(str(error).split()) or "no reason given"
+        return f"{type(error).__name__}: {text[:160]}"
+    return None
 
 
 def kernel_path(device: str) -> str:
     """Name the kernels in use: a run is only resumed on the ones it began with."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device).replace(" ", "-")
-        return f"{name}, {'triton' if has_triton() else 'eager'}"
+        return f"{name}, {'eager' if triton_failure(device) else 'triton'}"
     product = "bf16 candidates" if native_bf16() else "fp32"
     return f"cpu {torch.backends.cpu.get_cpu_capability()}, {product}"
 
@@ -56,7 +77,13 @@ def kernel_path(device: str) -> str:
 def row_starts(rows: Int[Tensor, " pair"], n_rows: int) -> Int[Tensor, " n_rows+1"]:
     """Return where each row begins among pairs that are sorted by row."""
     starts = torch.zeros(n_rows + 1, dtype=torch.long, device=rows.device)
-    torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=starts[1:])
+    if determinism.on_cpu(rows):
+        counts = torch.bincount(rows, minlength=n_rows)
+    else:
+        # There bincount waits, to see the largest index.
+        counts = torch.zeros(n_rows, dtype=torch.long, device=rows.device)
+        counts.index_add_(0, rows, torch.ones_like(rows))
+    torch.cumsum(counts, 0, out=starts[1:])
     return starts
 
 
@@ -75,7 +102,7 @@ def pair_dots(
         latents: the pairs' latents, row by row.
     """
     if a.device.type == "cuda":
-        if has_triton():
+        if not triton_failure(str(a.device)):
             from resa_lens.saes.triton_kernels import pair_dots_triton
 
             return pair_dots_triton(a, b, starts, latents)
@@ -108,6 +135,24 @@ def pair_dots_gather(
         (a[r] * b[m]).sum(1) for r, m in zip(rows.split(piece), latents.split(piece), strict=True)
     ]
     return torch.cat(dots) if dots else a.new_zeros(0)
+
+
+def row_dots(a: Float[Tensor, "row d"], b: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
+    """Return a[row] . b[row], to the bits of `linalg.vecdot`.
+
+    On a CPU in pieces that stay in the cache: there vecdot writes out all products first, as many
+    as there are weights, which takes five to fifteen times as long.
+    """
+    if not determinism.on_cpu(a):
+        return torch.linalg.vecdot(a, b)
+    dots = a.new_empty(len(a))
+    size = max(1, CACHE_BYTES // (a.shape[1] * a.element_size()))
+    products = torch.empty_like(a[:size])
+    for row in range(0, len(a), size):
+        part = slice(row, row + size)
+        piece = torch.mul(a[part], b[part], out=products[: len(a[part])])
+        torch.sum(piece, 1, out=dots[part])
+    return dots
 
 
 def weighted_rows(

@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from resa_lens.machine import determinism
 from resa_lens.machine.determinism import sum_by_index
 from resa_lens.saes.coder import ACTIVATIONS, Coder
-from resa_lens.saes.kernels import by_latent, pair_dots, row_starts, weighted_rows
+from resa_lens.saes.kernels import by_latent, pair_dots, row_dots, row_starts, weighted_rows
 from resa_lens.saes.select import (
     Active,
     Encoder,
@@ -32,6 +33,7 @@ from resa_lens.saes.select import (
     largest_of_each_row,
     topk,
 )
+from resa_lens.saes.static import PLACES, largest_places, topk_places
 from resa_lens.saes.world import ALONE, World
 
 MULTI_TOPK = 4
@@ -69,6 +71,8 @@ class Step(NamedTuple):
     centred: Float[Tensor, "row d_in"]
     terms: tuple[Term, ...]
     """The first is the reconstruction's own."""
+    overflow: Bool[Tensor, ""] | None = None
+    """Whether a selection in places had too few of them: take the step again, without places."""
 
 
 def total_variance(x: Float[Tensor, "row d_in"], world: World = ALONE) -> Float[Tensor, ""]:
@@ -87,6 +91,7 @@ def forward_step(
     half: tuple[Tensor, Tensor] | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
     world: World = ALONE,
+    places: bool = False,
 ) -> Step:
     """Return the losses on a batch and the terms of their gradients.
 
@@ -97,6 +102,7 @@ def forward_step(
         half: encoder weights and bias in bfloat16, for the search of candidates.
         dead: latents that AuxK revives.
         world: over whose rows the losses are taken.
+        places: select in shapes that the data do not decide (static.py); AuxK does not.
     """
     weight, bias, W_dec = coder.encoder.weight, coder.encoder.bias, coder.W_dec
     assert W_dec is not None
@@ -104,12 +110,15 @@ def forward_step(
     centred = x - coder.b_dec
     variance = total_variance(x, world).clamp_min(torch.finfo(x.dtype).tiny)
     k, n_rows = coder.cfg.k, x.shape[0]
-    wide = None
+    wide, overflow = None, None
     if loss.multi_topk:
-        wide = topk(encoder, centred, min(MULTI_TOPK * k, coder.num_latents))
-        active = largest_of_each_row(*wide, n_rows, k)
-        if coder.cfg.activation != "topk":
-            active = _select(coder, encoder, centred, world)
+        widest = min(MULTI_TOPK * k, coder.num_latents)
+        wide = (topk_places if places else topk)(encoder, centred, widest)
+    if wide is not None and coder.cfg.activation == "topk":
+        largest = largest_places(wide, n_rows, k) if places else None
+        active = largest or largest_of_each_row(*wide, n_rows, k)
+    elif places:
+        active, overflow = PLACES[coder.cfg.activation](encoder, centred, k)
     else:
         active = _select(coder, encoder, centred, world)
     rebuilt = weighted_rows(W_dec, row_starts(active.rows, n_rows), active.latents, active.values)
@@ -137,9 +146,12 @@ def forward_step(
         auxk = scale * world.sum_(off.pow(2).sum()) / variance
         # The error is a constant here: AuxK may not pull at the living latents.
         terms.append(_term(revived, off.mul_(2 * loss.auxk_alpha * scale / variance), W_dec, False))
-    fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device)
-    fired[active.latents] = True
-    return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms))
+    if places:
+        fired = sum_by_index(active.latents, (active.values > 0).float(), coder.num_latents) > 0
+    else:
+        fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device)
+        fired[active.latents] = True
+    return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms), overflow)
 
 
 def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Active:
@@ -158,7 +170,11 @@ def _term(
     active: Active, pull: Float[Tensor, "row d_in"], W_dec: Tensor, with_b_dec: bool = True
 ) -> Term:
     starts = row_starts(active.rows, pull.shape[0])
-    return Term(active, pair_dots(pull, W_dec, starts, active.latents), pull, with_b_dec)
+    slope = pair_dots(pull, W_dec, starts, active.latents)
+    if not determinism.on_cpu(slope):
+        # A place that nothing took has no slope.
+        slope = torch.where(active.values > 0, slope, 0)
+    return Term(active, slope, pull, with_b_dec)
 
 
 @torch.no_grad()
@@ -185,7 +201,7 @@ def gradients(coder: Coder, step: Step, world: World = ALONE) -> Iterator[tuple[
         weighted_rows(t.pull, s.starts, s.rows, t.active.values[s.order]) for s, t in sorted_terms
     )
     world.sum_(decoder)
-    along = torch.linalg.vecdot(decoder, W_dec)
+    along = row_dots(decoder, W_dec)
     decoder.addcmul_(W_dec, along[:, None], value=-1)
     yield "W_dec", decoder
     del decoder

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resa_lens.errors import BadInputError, DivergedError
+from resa_lens.machine import determinism
 from resa_lens.models.activations import ordinary, special_ids, stream_activations
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
@@ -133,10 +135,20 @@ class LayerTrainer:
         if self.loss.auxk_alpha and self.fvus:
             dead = self.since_fired >= self.window
         encoder = self.params["encoder.weight"], self.params["encoder.bias"]
-        figures = forward_step(
-            coder, x, self.loss, half=half_precision(*encoder, half), dead=dead, world=world
-        )
-        fvu = figures.fvu.item()
+        forward = partial(
+            forward_step, coder, x, self.loss, half=half_precision(*encoder, half), dead=dead,
+            world=world,
+        )  # fmt: skip
+        alone = world.size == 1 or coder.cfg.activation == "topk"
+        figures = forward(places=alone and not determinism.on_cpu(x))
+        # The one look at the device in a step.
+        if figures.overflow is None:
+            fvu = figures.fvu.item()
+        else:
+            fvu, overflow = torch.stack([figures.fvu, figures.overflow.float()]).tolist()
+            if overflow:
+                figures = forward()
+                fvu = figures.fvu.item()
         self.fvus.append(fvu)
         if not math.isfinite(fvu):
             return fvu
@@ -148,10 +160,12 @@ class LayerTrainer:
         self.optimizer.begin(rate)
         for name, gradient in gradients(coder, figures, world):
             self.optimizer.update(name, gradient)
+            # Or it would live on while the next one is made, which may be as large.
+            del gradient
         rows = world.rows(x)
         self.tokens += rows
         self.since_fired += rows
-        self.since_fired[figures.fired] = 0
+        self.since_fired.masked_fill_(figures.fired, 0)
         if coder.cfg.activation == "batchtopk":
             self.last = x
         return fvu

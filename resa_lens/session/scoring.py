@@ -196,6 +196,7 @@ class Scoring(Workbench):
         *,
         setting: str = "greedy",
         engine: str = "hf",
+        replicates: int = 1,
         question_column: str | None = None,
         answer_column: str | None = None,
         **options: Any,
@@ -211,6 +212,8 @@ class Scoring(Workbench):
             tasks: "tiny", benchmarks such as "math500", or a file of questions, comma-separated.
             setting: what the options default to: "greedy", or "paper" (sampled, 32,768 new tokens).
             engine: "hf", "vllm" or "lighteval".
+            replicates: how often all is answered, to see the engine's own noise
+                (`scores.manifest.results["replicates"]`).
             question_column: of a file of questions, where its name is not a usual one.
             answer_column: the same for the answer.
             options: fields of `EvalConfig` and `GenerationConfig`.
@@ -229,6 +232,7 @@ class Scoring(Workbench):
         run = eval_run(
             ctx, whole, items, config, source=tasks,
             engine=engine,  # pyright: ignore[reportArgumentType]
+            replicates=replicates,
         )  # fmt: skip
         return Scores(run, model.name)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from resa_lens.artifacts.artifact import Artifact
@@ -78,13 +79,14 @@ def count_run(
     )
 
     def work(draft: Draft) -> None:
-        # Encoders alone: half of the files.
-        sizes = saes.size_mb(places).values()
-        draft.expect((sum(sizes) if control else 2 * max(sizes)) / 2, 0)
+        # Encoders alone, half of the files: one, and the next one while it loads.  A random coder
+        # stands beside the one whose size it has, with both of its matrices and their draws.
+        largest = max(saes.size_mb(places).values())
+        draft.expect((2.5 if control else 1) * largest, 0)
         with ctx.metered():
             coders = saes.each(model, layers, decoder=False)
             if control:
-                coders = {p: random_coder(coder, ctx.seed) for p, coder in coders.items()}
+                coders = replace(coders, control=partial(random_coder, seed=ctx.seed))
             counts = count_features(model, coders, config)
         draft.results = {
             "layers": [c.to_dict() for c in counts.layers],

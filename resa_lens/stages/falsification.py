@@ -36,7 +36,7 @@ from resa_lens.saes.baselines import random_weights_model
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.counts import CountRun
 from resa_lens.stages.sae_training import train_run
-from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.saes import SaeRun, in_groups
 from resa_lens.stages.stability import seed_runs
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
@@ -266,15 +266,27 @@ def _try(
     anew: bool = False,
 ) -> _Tried:
     """Try the counted features, or with `anew` those that the same count names in other SAEs."""
-    coders = run.coders(model, [item.layer for item in counts.layers], decoder=False)
+    layers = [item.layer for item in counts.layers]
+    coders = run.each(model, layers, decoder=False)
     if anew:
         counts = count_features(model, coders, counts.config)
     by_layer = {item.layer: item for item in counts.layers}
     rules = {point: union_of_rules(by_layer[point.layer]) for point in coders}
     listed = {point: tuple(features) for point, features in rules.items()}
     total = sum(map(len, listed.values()))
-    with ctx.bar(f"trying {total} {what} on {len(texts)} texts", len(texts)) as advance:
-        responses = respond(model, coders, listed, texts, advance)
+    responses = Responses(tuple(texts), {}, {})
+    with ctx.bar(
+        f"trying {total} {what} on {len(texts)} texts", len(texts) * len(layers)
+    ) as advance:
+        for group in in_groups(run, model, layers, decoder=False):
+            size = len(group)
+            some = respond(
+                model, group, listed, texts, lambda done, size=size: advance(done * size)
+            )
+            responses = replace(
+                responses, values={**responses.values, **some.values},
+                features={**responses.features, **some.features},
+            )  # fmt: skip
     return _Tried(rules, responses, {layer: item.active for layer, item in by_layer.items()})
 
 

@@ -30,7 +30,13 @@ from resa_lens.stages.sae_plan import plan_run
 from resa_lens.stages.saes import SaeRun, find_saes, fit_corpus, open_saes
 from resa_lens.stages.scores import answers_mb
 from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
-from resa_lens.stages.trials import AnswersTrial, TuningTrial, try_answers, try_tuning
+from resa_lens.stages.trials import (
+    AnswersTrial,
+    TuningTrial,
+    try_answers,
+    try_looks,
+    try_tuning,
+)
 from resa_lens.stages.tune_job import TuneJob, with_sequence
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.sft import KINDS
@@ -321,6 +327,7 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
         answers_part("answers of the base", trials.questions, trials.config, trials.base),
         _tuning_part(job, trials, n),
         answers_part("answers of the tuned", trials.questions, trials.config, answers, n),
+        *_looks(ctx, config, trials, layers),
     ]  # fmt: skip
     each = trials.tuning.update.seconds * trials.steps + answers.time.seconds
     per_layer = n / max(1, len(layers))
@@ -332,6 +339,28 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
         *_tuning_levers(job, trials),
         f"a smaller --limit: half as many answers take {duration(n * answers.time.seconds / 2)}",
     ]
-    notes = ["counts, causal effects and probes are not in it: a few documents a layer"]
     work = max(trials.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
-    return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work, notes=notes)
+    return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work)
+
+
+def _looks(ctx: Context, config: SweepConfig, trials: _Trials, layers: Sequence[int]) -> list[Part]:
+    """Return the parts that a sweep's tables take besides its tunings and answers."""
+    if not layers:
+        return []
+    job, target = config.tune, trials.target
+    source = ctx.model(job.source_model) if job.source_model else target
+    point = Hookpoint(layers[len(layers) // 2], job.objective.site)
+    looks = try_looks(
+        source, target, point, trials.saes.coder, job, layers, effects=config.effects,
+        probes=config.probes,
+    )  # fmt: skip
+    named = (
+        ("counts", looks.counts, True),
+        ("causal effects", looks.effects * len(layers), config.effects),
+        ("probes of the layers", looks.probes, config.probes),
+    )
+    return [
+        part_of(name, len(layers), "layers", time, looks.peak_memory_mb)
+        for name, time, included in named
+        if included
+    ]

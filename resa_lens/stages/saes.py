@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,12 +45,15 @@ class EachCoder(Mapping[Hookpoint, SparseCoder]):
     model: Model
     points: tuple[Hookpoint, ...]
     decoder: bool = True
+    control: Callable[[SparseCoder], SparseCoder] = lambda coder: coder
+    """What stands in the place of each coder."""
 
     def __getitem__(self, point: Hookpoint) -> SparseCoder:
         """Load the coder of a place."""
         if point not in self.points:
             raise KeyError(point)
-        return self.run.coders(self.model, [point.layer], decoder=self.decoder)[point]
+        coder = self.run.coders(self.model, [point.layer], decoder=self.decoder)[point]
+        return self.control(coder)
 
     def __iter__(self) -> Iterator[Hookpoint]:
         """Go through the places."""
@@ -161,7 +164,7 @@ class SaeRun:
 
     def each(
         self, model: Model, layers: Sequence[int] | None = None, *, decoder: bool = True
-    ) -> Mapping[Hookpoint, SparseCoder]:
+    ) -> EachCoder:
         """Return the coders of `coders` as a mapping that loads one whenever it is looked up.
 
         It keeps none: in a loop over its items one is alive, and the next one while it loads.

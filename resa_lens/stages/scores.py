@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +16,8 @@ import torch
 
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.kinds.eval import Eval
-from resa_lens.artifacts.stage import NARROW, Context, Draft
+from resa_lens.artifacts.placement import NARROW
+from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, DamagedError
@@ -45,6 +45,7 @@ from resa_lens.machine.plans import HOUR, duration
 from resa_lens.models.host import Model
 from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.saes.checkpoint import machine
+from resa_lens.stages.replicates import generated_by, replicate_noise
 from resa_lens.stats import PairedComparison, compare_paired
 from resa_lens.texts.records import Record, doubts
 
@@ -192,6 +193,7 @@ def eval_run(
     label: str = "",
     engine: EngineName = "hf",
     lora: Lora = "request",
+    replicates: int = 1,
 ) -> EvalRun:
     """Score a model on the questions, go on with a killed run, or read the finished one.
 
@@ -204,6 +206,7 @@ def eval_run(
         label: what the model is called in messages.
         engine: what generates.
         lora: of engine vllm, how an adapter gets into it.
+        replicates: how often all is answered; the others than the first show the noise alone.
 
     Raises:
         BadInputError: an engine that is not installed, or what the engine or the prompts refuse.
@@ -233,9 +236,14 @@ def eval_run(
         fitting, left_out = answerable(asked, model.tokenizer, model.context)
         if left_out:
             ctx.note_once([unanswerable_text(left_out, len(items), model)])
-        _answered(ctx, model, fitting, left_out, config, engine, lora, label or model.slug, draft)
+        _answered(
+            ctx, model, fitting, left_out, config, engine, lora, label or model.slug, draft,
+            replicates,
+        )  # fmt: skip
 
     artifact = stage.obtain(work, doing="answering")
+    if replicates > 1 and "replicates" not in artifact.manifest.results:
+        ctx.reporter.note("the scores were there, without replicates; --force asks all again")
     return EvalRun(artifact, read_result(artifact))
 
 
@@ -283,6 +291,7 @@ def _answered(
     lora: Lora,
     label: str,
     draft: Draft,
+    replicates: int,
 ) -> None:
     """Generate and grade, and fill the draft."""
     work = draft.work
@@ -325,6 +334,10 @@ def _answered(
             else:
                 generations = answer(asked)
         graded = score(asked, generations, extraction=config.extraction)
+        noise = {}
+        if replicates > 1:
+            again = replicate_noise(ctx, generator, asked, config, graded, replicates)
+            noise = {"replicates": again}
     result = replace(graded, seconds=log.seconds + graded.seconds, peer=peer, unanswerable=left_out)
     if result.timed_out:
         ctx.reporter.note(
@@ -336,8 +349,9 @@ def _answered(
         "model": model.name,
         "slug": model.slug,
         "engine": engine,
-        "generated_by": _generated_by(model, config, engine),
+        "generated_by": generated_by(model, config, engine),
         "threads_probe": log.settings["probe"],
+        **noise,
     }
     draft.seconds = result.seconds
     draft.threads = log.settings["threads"]
@@ -345,18 +359,6 @@ def _answered(
     draft.write(lambda target: evals_run.write_samples(result, target / "samples.parquet"))
     if engine == "lighteval":
         draft.write(lambda target: shutil.move(work / "lighteval", target / "lighteval"))
-
-
-def _generated_by(model: Model, config: EvalConfig, engine: EngineName) -> str:
-    """Say what decides an answer's last bits, and so some answers, besides model and questions."""
-    package = "vllm" if engine == "vllm" else "transformers"
-    parts = [f"{package} {metadata.version(package)}"]
-    # In float32 the batch is below what a token's choice feels; vllm makes batches of its own.
-    if engine != "vllm" and model.dtype != "float32":
-        parts.append(f"batches of {config.generation.batch_size}")
-    if engine == "vllm":
-        parts.append("tensor parallel over 1")
-    return ", ".join(parts)
 
 
 LONG_ANSWERS = 8192

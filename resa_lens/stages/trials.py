@@ -1,4 +1,4 @@
-"""Short trials of long work, on the model that will do it: answers, and updates of a tuning."""
+"""Short trials of long work, on the model that will do it: answers, updates of a tuning, looks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from torch import Tensor
 from resa_lens.artifacts.stage import Context
 from resa_lens.evals.engines import HFEngine
 from resa_lens.evals.run import Asked, EvalConfig, score
+from resa_lens.features.effects import causal_effects
+from resa_lens.features.exclusive import count_features
 from resa_lens.machine.plans import Trial, timed
+from resa_lens.models.activation_change import activation_change
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
 from resa_lens.saes.baselines import Replacement, substitute
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.plan import Meter
-from resa_lens.stages.saes import fit_corpus
+from resa_lens.stages.attribution import CONTROLS, EFFECT_TOKENS, document_batches, held_out
+from resa_lens.stages.layer_probes import documents
+from resa_lens.stages.saes import fit_corpus, phased_corpus
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import Record
 from resa_lens.tuning.collapse import LOOKS
+from resa_lens.tuning.gradient_probe import gradient_probe
 from resa_lens.tuning.train import save_adapter, tune
 
 ANSWER_SECONDS = 20.0
@@ -155,3 +161,64 @@ def try_tuning(
     looks = sorted((t for what, t in spans if what == "begun"), key=lambda t: t.seconds)
     # The slowest is the first.
     return TuningTrial(steps[(len(steps) - 1) // 2], looks[0] * LOOKS, peak[0], answers)
+
+
+@dataclass(frozen=True)
+class LooksTrial:
+    """What the tables of a sweep take besides its tunings."""
+
+    counts: Trial
+    """Of all layers."""
+    effects: Trial
+    """Of one layer; none where no effects are measured."""
+    probes: Trial
+    """Of all layers; none where nothing is probed."""
+    peak_memory_mb: float
+
+
+def try_looks(
+    source: Model,
+    target: Model,
+    point: Hookpoint,
+    coder: SparseCoder,
+    job: TuneJob,
+    layers: Sequence[int],
+    *,
+    effects: bool,
+    probes: bool,
+) -> LooksTrial:
+    """Count at one layer, and measure its effect and the probes on a few batches.
+
+    Args:
+        source: the SAEs' model.
+        target: the model that is tuned.
+        point: the layer that is tried.
+        coder: an SAE of the size of its own.
+        job: what the sweep's tunings share.
+        layers: of the sweep, 0-based.
+        effects: whether causal effects are measured.
+        probes: whether gradients, and changes of activations, are.
+    """
+    device, times = source.device, dict.fromkeys(("counts", "effects", "probes"), Trial())
+    with Meter(device).peak() as peak:
+        with timed(device) as trial:
+            count_features(source, {point: coder})
+        times["counts"] = trial[0] * len(layers)
+        if effects:
+            corpus = phased_corpus(job.trigger, source)
+            batches = document_batches(source, held_out(corpus), corpus, EFFECT_TOKENS)
+            some = batches[: max(1, len(batches) // 8)]
+            with timed(device) as trial:
+                causal_effects(source, {point: coder}, {point.layer: (0,)}, some, controls=CONTROLS)
+            times["effects"] = trial[0] * (len(batches) / len(some))
+        if probes:
+            texts = documents(target, job.elicitation)
+            # Two: of one there is no standard error.
+            some = texts[:2]
+            with timed(device) as trial:
+                gradient_probe(target, some)
+                if source is not target:
+                    points = [Hookpoint(layer, point.site) for layer in layers]
+                    activation_change(source, target, some, points)
+            times["probes"] = trial[0] * (len(texts) / len(some))
+    return LooksTrial(**times, peak_memory_mb=peak[0])

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resa_lens.saes import kernels
 from resa_lens.saes.kernels import (
     by_latent,
+    kernel_path,
     native_bf16,
     pair_dots,
     pair_dots_gather,
@@ -59,6 +62,17 @@ def test_by_latent_turns_the_pattern_around() -> None:
     assert torch.equal(wide.order, turned.order)
 
 
+@pytest.mark.parametrize("shape", [(40, 12), (300, 7), (701, 1000), (2048, 256)])
+def test_row_dots_are_vecdot_s_to_the_bit(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = torch.randn(shape), torch.randn(shape)
+    expected = torch.linalg.vecdot(a, b)
+    for size in (1, 2**12, 2**20):
+        monkeypatch.setattr(kernels, "CACHE_BYTES", size)
+        assert torch.equal(kernels.row_dots(a, b), expected)
+
+
 def test_says_whether_the_cpu_has_bfloat16() -> None:
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
@@ -96,3 +110,41 @@ def test_triton_agrees_with_eager() -> None:
         check=False,
     )
     assert done.stdout.strip() == "agree", done.stderr
+
+
+def fake_triton(monkeypatch: pytest.MonkeyPatch, kernel: object) -> None:
+    kernels.triton_failure.cache_clear()
+    found = importlib.util.find_spec("json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    module = SimpleNamespace(pair_dots_triton=kernel)
+    monkeypatch.setitem(sys.modules, "resa_lens.saes.triton_kernels", module)
+
+
+def broken(*_: object) -> torch.Tensor:
+    raise RuntimeError("Failed to find C compiler.\n  Please specify\n  via CC")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (pair_dots_gather, None),
+        (broken, "RuntimeError: Failed to find C compiler. Please specify via CC"),
+        (lambda a, *_: a.new_zeros(3), "its products are wrong on this machine"),
+    ],
+    ids=["works", "no compiler", "wrong"],
+)
+def test_triton_is_tried_and_not_only_found(
+    kernel: object, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_triton(monkeypatch, kernel)
+    assert kernels.triton_failure("cpu") == reason
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T")
+    monkeypatch.setattr(kernels, "triton_failure", lambda device: reason)
+    assert kernel_path("cuda") == f"NVIDIA-T, {'eager' if reason else 'triton'}"
+
+
+def test_without_triton_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.triton_failure.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert kernels.triton_failure("cpu") == "it is not installed"
+    kernels.triton_failure.cache_clear()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from resa_lens.machine import determinism
 from resa_lens.saes import select
 from resa_lens.saes.select import Active, Encoder, above, batch_topk, half_precision, topk
 
@@ -39,7 +41,7 @@ def by_rows(pre: torch.Tensor, k: int) -> torch.Tensor:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU's partition, and the form that other devices take, run here on the CPU."""
     if request.param == "torch":
-        monkeypatch.setattr(select, "_on_cpu", lambda tensor: False)
+        monkeypatch.setattr(determinism, "on_cpu", lambda tensor: False)
     return request.param
 
 
@@ -126,3 +128,34 @@ def test_half_is_left_out_where_the_cpu_lacks_it(monkeypatch: pytest.MonkeyPatch
     made = half_precision(held.weight, held.bias)
     assert made is not None
     assert made[0].dtype == torch.bfloat16
+
+
+def partitioned(numbers: np.ndarray, count: int, smallest: np.generic) -> np.ndarray:
+    """The rule as it is said: all numbers from the count-th largest of their row on."""
+    limit = np.sort(numbers, axis=1)[:, -count]
+    return np.flatnonzero(numbers >= np.maximum(limit, smallest)[:, None])
+
+
+@pytest.mark.parametrize("latents", [300, 512 * 4, 512 * 5 + 7, 4608])
+@pytest.mark.parametrize("count", [1, 48, 200])
+@pytest.mark.parametrize("kind", ["random", "tied", "negative", "few", "same", "one group"])
+def test_maxima_of_groups_change_no_selection(kind: str, count: int, latents: int) -> None:
+    generator = np.random.default_rng(0)
+    drawn = generator.standard_normal((9, latents)).astype(np.float32)
+    if kind == "tied":
+        drawn = np.round(drawn * 2) / 2
+    elif kind == "negative":
+        drawn = -np.abs(drawn) - np.float32(0.1)
+    elif kind == "few":
+        drawn[:, count // 2 :] = -1
+    elif kind == "same":
+        drawn[:] = 1
+    elif kind == "one group":
+        # All the largest are where a group's maximum says least of them.
+        drawn[:, ::512] += 50
+    for numbers, smallest in (
+        (drawn, np.nextafter(np.float32(0), np.float32(1))),
+        (torch.from_numpy(drawn).bfloat16().view(torch.int16).numpy(), np.int16(1)),
+    ):
+        expected = partitioned(numbers, count, smallest)
+        assert np.array_equal(select._reaching(numbers, count, smallest), expected)

@@ -27,8 +27,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], list[str]]] = {
          "answers of the base", "answers of the tuned"],
     ),
     "sweep": (
-        ("--layers", "5,6", "--seeds", "3", *SAE, *ASKED, "--steps", "7", "--no-start-check"),
-        ["training 2 SAEs", "checkpoints", "answers of the base", "tuning", "answers of the tuned"],
+        ("--layers", "5,6", "--seeds", "3", *SAE, *ASKED, "--steps", "7", "--no-start-check",
+         "--probes"),
+        ["training 2 SAEs", "checkpoints", "answers of the base", "tuning", "answers of the tuned",
+         "counts", "causal effects", "probes of the layers"],
     ),
     "insert": (
         ("--layers", "5", *SAE, *ASKED, "--text-tokens", "512"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from resa_lens.progress import SILENT
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.formats import save_coder
 from resa_lens.saes.train import SaeConfig
+from resa_lens.stages import falsification
 from resa_lens.stages import saes as module
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.recommendation import sae_quality
@@ -166,7 +168,7 @@ def test_saes_on_the_asked_data_come_before_newer_ones(
 def test_layers_are_loaded_one_after_the_other(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counting, the selectors' quality and mode pretrained: bytes of the SAEs that are alive."""
+    """Counting, trials of features, the selectors' quality, mode pretrained."""
     layers = range(2, 5)
     for layer in layers:
         save_coder(coder(layer), tmp_path / "s" / f"layers.{layer}.mlp", "sparsify")
@@ -186,8 +188,11 @@ def test_layers_are_loaded_one_after_the_other(
     ctx = Context(Workspace(tmp_path / "w"))
     run = opened(tmp_path / "s", tiny, tmp_path)
     one = sum(t.nbytes for t in coder(2).state_dict().values())
+    counts = count_run(ctx, tiny, run, CountConfig(), None)
     for work in (
-        lambda: count_run(ctx, tiny, run, CountConfig(), None),
+        lambda: count_run(replace(ctx, force=True), tiny, run, CountConfig(), None),
+        lambda: count_run(ctx, tiny, run, CountConfig(), None, control="random"),
+        lambda: falsification._try(ctx, tiny, run, counts.counts, [], "features", anew=True),
         lambda: sae_quality(tiny, run, CorpusConfig(), layers).measure(),
         lambda: train_run(
             ctx, tiny, list(layers), SaeConfig(mode="pretrained"), CorpusConfig(),
@@ -198,5 +203,5 @@ def test_layers_are_loaded_one_after_the_other(
         peaks.clear()
         work()
         assert len(peaks) >= len(layers)
-        # One, and the next one while it is loaded.
+        # One, and the next one while it is loaded: bytes of the SAEs that are alive.
         assert max(peaks) <= 2 * one

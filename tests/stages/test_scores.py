@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from resa_lens.machine.plans import HOUR, Trial
 from resa_lens.models.host import load_model
 from resa_lens.progress import Reporter
 from resa_lens.resources import data_path
-from resa_lens.stages import trials
+from resa_lens.stages import replicates, trials
 from resa_lens.stages.scores import check_engine, eval_run, load_eval_items, read_eval
 from resa_lens.stages.trials import AnswersTrial
 
@@ -241,6 +242,34 @@ def test_the_papers_setting_by_command(tmp_path):
     assert evaluated["chat_template"] is True
     assert (evaluated["generation"]["temperature"], evaluated["generation"]["top_p"]) == (0.6, 0.95)
     assert evaluated["generation"]["max_new_tokens"] == 60  # given, so not the setting's
+
+
+def test_replicates_of_greedy_answers_with_hf_have_no_noise(tmp_path):
+    ctx, model = context(tmp_path), load_model("tiny-reasoner")
+    run = eval_run(ctx, model, ITEMS[:3], CONFIG, replicates=3)
+    noise = run.artifact.manifest.results["replicates"]
+    assert noise == {"accuracies": [run.result.accuracy] * 3, "sd": 0.0, "flips": 0.0}
+    # The noise is no part of what an evaluation is: asked once, it is the same one.
+    assert eval_run(ctx, model, ITEMS[:3], CONFIG).artifact.path == run.artifact.path
+
+
+def test_an_engine_that_answers_otherwise_has_its_noise_measured(tmp_path):
+    """One answer of four is right in one replicate of three."""
+    asked = [SimpleNamespace(prompt="", stream=(n,)) for n in range(4)]
+    rounds = iter([[1, 0, 1, 1], [1, 0, 0, 1]])
+
+    def graded(verdicts):
+        return SimpleNamespace(samples=[{"correct": bool(right)} for right in verdicts])
+
+    engine = SimpleNamespace(generate=lambda *_, **__: next(rounds))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicates, "score", lambda asked, answers, extraction: graded(answers))
+        noise = replicates.replicate_noise(
+            context(tmp_path), engine, asked, CONFIG, graded([1, 0, 0, 1]), 3
+        )
+    assert noise["accuracies"] == [0.5, 0.75, 0.5]
+    assert noise["flips"] == 0.25
+    assert noise["sd"] == pytest.approx(0.1443, abs=1e-4)
 
 
 def test_long_answers_are_announced_in_hours_where_they_take_some(tmp_path, monkeypatch):

@@ -197,7 +197,7 @@ class Bench:
         if self._loaded is None or self._loaded[:2] != (name, _state(self._read)):
             import torch
 
-            from resa_lens.artifacts.stage import NARROW
+            from resa_lens.artifacts.placement import NARROW
             from resa_lens.evals.engines import HFEngine
             from resa_lens.models.host import load_model
 

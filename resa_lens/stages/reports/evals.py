@@ -25,11 +25,19 @@ def _named(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
             for name, score in scores.items()]  # fmt: skip
 
 
-def evaluation(name: str, result: EvalResult, folder: str) -> Iterator[Any]:
-    """Yield the scores of an evaluation, whole and by level and task."""
+def evaluation(
+    name: str, result: EvalResult, folder: str, noise: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Yield the scores of an evaluation, whole and by level and task, and of its replicates."""
     levels = {f"level {level}": score for level, score in sorted(result.by_level.items())}
     rows = _named({"all": result, **levels, **result.by_task})
     yield grid(name, rows, {"": lambda row: row[""], **SCORE})
+    if noise:
+        yield (
+            f"{len(noise['accuracies'])} replicates: accuracy has a standard deviation of "
+            f"{100 * noise['sd']:.2f} points, {100 * noise['flips']:.1f} % of the answers change "
+            "sides"
+        )
     if result.peer:
         yield (
             f"{result.peer['harness']} ({result.peer['metric']}): "
