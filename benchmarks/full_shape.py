@@ -23,6 +23,7 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -56,10 +57,11 @@ def write_model(folder: Path, layers: int, width: int, vocabulary: int) -> None:
     from resa_lens.resources import data_path
 
     heads = max(1, width // 128)
-    config = Qwen2Config(  # pyright: ignore[reportCallIssue]
+    sizes: dict[str, Any] = {"head_dim": min(128, width // heads)}
+    config = Qwen2Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 35 // 6,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 6),
-        head_dim=min(128, width // heads), max_position_embeddings=131_072,
+        max_position_embeddings=131_072, **sizes,
         tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -41,10 +41,10 @@ COMMANDS = {
 PAGES: dict[str, tuple[str, dict[str, str]]] = {
     "overview": ("overview", {}),
     "overview of the sweep": ("overview", {"artifact": SWEEP}),
-    "layers": ("layers", {}),
+    "layers": ("layers", {"view": "Everything"}),
     "features": ("features", {}),
     "a feature": ("features", {"layer": "5", "feature": "223"}),
-    "scores": ("scores", {}),
+    "scores": ("scores", {"scores_view": "Everything"}),
 }
 """What is opened of the explorer: page and address."""
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 from app_driver import HOSTILE, edit, manifest_of, marked_up, reseal, state, texts
 from streamlit.testing.v1 import AppTest
@@ -76,7 +77,11 @@ def answer(app: AppTest) -> dict:
 
 def test_a_question_its_answer_and_its_features(lab, worker):
     before = state(BUNDLED)
-    app = lab(layer="5", feature="978")
+    file = next(BUNDLED.rglob("features.parquet"))
+    table = pq.read_table(file, columns=["layer", "feature", "density"])
+    rows = [row for row in table.to_pylist() if row["layer"] == 5]
+    densest = max(rows, key=lambda row: row["density"])["feature"]
+    app = lab(layer="5", feature=str(densest))
     assert "Problem: " in texts(app)
     assert not app.get("html")
     app = click(app, "generate")
@@ -89,7 +94,7 @@ def test_a_question_its_answer_and_its_features(lab, worker):
     verdict = "right" if right else f"wrong, it is {question['answer']}"
     shown = texts(app)
     assert f"Answer: {document['answer']} ({verdict})" in shown
-    assert "layer 5 (0-based; 6th of 12): feature 978; active at " in shown
+    assert f"layer 5 (0-based; 6th of 12): feature {densest}; active at " in shown
     assert "border-bottom:3px solid" in shown_tokens(app)  # thoughts are marked
     assert "background:rgba(" in shown_tokens(app)
     # What is shown at the token is what the layer's SAE says there.

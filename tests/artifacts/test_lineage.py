@@ -237,7 +237,7 @@ def test_names_are_quoted_for_the_shell(hostile: str):
 
 
 def test_missing_parents_of_a_kind_stand_in_one_pile_and_keep_their_commands():
-    others = [SAES.replace("3bd33d80", f"{n:08d}") for n in (1, 2)]
+    others = [SAES.replace("d6776ad89844", f"{n:012d}") for n in (1, 2)]
     graph = lineage.build(
         listing(
             artifact(COUNTS, "counts", (others[0],)), artifact("counts/c", "counts", others[1:])
