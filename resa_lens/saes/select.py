@@ -86,7 +86,7 @@ def topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
     for first, piece, pre in _products(encoder, x):
         rows, latents, values = _largest(pre, min(candidates, pre.shape[1]))
         if encoder.half is not None:
-            values = _exact(encoder, piece, rows, latents)
+            values = exact(encoder, piece, rows, latents)
         if rows.numel() > k * piece.shape[0] or encoder.half is not None:
             rows, latents, values = largest_of_each_row(rows, latents, values, piece.shape[0], k)
         parts.append(Active(rows + first, latents, values))
@@ -104,12 +104,12 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
     # A lower bound of the last place, from what was seen so far.
     limit = 0.0
     for first, piece, pre in _products(encoder, x):
-        off = _rounding(encoder, piece, pre)
+        off = rounding(encoder, piece, pre)
         sure = pre.float() if off is None else pre.float() - off
         limit = max(limit, _kth_of(sure, total))
         reach = sure if off is None else pre.float() + off
         rows, latents = ((reach >= limit) & (reach > 0)).nonzero(as_tuple=True)
-        values = pre[rows, latents] if off is None else _exact(encoder, piece, rows, latents)
+        values = pre[rows, latents] if off is None else exact(encoder, piece, rows, latents)
         active = Active(rows + first, latents, values)
         kept = active if kept is None else _join([kept, active], x)
         last = kth_largest(kept.values, total)
@@ -124,12 +124,12 @@ def _kth_of(values: Float[Tensor, "row latent"], k: int) -> float:
     count = values.numel()
     if count <= k:
         return -float("inf")
-    if not _on_cpu(values):
+    if not on_cpu(values):
         return kth_largest(values.flatten(), k)
     return float(np.partition(values.reshape(-1).numpy(), count - k)[count - k])
 
 
-def _rounding(
+def rounding(
     encoder: Encoder, x: Float[Tensor, "row d_in"], pre: Float[Tensor, "row latent"]
 ) -> Float[Tensor, "row latent"] | None:
     """Return how far bfloat16 pre-activations may be from the exact ones; None if they are exact.
@@ -165,13 +165,13 @@ def above(
     parts = []
     floor: Any = threshold.clamp_min(0) if isinstance(threshold, Tensor) else max(threshold, 0.0)
     for first, piece, pre in _products(encoder, x):
-        off = _rounding(encoder, piece, pre)
+        off = rounding(encoder, piece, pre)
         reach = pre.float() if off is None else pre.float() + off
         rows, latents = ((reach > threshold) & (reach > 0)).nonzero(as_tuple=True)
         if encoder.half is None:
             values = pre[rows, latents]
         else:
-            values = _exact(encoder, piece, rows, latents)
+            values = exact(encoder, piece, rows, latents)
         kept = values > (floor[latents] if isinstance(floor, Tensor) else floor)
         parts.append(Active(rows[kept] + first, latents[kept], values[kept]))
     return _join(parts, x)
@@ -194,13 +194,14 @@ def _products(
         yield first, piece, pre
 
 
-def _on_cpu(tensor: Tensor) -> bool:
+def on_cpu(tensor: Tensor) -> bool:
+    """Return whether NumPy can read a tensor where it is."""
     return tensor.device.type == "cpu"
 
 
 def _largest(pre: Float[Tensor, "row latent"], count: int) -> Active:
     """Return at least the `count` largest of each row that are above zero; ties come along."""
-    if not _on_cpu(pre):
+    if not on_cpu(pre):
         values, latents = pre.topk(count, dim=1, sorted=False)
         rows, place = (values > 0).nonzero(as_tuple=True)
         return Active(rows, latents[rows, place], values[rows, place].float())
@@ -217,9 +218,10 @@ def _largest(pre: Float[Tensor, "row latent"], count: int) -> Active:
     return Active(rows, places - rows * numbers.shape[1], pre.view(-1)[places].float())
 
 
-def _exact(
+def exact(
     encoder: Encoder, x: Tensor, rows: Int[Tensor, " pair"], latents: Int[Tensor, " pair"]
 ) -> Float[Tensor, " pair"]:
+    """Return the pre-activations of pairs, sorted by row, in the weights' own precision."""
     starts = row_starts(rows, x.shape[0])
     return (
         pair_dots(x.to(encoder.weight.dtype), encoder.weight, starts, latents)

@@ -4,6 +4,7 @@
     loss = FVU + alpha AuxK + Multi-TopK FVU / 8                           (sparsify's weights)
 
 AuxK (arXiv 2406.04093, A.2): the dead latents' own top-k reconstructs what the living left over.
+The same term revives under-used latents in place of dead ones (allocation.py).
 Multi-TopK (the same, 6.2): a second reconstruction from the top 4k.  Both send gradients to the
 encoder: the derivative of a latent's value is 1 where it is active, whichever top-k chose it.
 
@@ -22,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from resa_lens.machine.determinism import sum_by_index
-from resa_lens.saes.coder import ACTIVATIONS, Coder
+from resa_lens.saes.allocation import Chosen, Places, even_places, feature_choice, last_values
+from resa_lens.saes.coder import ACTIVATIONS, BATCH_TOPK, Coder
 from resa_lens.saes.kernels import by_latent, pair_dots, row_starts, weighted_rows
 from resa_lens.saes.select import (
     Active,
@@ -69,6 +71,8 @@ class Step(NamedTuple):
     centred: Float[Tensor, "row d_in"]
     terms: tuple[Term, ...]
     """The first is the reconstruction's own."""
+    chosen: Chosen | None = None
+    """Of Feature Choice, over the rows of all ranks; its active latents are this rank's."""
 
 
 def total_variance(x: Float[Tensor, "row d_in"], world: World = ALONE) -> Float[Tensor, ""]:
@@ -87,6 +91,7 @@ def forward_step(
     half: tuple[Tensor, Tensor] | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
     world: World = ALONE,
+    places: Places | None = None,
 ) -> Step:
     """Return the losses on a batch and the terms of their gradients.
 
@@ -97,6 +102,7 @@ def forward_step(
         half: encoder weights and bias in bfloat16, for the search of candidates.
         dead: latents that AuxK revives.
         world: over whose rows the losses are taken.
+        places: of Feature Choice, how the rows of all ranks are divided; even if left out.
     """
     weight, bias, W_dec = coder.encoder.weight, coder.encoder.bias, coder.W_dec
     assert W_dec is not None
@@ -104,12 +110,14 @@ def forward_step(
     centred = x - coder.b_dec
     variance = total_variance(x, world).clamp_min(torch.finfo(x.dtype).tiny)
     k, n_rows = coder.cfg.k, x.shape[0]
-    wide = None
+    wide = chosen = None
     if loss.multi_topk:
         wide = topk(encoder, centred, min(MULTI_TOPK * k, coder.num_latents))
+    if coder.cfg.activation == "feature-choice":
+        chosen = _choose(coder, encoder, centred, world, places)
+        active = chosen.active
+    elif wide is not None and coder.cfg.activation == "topk":
         active = largest_of_each_row(*wide, n_rows, k)
-        if coder.cfg.activation != "topk":
-            active = _select(coder, encoder, centred, world)
     else:
         active = _select(coder, encoder, centred, world)
     rebuilt = weighted_rows(W_dec, row_starts(active.rows, n_rows), active.latents, active.values)
@@ -139,12 +147,12 @@ def forward_step(
         terms.append(_term(revived, off.mul_(2 * loss.auxk_alpha * scale / variance), W_dec, False))
     fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device)
     fired[active.latents] = True
-    return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms))
+    return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms), chosen)
 
 
 def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Active:
     k, activation = coder.cfg.k, coder.cfg.activation
-    if activation != "batchtopk" or world.size == 1:
+    if ACTIVATIONS[activation] is not BATCH_TOPK or world.size == 1:
         return ACTIVATIONS[activation].train(encoder, centred, k)
     # The largest of all ranks' rows may lie with one rank.
     total = world.rows(centred)
@@ -152,6 +160,25 @@ def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Ac
     values = torch.cat([part.to(centred.device) for part in world.gather(active.values.cpu())])
     kept = active.values >= kth_largest(values, k * total)
     return Active(*(part[kept] for part in active))
+
+
+def _choose(
+    coder: Coder, encoder: Encoder, centred: Tensor, world: World, places: Places | None
+) -> Chosen:
+    if places is None:
+        total = coder.cfg.k * world.rows(centred)
+        places = Places(even_places(coder.num_latents, total))
+    chosen = feature_choice(encoder, centred, places.counts, places.bar)
+    if world.size == 1:
+        return chosen
+    # The largest of all ranks' rows may lie with one rank.
+    active, device = chosen.active, centred.device
+    parts: list[tuple[Tensor, Tensor]] = world.gather((active.latents.cpu(), active.values.cpu()))
+    latents, values = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+    lowest = last_values(latents, values, places.counts.to(device))
+    kept = active.values >= lowest[active.latents]
+    wanted = chosen.wanted if chosen.wanted is None else world.sum_(chosen.wanted)
+    return Chosen(Active(*(part[kept] for part in active)), lowest, wanted)
 
 
 def _term(

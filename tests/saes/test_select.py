@@ -39,7 +39,7 @@ def by_rows(pre: torch.Tensor, k: int) -> torch.Tensor:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU's partition, and the form that other devices take, run here on the CPU."""
     if request.param == "torch":
-        monkeypatch.setattr(select, "_on_cpu", lambda tensor: False)
+        monkeypatch.setattr(select, "on_cpu", lambda tensor: False)
     return request.param
 
 
