@@ -105,6 +105,7 @@ def zipf_places(latents: int, rows: int, total: int) -> Int[Tensor, " latent"]:
     return torch.from_numpy(1 + np.diff(marks, prepend=0))
 
 
+@torch.no_grad()
 def feature_choice(
     encoder: Encoder, x: Float[Tensor, "row d_in"], places: Int[Tensor, " latent"] | int,
     bar: float | None = None,
