@@ -5,8 +5,8 @@
     python -m benchmarks.allocation analyse
     python -m benchmarks.allocation speed
 
-The claim under test, of the abstract of arXiv 2411.02124: Mutual Choice and Feature Choice SAEs have
-fewer dead features and a lower reconstruction loss at the same sparsity than TopK.
+The claim under test, of the abstract of arXiv 2411.02124: Mutual Choice and Feature Choice SAEs
+have fewer dead features and a lower reconstruction loss at the same sparsity than TopK.
 
 Two worlds.
 
@@ -22,7 +22,7 @@ Two worlds.
 
 The truth of `planted` and the texts of `real` are the same for every seed; a seed draws the SAE's
 first weights, and the tokens (`planted`) or their order (`real`).  Every SAE of a world sees the
-same number of tokens, 1,024 a step (`STEPS`): adam, a learning rate of 5e-3 (of five rates from 1e-3
+same number of tokens, 1,024 a step (`STEPS`): adam, a rate of 5e-3 (of five from 1e-3
 to 2e-2, chosen with TopK alone on seed 99, which is not judged) that falls to zero, dead after
 32,768 tokens.
 
@@ -439,7 +439,7 @@ def analyse(stored: Path = STORED) -> str:
 
 
 def speed(steps: int = 15) -> dict[str, tuple[float, float]]:
-    """Time a step of each activation, interleaved: median CPU milliseconds, and over batchtopk's."""
+    """Time a step of each activation, interleaved: median CPU ms, and over batchtopk's."""
     torch.set_num_threads(1)
     width, latents, k = 128, 2048, 32
     x = torch.randn(steps, ROWS, width, generator=torch.Generator().manual_seed(0))
@@ -460,7 +460,7 @@ def speed(steps: int = 15) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=("run", "collect", "analyse", "speed"))
     parser.add_argument("--work", type=Path, default=Path("allocation-work"))
     parser.add_argument("--world", choices=tuple(STEPS), action="append")
