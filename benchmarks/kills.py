@@ -106,6 +106,7 @@ COMMANDS = {
     "compare": ["compare", "evals/*", "--save", f"{OUT}/compared.html"],
     "sweep": ["sweep", "--layers", "4,5", "--seeds", "1", *TUNE[2:], "--no-effects"],
     "convert": ["convert", "saes/*/*", f"{OUT}/converted", "--to", "saelens", "--force"],
+    "export": ["export", "activity/*/*", f"{OUT}/exported", "--to", "neuronpedia"],
     "merge": ["merge", f"{OUT}/merged", *MODEL[:2], "--adapter", ADAPTER, "--force"],
 }
 WITHOUT_FILES = ("fit-mixture", "regret", "audit", "cost", "runs", "app", "doctor")

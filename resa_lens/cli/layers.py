@@ -37,7 +37,7 @@ class TrainSaes(Planned, MemoryLimit, AtLayers, SaeFit):
     sae: SaeConfig = part(
         SaeConfig,
         "site latents k tokens mode activation optimizer learning_rate schedule warmup auxk_alpha "
-        "multi_topk dead_threshold batch include_special seed",
+        "multi_topk dead_threshold batch include_special seed allocation aux",
         "Training",
     )
     corpus: CorpusConfig = part(
@@ -63,6 +63,8 @@ class TrainSaes(Planned, MemoryLimit, AtLayers, SaeFit):
             )
         if self.sae.mode != "scratch" and self.saes is None:
             raise BadInputError(f"--mode {self.sae.mode} takes given SAEs: name them with --saes")
+        if self.sae.mode == "scratch":
+            self.sae.check_pairs()
 
 
 @command("train-saes")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
 from resa_lens.models.bridge import quiet
+from resa_lens.saes.allocation import feature_choice
 from resa_lens.saes.kernels import pair_dots, row_starts, weighted_rows
 from resa_lens.saes.select import Active, Encoder, above, batch_topk, half_precision, topk
 
@@ -59,8 +60,8 @@ class SparseActs(NamedTuple):
 class Coder(SparseCoder):
     """sparsify's coder with the activations of `ACTIVATIONS`; the same parameters and files.
 
-    sparsify reads its checkpoints where the activation is "topk"; "batchtopk", which sparsify has
-    not, adds the key `threshold` to cfg.json.
+    sparsify reads its checkpoints where the activation is "topk"; the others, which sparsify has
+    not, add the key `threshold` to cfg.json, and feature-choice the tensor of that name.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Coder(SparseCoder):
     ) -> None:
         super().__init__(d_in, cfg, device, dtype, decoder=decoder)
         self.threshold = threshold
-        """Of BatchTopK: a latent is active above it, once training is over; of JumpReLU one a
-        latent."""
+        """Of BatchTopK: a latent is active above it, once training is over; of JumpReLU and Feature
+        Choice one a latent."""
         self.stored = "float32"
         """The floating type of its file."""
         self.states_k = True
@@ -120,7 +121,7 @@ def assemble(
             [d_sae, d_in] unless only the encoder is wanted.
         k: active latents a row.
         activation: a name in `ACTIVATIONS`.
-        threshold: of BatchTopK; of JumpReLU [d_sae].
+        threshold: of BatchTopK; of JumpReLU and Feature Choice [d_sae].
         device: where it is put.
     """
     latents, d_in = tensors["encoder.weight"].shape
@@ -174,11 +175,21 @@ def _infer_threshold(encoder: Encoder, x: Tensor, coder: SparseCoder) -> Active:
     return above(encoder, x, getattr(coder, "threshold", 0.0))
 
 
+def _train_feature_choice(encoder: Encoder, x: Tensor, k: int) -> Active:
+    return feature_choice(encoder, x, k).active
+
+
+BATCH_TOPK = Activation(batch_topk, _infer_threshold)
 ACTIVATIONS: dict[str, Activation] = {
     "topk": Activation(topk, _infer_topk),
-    "batchtopk": Activation(batch_topk, _infer_threshold),
+    "batchtopk": BATCH_TOPK,
+    "mutual-choice": BATCH_TOPK,
+    "feature-choice": Activation(_train_feature_choice, _infer_threshold),
 }
-"""Activation functions by the name in cfg.json."""
+"""Activation functions by the name in cfg.json.  Mutual Choice (arXiv 2411.02124) and BatchTopK
+(arXiv 2412.06410) are two names of one computation: the k x N largest of a batch of N tokens, and
+one threshold afterwards.  After training both of them and Feature Choice are functions of a token
+alone."""
 
 
 def encoder_of(coder: SparseCoder, *, exact: bool = False) -> Encoder:

@@ -15,6 +15,7 @@ PAPER_LATENTS = 65_536
 WIDE = 1024
 """From this width on the paper's sizes are the defaults; below it, a budget for a CPU."""
 Mode = Literal["scratch", "finetune", "pretrained"]
+Activation = Literal["topk", "batchtopk", "mutual-choice", "feature-choice"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SaeConfig(Config):
     )
     """65,536: paper, Table 7."""
     k: int = setting(
-        32, "Active SAE latents a token; with batchtopk, on average.", "--k", min=1, max=2**16
+        32, "Active SAE latents a token; on average unless topk.", "--k", min=1, max=2**16
     )
     optimizer: Literal["signum", "adam"] = setting("signum", "Signum (Table 7) or adam.")
     learning_rate: float | None = setting(
@@ -49,10 +50,19 @@ class SaeConfig(Config):
     )
     """Table 7; a longer window than the run could never be reached."""
     seed: int = setting(0, "Seed of everything that is drawn.", min=0, max=2**32 - 1)
-    activation: Literal["topk", "batchtopk"] = setting("topk", "What keeps the k latents.")
+    activation: Activation = setting("topk", "What keeps the k latents.")
+    """Each token's k largest, the k x N largest of a batch of N tokens (batchtopk, and under its
+    other name mutual-choice), or the largest tokens of each latent (feature-choice)."""
+    allocation: Literal["even", "zipf"] = setting(
+        "even", "Tokens of each latent of feature-choice: as many, or by Zipf's law.", later=True
+    )
     auxk_alpha: float = setting(
         0.0, "Weight of the AuxK loss, which revives dead latents; 0 is off.", min=0
     )
+    aux: Literal["auxk", "zipf"] = setting(
+        "auxk", "What that loss revives: dead latents, or those used less than Zipf's law says.",
+        later=True,
+    )  # fmt: skip
     multi_topk: bool = setting(
         False, "Add the FVU of a second reconstruction, from the top 4k, at 1/8."
     )
@@ -78,6 +88,22 @@ class SaeConfig(Config):
         if self.latents is not None and self.k > self.latents:
             raise BadInputError(
                 f"k {self.k} with {self.latents} latents: k must be 1 to the latents"
+            )
+
+    def check_pairs(self) -> None:
+        """Refuse an option that does nothing without another.
+
+        Raises:
+            BadInputError: an allocation without feature-choice, or an auxiliary loss of weight 0.
+        """
+        if self.allocation != "even" and self.activation != "feature-choice":
+            raise BadInputError(
+                f"allocation {self.allocation!r} is of feature-choice, not of {self.activation}; "
+                "add --activation feature-choice"
+            )
+        if self.aux != "auxk" and not self.auxk_alpha:
+            raise BadInputError(
+                f"aux {self.aux!r} has the weight 0; give one, for example --auxk-alpha 0.03125"
             )
 
     def for_width(self, d_model: int) -> SaeConfig:

@@ -91,7 +91,7 @@ def topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active:
     for first, piece, pre in products(encoder, x):
         rows, latents, values = _largest(pre, min(candidates, pre.shape[1]))
         if encoder.half is not None:
-            values = _exact(encoder, piece, rows, latents)
+            values = exact(encoder, piece, rows, latents)
         if rows.numel() > k * piece.shape[0] or encoder.half is not None:
             rows, latents, values = largest_of_each_row(rows, latents, values, piece.shape[0], k)
         parts.append(Active(rows + first, latents, values))
@@ -114,7 +114,7 @@ def batch_topk(encoder: Encoder, x: Float[Tensor, "row d_in"], k: int) -> Active
         limit = max(limit, _kth_of(sure, total))
         reach = sure if off is None else pre.float() + off
         rows, latents = ((reach >= limit) & (reach > 0)).nonzero(as_tuple=True)
-        values = pre[rows, latents] if off is None else _exact(encoder, piece, rows, latents)
+        values = pre[rows, latents] if off is None else exact(encoder, piece, rows, latents)
         active = Active(rows + first, latents, values)
         kept = active if kept is None else _join([kept, active], x)
         last = kth_largest(kept.values, total)
@@ -192,7 +192,7 @@ def above(
         if encoder.half is None:
             values = pre[rows, latents]
         else:
-            values = _exact(encoder, piece, rows, latents)
+            values = exact(encoder, piece, rows, latents)
         kept = values > (floor[latents] if isinstance(floor, Tensor) else floor)
         parts.append(Active(rows[kept] + first, latents[kept], values[kept]))
     return _join(parts, x)
@@ -262,9 +262,10 @@ def _reaching(numbers: Any, count: int, smallest: Any) -> Any:
     return flat[values >= limit[rows]]
 
 
-def _exact(
+def exact(
     encoder: Encoder, x: Tensor, rows: Int[Tensor, " pair"], latents: Int[Tensor, " pair"]
 ) -> Float[Tensor, " pair"]:
+    """Return the pre-activations of pairs, sorted by row, in the weights' own precision."""
     return exact_values(encoder, x, row_starts(rows, x.shape[0]), latents)
 
 

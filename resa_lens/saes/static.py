@@ -118,5 +118,6 @@ def _with_ties(places: int) -> int:
 PLACES: dict[str, Callable[[Encoder, Tensor, int], Places]] = {
     "topk": lambda encoder, x, k: Places(topk_places(encoder, x, k)),
     "batchtopk": batch_topk_places,
+    "mutual-choice": batch_topk_places,
 }
 """By the names in `coder.ACTIVATIONS`."""

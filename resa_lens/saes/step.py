@@ -4,6 +4,7 @@
     loss = FVU + alpha AuxK + Multi-TopK FVU / 8                           (sparsify's weights)
 
 AuxK (arXiv 2406.04093, A.2): the dead latents' own top-k reconstructs what the living left over.
+The same term revives under-used latents in place of dead ones (allocation.py).
 Multi-TopK (the same, 6.2): a second reconstruction from the top 4k.  Both send gradients to the
 encoder: the derivative of a latent's value is 1 where it is active, whichever top-k chose it.
 
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from resa_lens.machine import determinism
 from resa_lens.machine.determinism import sum_by_index
-from resa_lens.saes.coder import ACTIVATIONS, Coder
+from resa_lens.saes.allocation import Chosen, Places, even_places, feature_choice, last_values
+from resa_lens.saes.coder import ACTIVATIONS, BATCH_TOPK, Coder
 from resa_lens.saes.kernels import by_latent, pair_dots, row_dots, row_starts, weighted_rows
 from resa_lens.saes.select import (
     Active,
@@ -73,6 +75,8 @@ class Step(NamedTuple):
     """The first is the reconstruction's own."""
     overflow: Bool[Tensor, ""] | None = None
     """Whether a selection in places had too few of them: take the step again, without places."""
+    chosen: Chosen | None = None
+    """Of Feature Choice, over the rows of all ranks; its active latents are this rank's."""
 
 
 def total_variance(x: Float[Tensor, "row d_in"], world: World = ALONE) -> Float[Tensor, ""]:
@@ -92,6 +96,7 @@ def forward_step(
     dead: Bool[Tensor, " d_sae"] | None = None,
     world: World = ALONE,
     places: bool = False,
+    shares: Places | None = None,
 ) -> Step:
     """Return the losses on a batch and the terms of their gradients.
 
@@ -103,6 +108,7 @@ def forward_step(
         dead: latents that AuxK revives.
         world: over whose rows the losses are taken.
         places: select in shapes that the data do not decide (static.py); AuxK does not.
+        shares: of Feature Choice, how the rows of all ranks are divided; even if left out.
     """
     weight, bias, W_dec = coder.encoder.weight, coder.encoder.bias, coder.W_dec
     assert W_dec is not None
@@ -110,11 +116,14 @@ def forward_step(
     centred = x - coder.b_dec
     variance = total_variance(x, world).clamp_min(torch.finfo(x.dtype).tiny)
     k, n_rows = coder.cfg.k, x.shape[0]
-    wide, overflow = None, None
+    wide = overflow = chosen = None
     if loss.multi_topk:
         widest = min(MULTI_TOPK * k, coder.num_latents)
         wide = (topk_places if places else topk)(encoder, centred, widest)
-    if wide is not None and coder.cfg.activation == "topk":
+    if coder.cfg.activation == "feature-choice":
+        chosen = _choose(coder, encoder, centred, world, shares)
+        active = chosen.active
+    elif wide is not None and coder.cfg.activation == "topk":
         largest = largest_places(wide, n_rows, k) if places else None
         active = largest or largest_of_each_row(*wide, n_rows, k)
     elif places:
@@ -151,12 +160,12 @@ def forward_step(
     else:
         fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device)
         fired[active.latents] = True
-    return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms), overflow)
+    return Step(fvu, auxk, multi, world.any_(fired), centred, tuple(terms), overflow, chosen)
 
 
 def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Active:
     k, activation = coder.cfg.k, coder.cfg.activation
-    if activation != "batchtopk" or world.size == 1:
+    if ACTIVATIONS[activation] is not BATCH_TOPK or world.size == 1:
         return ACTIVATIONS[activation].train(encoder, centred, k)
     # The largest of all ranks' rows may lie with one rank.
     total = world.rows(centred)
@@ -164,6 +173,25 @@ def _select(coder: Coder, encoder: Encoder, centred: Tensor, world: World) -> Ac
     values = torch.cat([part.to(centred.device) for part in world.gather(active.values.cpu())])
     kept = active.values >= kth_largest(values, k * total)
     return Active(*(part[kept] for part in active))
+
+
+def _choose(
+    coder: Coder, encoder: Encoder, centred: Tensor, world: World, places: Places | None
+) -> Chosen:
+    if places is None:
+        total = coder.cfg.k * world.rows(centred)
+        places = Places(even_places(coder.num_latents, total))
+    chosen = feature_choice(encoder, centred, places.counts, places.bar)
+    if world.size == 1:
+        return chosen
+    # The largest of all ranks' rows may lie with one rank.
+    active, device = chosen.active, centred.device
+    parts: list[tuple[Tensor, Tensor]] = world.gather((active.latents.cpu(), active.values.cpu()))
+    latents, values = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+    lowest = last_values(latents, values, places.counts.to(device))
+    kept = active.values >= lowest[active.latents]
+    wanted = chosen.wanted if chosen.wanted is None else world.sum_(chosen.wanted)
+    return Chosen(Active(*(part[kept] for part in active)), lowest, wanted)
 
 
 def _term(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -23,11 +23,13 @@ from resa_lens.machine import determinism
 from resa_lens.models.activations import ordinary, special_ids, stream_activations
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
-from resa_lens.saes.coder import Coder, SparseCoder, encode, new_coder
+from resa_lens.saes.allocation import Usage, check_places, under_used
+from resa_lens.saes.coder import ACTIVATIONS, BATCH_TOPK, Coder, SparseCoder, encode, new_coder
 from resa_lens.saes.config import SaeConfig as SaeConfig
 from resa_lens.saes.optim import new_optimizer, rate_at
 from resa_lens.saes.quality import measure_fvu
 from resa_lens.saes.select import Encoder, batch_topk, half_precision, half_room
+from resa_lens.saes.static import PLACES
 from resa_lens.saes.step import Loss, forward_step, gradients
 from resa_lens.saes.world import ALONE, World
 from resa_lens.texts.corpora import Batches, Position
@@ -109,6 +111,7 @@ class LayerTrainer:
         self.since_fired = torch.zeros(
             coder.num_latents, dtype=torch.long, device=self.params["b_dec"].device
         )
+        self.usage = Usage(config, int(coder.num_latents), self.params["b_dec"].device)
         self.last: Tensor | None = None
 
     @property
@@ -125,8 +128,11 @@ class LayerTrainer:
             half: room for the encoder's weights in bfloat16, shared between layers.
         """
         coder, world = self.coder, self.world
+        rows = world.rows(x)
+        if not self.fvus:
+            check_places(replace(self.config, latents=coder.num_latents), rows)
         if not self.started:
-            mean = world.sum_(x.sum(0)) / world.rows(x)
+            mean = world.sum_(x.sum(0)) / rows
             self.params["b_dec"].copy_(mean)
             self.optimizer.moved("b_dec")
             self.started = True
@@ -134,13 +140,17 @@ class LayerTrainer:
         dead = None
         if self.loss.auxk_alpha and self.fvus:
             dead = self.since_fired >= self.window
+            if self.usage.density is not None:
+                known = self.tokens >= self.window
+                dead = under_used(self.usage.density) if known else None
         encoder = self.params["encoder.weight"], self.params["encoder.bias"]
         forward = partial(
             forward_step, coder, x, self.loss, half=half_precision(*encoder, half), dead=dead,
-            world=world,
+            world=world, shares=self.usage.places(rows),
         )  # fmt: skip
         alone = world.size == 1 or coder.cfg.activation == "topk"
-        figures = forward(places=alone and not determinism.on_cpu(x))
+        fixed = alone and coder.cfg.activation in PLACES
+        figures = forward(places=fixed and not determinism.on_cpu(x))
         # The one look at the device in a step.
         if figures.overflow is None:
             fvu = figures.fvu.item()
@@ -162,11 +172,15 @@ class LayerTrainer:
             self.optimizer.update(name, gradient)
             # Or it would live on while the next one is made, which may be as large.
             del gradient
-        rows = world.rows(x)
         self.tokens += rows
         self.since_fired += rows
         self.since_fired.masked_fill_(figures.fired, 0)
-        if coder.cfg.activation == "batchtopk":
+        counts = None
+        if self.usage.density is not None:
+            latents = figures.terms[0].active.latents
+            counts = world.sum_(torch.bincount(latents, minlength=int(coder.num_latents)))
+        self.usage.note(counts, figures.chosen, rows, len(self.fvus), self.window)
+        if coder.cfg.activation != "topk":
             self.last = x
         return fvu
 
@@ -176,6 +190,7 @@ class LayerTrainer:
             **self.params,
             **{f"optimizer.{k}": v for k, v in self.optimizer.tensors().items()},
             "since_fired": self.since_fired,
+            **self.usage.tensors(),
         }
 
     def scalars(self) -> dict[str, Any]:
@@ -206,15 +221,26 @@ class LayerTrainer:
         coder.encoder.weight.mul_(norm[:, None])
         coder.encoder.bias.mul_(norm)
         coder.set_decoder_norm_to_unit_norm()
-        if self.last is not None:
-            # The smallest value that the final weights keep in the last batch: above it, k latents
-            # a token are active on average.
-            encoder = Encoder(coder.encoder.weight, coder.encoder.bias)
-            kept = batch_topk(encoder, self.last - coder.b_dec, coder.cfg.k).values
-            lowest = kept.min().item() if kept.numel() else 0.0
-            values = [float(v) for v in self.world.gather(lowest)]  # pyright: ignore
-            coder.threshold = sum(values) / len(values)
+        if self.last is not None and ACTIVATIONS[coder.cfg.activation] is BATCH_TOPK:
+            coder.threshold = self._threshold(Encoder(coder.encoder.weight, coder.encoder.bias))
+        elif self.usage.lowest is not None:
+            level = self.usage.lowest * norm
+            if self.last is not None:
+                # One number scales them all, so that k latents a token are active in the last
+                # batch; a latent that took all it could get has no level to scale.
+                unit = level.clamp_min(1e-6 * level.max().clamp_min(1e-30))
+                weight, bias = coder.encoder.weight / unit[:, None], coder.encoder.bias / unit
+                level = unit * self._threshold(Encoder(weight, bias))
+            coder.threshold = level
         return coder.requires_grad_(False)
+
+    def _threshold(self, encoder: Encoder) -> float:
+        """Return the smallest value that is kept of the last batch, k latents a token."""
+        assert self.last is not None
+        kept = batch_topk(encoder, self.last - self.coder.b_dec, self.coder.cfg.k).values
+        lowest = kept.min().item() if kept.numel() else 0.0
+        values = [float(v) for v in self.world.gather(lowest)]  # pyright: ignore
+        return sum(values) / len(values)
 
 
 def new_trainers(

@@ -96,6 +96,8 @@ class Lab(Scoring, Probing):
             "train_saes", options, SaeConfig(seed=ctx.seed),
             CorpusConfig(seed=ctx.seed, thought_share=None),
         )  # fmt: skip
+        if sae.mode == "scratch":
+            sae.check_pairs()
         run = train_run(
             ctx, model, layers_of(layers, model), sae, corpus, source=place_of(saes),
             memory_limit_mb=memory_limit_mb,

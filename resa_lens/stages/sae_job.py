@@ -12,6 +12,7 @@ from resa_lens.errors import BadInputError
 from resa_lens.files import named_path
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
+from resa_lens.saes.allocation import check_places
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.saes import fit_corpus, open_saes, split_records
@@ -132,6 +133,8 @@ def sae_job(
             "--own-thoughts"
         ])  # fmt: skip
     training, held_out_records = split_records(records)
+    if config.mode != "pretrained":
+        check_places(config, (config.batch or 1) * corpus.sequence)
     return SaeJob(
         model=model,
         layers=tuple(layers),

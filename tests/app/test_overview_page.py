@@ -71,7 +71,7 @@ def test_a_chosen_artifact_shows_its_manifest_and_its_relations(open_page):
     assert app.selectbox(key="artifact").value == COUNTS
     shown = texts(app)
     assert "0 by rule all, 0 by rule any, 72 by rule either" in shown
-    assert app.code[0].value.startswith("resa-lens recommend-layers --model tiny-reasoner")
+    assert app.code[0].value.startswith("resa-lens recommend-layers --latents 1024")
     table = next(f.value for f in app.dataframe if "value" in f.value and "what" in f.value)
     rows = dict(zip(table["what"], table["value"], strict=True))
     assert rows["device"] == "cpu, float32, 1 thread(s)"

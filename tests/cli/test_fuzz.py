@@ -178,7 +178,7 @@ def refuse(words: list[str], place: Path) -> str:
     return done.stderr
 
 
-SEEDED, ALL = 80, 700
+SEEDED, ALL = 80, 900
 
 
 def test_seeded_command_lines_are_refused_before_any_work(place: Path) -> None:

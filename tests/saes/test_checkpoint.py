@@ -49,6 +49,15 @@ VARIANTS = {
     "signum": SaeConfig(latents=64, k=4),
     "adam": SaeConfig(latents=64, k=4, optimizer="adam", schedule="linear", warmup=3),
     "batchtopk": SaeConfig(latents=64, k=4, activation="batchtopk"),
+    "feature-choice": SaeConfig(
+        latents=64,
+        k=4,
+        activation="feature-choice",
+        allocation="zipf",
+        aux="zipf",
+        auxk_alpha=0.1,
+        dead_threshold=128,
+    ),
     "auxk": SaeConfig(latents=64, k=4, auxk_alpha=0.1, dead_threshold=70, multi_topk=True),
 }
 
@@ -76,7 +85,8 @@ def test_goes_on_to_the_same_bits(
     assert resumed.quality[0].dead_share == whole.quality[0].dead_share
     for point, coder in whole.coders.items():
         other = resumed.coders[point]
-        assert getattr(other, "threshold", 0) == getattr(coder, "threshold", 0)
+        ours, theirs = (torch.as_tensor(getattr(c, "threshold", 0)) for c in (coder, other))
+        assert torch.equal(ours, theirs)
         for key, value in coder.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), (point, key)
 

@@ -55,9 +55,21 @@ def train_alone(workspace: Path, *options: str) -> dict:
     "extra",
     [
         ["--activation", "batchtopk", "--auxk-alpha", "0.1", "--dead-threshold", "2048"],
+        [
+            "--activation",
+            "feature-choice",
+            "--allocation",
+            "zipf",
+            "--aux",
+            "zipf",
+            "--auxk-alpha",
+            "0.1",
+            "--dead-threshold",
+            "2048",
+        ],
         ["--spread-layers"],
     ],
-    ids=["rows", "layers"],
+    ids=["rows", "feature-choice", "layers"],
 )
 def test_the_loss_curve_is_that_of_one_process(tmp_path: Path, extra: list[str]) -> None:
     options = [*OPTIONS, *extra]

@@ -652,6 +652,8 @@ OTHER: dict[tuple[str, str], Any] = {
     ("SaeConfig", "batch"): 3,
     ("SaeConfig", "optimizer"): "adam",
     ("SaeConfig", "activation"): "batchtopk",
+    ("SaeConfig", "allocation"): "zipf",
+    ("SaeConfig", "aux"): "zipf",
     ("SaeConfig", "schedule"): "linear",
     ("SaeConfig", "mode"): "pretrained",
     ("CorpusConfig", "system_prompt"): "short",

@@ -93,7 +93,8 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Name
     """Write the class that fits the activation."""
     if coder.W_dec is None:
         raise BadInputError("the coder was loaded without its decoder; it cannot be written")
-    activation = coder.cfg.activation
+    # With one threshold the others are one function; Mutual Choice and BatchTopK always were.
+    activation = "topk" if coder.cfg.activation == "topk" else "batchtopk"
     if not getattr(coder, "states_k", True):
         raise BadInputError(f"the SAE {NO_K}")
     if isinstance(getattr(coder, "threshold", 0.0), Tensor):
@@ -102,7 +103,7 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Name
             "to saelens"
         )
     state = {name: value.cpu() for name, value in coder.state_dict().items()}
-    level = float(getattr(coder, "threshold", 0.0)) if activation == "batchtopk" else -1.0
+    level = -1.0 if activation == "topk" else float(getattr(coder, "threshold", 0.0))
     torch.save(
         {
             "k": torch.tensor(coder.cfg.k, dtype=torch.int),

@@ -1,8 +1,10 @@
 """SAELens from 3 on: cfg.json and sae_weights.safetensors, architectures topk and jumprelu.
 
-A BatchTopK SAE at inference is a JumpReLU with one threshold for all latents, which is how SAELens
-itself saves its own.  Options that change the function are folded into the weights where that is
-exact, and refused where it is not.
+A BatchTopK SAE (Mutual Choice is another name of it) at inference is a JumpReLU with one threshold
+for all latents, which is how SAELens itself saves its own; one of Feature Choice is a JumpReLU with
+a threshold for each.  Both are read as BatchTopK: the file does not hold what the training was.
+Options that change the function are folded into the weights where that is exact, and refused where
+it is not.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Names = LLAMA) -> None:
-    """Write a TopK coder as topk, a BatchTopK coder as jumprelu with one threshold."""
+    """Write a TopK coder as topk, any other as jumprelu with its thresholds."""
     if coder.W_dec is None:
         raise BadInputError("the coder was loaded without its decoder; it cannot be written")
     topk = coder.cfg.activation == "topk"

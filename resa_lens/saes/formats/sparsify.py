@@ -1,12 +1,15 @@
 """sparsify's layout: <hookpoint>/{cfg.json, sae.safetensors}; also the workspace's own.
 
-BatchTopK, which sparsify has not, is written by `Coder.save_to_disk` into the workspace with the
-key `threshold`; it is read here, and refused when sparsify's format is asked for by name.
+BatchTopK, Mutual Choice and Feature Choice, which sparsify has not, are written by
+`Coder.save_to_disk` into the workspace with the key `threshold` (Feature Choice with the tensor of
+that name); they are read here, and refused when sparsify's format is asked for by name.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.models.hookpoints import LLAMA, Hookpoint, Names
@@ -73,8 +76,12 @@ def write(coder: SparseCoder, folder: Path, point: Hookpoint | None, names: Name
     """Write a TopK coder as sparsify does."""
     if coder.cfg.activation != "topk":
         raise BadInputError(
-            f"sparsify has no activation {coder.cfg.activation!r}; convert it to saelens or "
-            "dictionary_learning"
+            f"sparsify has no activation {coder.cfg.activation!r}; convert it to saelens"
+            + (
+                ""
+                if isinstance(getattr(coder, "threshold", 0.0), Tensor)
+                else " or dictionary_learning"
+            )
         )
     Coder.save_to_disk(coder, folder)  # pyright: ignore[reportArgumentType]
 
