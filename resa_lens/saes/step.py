@@ -205,7 +205,6 @@ def _term(
     return Term(active, slope, pull, with_b_dec)
 
 
-@torch.no_grad()
 def gradients(coder: Coder, step: Step, world: World = ALONE) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter's name and gradient; the caller may update it before the next.
 
@@ -214,34 +213,35 @@ def gradients(coder: Coder, step: Step, world: World = ALONE) -> Iterator[tuple[
     W_dec = coder.W_dec
     assert W_dec is not None
     d_sae = coder.num_latents
-    bias = torch.zeros_like(coder.encoder.bias)
-    b_dec = torch.zeros_like(coder.b_dec)
-    for term in step.terms:
-        bias += sum_by_index(term.active.latents, term.slope, d_sae)
-        if term.with_b_dec:
-            b_dec += term.pull.sum(0)
-    world.sum_(bias)
-    world.sum_(b_dec)
-    # The encoder sees x - b_dec.
-    b_dec -= bias @ coder.encoder.weight
-    sorted_terms = [(by_latent(t.active.rows, t.active.latents, d_sae), t) for t in step.terms]
-    decoder = _summed(
-        weighted_rows(t.pull, s.starts, s.rows, t.active.values[s.order]) for s, t in sorted_terms
-    )
-    world.sum_(decoder)
-    along = row_dots(decoder, W_dec)
-    decoder.addcmul_(W_dec, along[:, None], value=-1)
+    # Not as a decorator: torch's keeps what a generator gave until it gives the next.
+    with torch.no_grad():
+        bias = torch.zeros_like(coder.encoder.bias)
+        b_dec = torch.zeros_like(coder.b_dec)
+        for term in step.terms:
+            bias += sum_by_index(term.active.latents, term.slope, d_sae)
+            if term.with_b_dec:
+                b_dec += term.pull.sum(0)
+        world.sum_(bias)
+        world.sum_(b_dec)
+        # The encoder sees x - b_dec.
+        b_dec -= bias @ coder.encoder.weight
+        sorted_terms = [(by_latent(t.active.rows, t.active.latents, d_sae), t) for t in step.terms]
+        decoder = _summed(
+            weighted_rows(t.pull, s.starts, s.rows, t.active.values[s.order])
+            for s, t in sorted_terms
+        )
+        world.sum_(decoder)
+        along = row_dots(decoder, W_dec)
+        decoder.addcmul_(W_dec, along[:, None], value=-1)
     yield "W_dec", decoder
     del decoder
-    yield (
-        "encoder.weight",
-        world.sum_(
-            _summed(
-                weighted_rows(step.centred, s.starts, s.rows, t.slope[s.order])
-                for s, t in sorted_terms
-            )
-        ),
-    )
+    with torch.no_grad():
+        encoder = _summed(
+            weighted_rows(step.centred, s.starts, s.rows, t.slope[s.order]) for s, t in sorted_terms
+        )
+        world.sum_(encoder)
+    yield "encoder.weight", encoder
+    del encoder
     yield "encoder.bias", bias
     yield "b_dec", b_dec
 
