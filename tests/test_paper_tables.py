@@ -1,4 +1,4 @@
-"""The paper's tables in miniature: a rotation, contrasts by hand, and the tables in the document."""
+"""The paper's tables in miniature: a rotation, contrasts by hand, the tables in the document."""
 
 from __future__ import annotations
 
