@@ -47,7 +47,7 @@ class Chosen(NamedTuple):
     lowest: Float[Tensor, " latent"]
     """The value at each latent's last place; 0 where fewer tokens than its places are above zero,
     infinite where it has no place."""
-    wanted: Float[Tensor, " latent"] | None = None
+    demand: Float[Tensor, " latent"] | None = None
     """Tokens on which each latent exceeds the bar, where one was given."""
 
 
@@ -120,7 +120,7 @@ def feature_choice(
         encoder: weights and bias.
         x: activations less b_dec, the whole batch.
         places: tokens that each latent gets, or k: k x rows / latents each.
-        bar: of `Chosen.wanted`.
+        bar: of `Chosen.demand`.
     """
     weight, bias = encoder.half or (encoder.weight, encoder.bias)
     latents, rows = weight.shape[0], x.shape[0]
@@ -130,13 +130,13 @@ def feature_choice(
     step = max(1, select.PRODUCT_BYTES // (max(1, rows) * weight.element_size()))
     if x.device.type != "cpu":
         step = max(step, min(latents, 4096))
-    given = x.to(weight.dtype).mT
-    parts, wanted = [], []
+    columns = x.to(weight.dtype).mT
+    parts, demand = [], []
     for first in range(0, latents, step):
         part = slice(first, first + step)
-        pre = torch.addmm(bias[part, None], weight[part], given)
+        pre = torch.addmm(bias[part, None], weight[part], columns)
         if bar is not None:
-            wanted.append((pre > bar).sum(1))
+            demand.append((pre > bar).sum(1))
         piece = Encoder(encoder.weight[part], encoder.bias[part], encoder.half and (weight, bias))
         off = select.rounding(piece, x, pre.mT)
         sure = reach = pre.float()
@@ -145,19 +145,19 @@ def feature_choice(
         limit = _last_places(sure, places[part])
         which, tokens = ((reach >= limit[:, None]) & (reach > 0)).nonzero(as_tuple=True)
         parts.append(Active(tokens, which + first, pre[which, tokens].float()))
-    found = Active(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    pairs = Active(*(torch.cat(column) for column in zip(*parts, strict=True)))
     # Row by row, the latents of a row in their order.
-    order = found.rows.to(torch.int32).argsort(stable=True)
-    found = Active(*(column[order] for column in found))
+    order = pairs.rows.to(torch.int32).argsort(stable=True)
+    pairs = Active(*(column[order] for column in pairs))
     if encoder.half is not None:
-        found = found._replace(values=select.exact(encoder, x, found.rows, found.latents))
-        found = Active(*(column[found.values > 0] for column in found))
-        lowest = last_values(found.latents, found.values, places)
-        kept = found.values >= lowest[found.latents]
-        found = Active(*(column[kept] for column in found))
+        pairs = pairs._replace(values=select.exact(encoder, x, pairs.rows, pairs.latents))
+        pairs = Active(*(column[pairs.values > 0] for column in pairs))
+        lowest = last_values(pairs.latents, pairs.values, places)
+        kept = pairs.values >= lowest[pairs.latents]
+        pairs = Active(*(column[kept] for column in pairs))
     else:
-        lowest = _least(found, places)
-    return Chosen(found, lowest, torch.cat(wanted).float() if wanted else None)
+        lowest = _least(pairs, places)
+    return Chosen(pairs, lowest, torch.cat(demand).float() if demand else None)
 
 
 def _last_places(
@@ -186,12 +186,12 @@ def _last_places(
     return limit
 
 
-def _least(found: Active, places: Int[Tensor, " latent"]) -> Float[Tensor, " latent"]:
+def _least(pairs: Active, places: Int[Tensor, " latent"]) -> Float[Tensor, " latent"]:
     """Return `Chosen.lowest` of latents whose places are those that were found."""
-    lowest = found.values.new_full(places.shape, float("inf"))
-    lowest.scatter_reduce_(0, found.latents, found.values, "amin")
-    taken = torch.bincount(found.latents, minlength=places.numel())
-    return torch.where(taken < places, torch.zeros_like(lowest), lowest)
+    lowest = pairs.values.new_full(places.shape, float("inf"))
+    lowest.scatter_reduce_(0, pairs.latents, pairs.values, "amin")
+    used = torch.bincount(pairs.latents, minlength=places.numel())
+    return torch.where(used < places, torch.zeros_like(lowest), lowest)
 
 
 def last_values(
@@ -200,9 +200,9 @@ def last_values(
     """Return the value at each latent's last place among pairs above zero, as `Chosen.lowest`."""
     order = values.argsort(descending=True, stable=True)
     order = order[latents[order].argsort(stable=True)]
-    taken = torch.bincount(latents, minlength=places.numel())
-    starts = taken.cumsum(0) - taken
-    full = (taken >= places) & (places > 0)
+    used = torch.bincount(latents, minlength=places.numel())
+    starts = used.cumsum(0) - used
+    full = (used >= places) & (places > 0)
     lowest = torch.where(places > 0, 0.0, float("inf")).to(values)
     lowest[full] = values[order[(starts + places - 1)[full]]]
     return lowest
@@ -251,13 +251,13 @@ class Usage:
         """Share of the tokens on which a latent is active, over the window of the dead."""
         self.lowest = zeros(self.chooses, latents)
         """A latent's last place, over `RECENT` batches."""
-        self.wanted = zeros(self.by_zipf, latents)
+        self.demand = zeros(self.by_zipf, latents)
         """Share of the tokens on which a latent exceeds the bar."""
         self.bar = zeros(self.by_zipf)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold, to be written or copied into."""
-        names = ("density", "lowest", "wanted", "bar")
+        names = ("density", "lowest", "demand", "bar")
         return {f"usage.{n}": v for n in names if (v := getattr(self, n)) is not None}
 
     def places(self, rows: int) -> Places | None:
@@ -265,9 +265,9 @@ class Usage:
         if self.lowest is None:
             return None
         latents = self.lowest.numel()
-        if self.wanted is None or self.bar is None:
+        if self.demand is None or self.bar is None:
             return Places(even_places(latents, self.k * rows))
-        order = self.wanted.cpu().argsort(descending=True, stable=True)
+        order = self.demand.cpu().argsort(descending=True, stable=True)
         counts = torch.empty(latents, dtype=torch.long)
         counts[order] = zipf_places(latents, rows, self.k * rows)
         return Places(counts, self.bar.item())
@@ -290,6 +290,6 @@ class Usage:
             return
         newest = torch.where(chosen.lowest.isfinite(), chosen.lowest, self.lowest)
         self.lowest.lerp_(newest, 1 / min(step, RECENT))
-        if self.wanted is not None and self.bar is not None and chosen.wanted is not None:
-            self.wanted.lerp_(chosen.wanted / rows, max(rows / window, 1 / step))
+        if self.demand is not None and self.bar is not None and chosen.demand is not None:
+            self.demand.lerp_(chosen.demand / rows, max(rows / window, 1 / step))
             self.bar.copy_(newest.mean())

@@ -190,8 +190,8 @@ def _choose(
     latents, values = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
     lowest = last_values(latents, values, places.counts.to(device))
     kept = active.values >= lowest[active.latents]
-    wanted = chosen.wanted if chosen.wanted is None else world.sum_(chosen.wanted)
-    return Chosen(Active(*(part[kept] for part in active)), lowest, wanted)
+    demand = chosen.demand if chosen.demand is None else world.sum_(chosen.demand)
+    return Chosen(Active(*(part[kept] for part in active)), lowest, demand)
 
 
 def _term(

@@ -112,9 +112,9 @@ def test_feature_choice_is_the_dense_one(
     assert torch.equal(order, order.sort().values)
     lowest = pre.sort(0, descending=True).values.gather(0, places[None] - 1)[0]
     torch.testing.assert_close(chosen.lowest, lowest)
-    assert chosen.wanted is not None
+    assert chosen.demand is not None
     if not half:
-        assert torch.equal(chosen.wanted, (pre > 0.5).sum(0).float())
+        assert torch.equal(chosen.demand, (pre > 0.5).sum(0).float())
 
 
 def test_ties_come_along_and_zero_never() -> None:
@@ -250,8 +250,8 @@ def test_by_zipf_the_wanted_get_more() -> None:
     made = trainer(activation="feature-choice", allocation="zipf", optimizer="adam")
     places = made.usage.places(ROWS)
     assert places is not None
-    assert made.usage.wanted is not None
-    order = made.usage.wanted.argsort(descending=True, stable=True)
+    assert made.usage.demand is not None
+    order = made.usage.demand.argsort(descending=True, stable=True)
     assert torch.equal(places.counts[order], zipf_places(LATENTS, ROWS, K * ROWS))
     assert places.bar == pytest.approx(float(made.usage.bar))  # pyright: ignore
     even = trainer(activation="feature-choice").usage
