@@ -141,7 +141,7 @@ def export(args: Export) -> Outcome:
     Features of an activity run go to Neuronpedia or onto a self-contained page; SAEs and adapters,
     with a card, into a folder for a hub.
 
-    Example: resa-lens export 6f99fcad features.html --to html --features 8:12,7:596
+    Example: resa-lens export ACTIVITY exported --to neuronpedia
     """
     from resa_lens.artifacts.listing import named, scan
 

@@ -60,6 +60,8 @@ class Reader:
             found |= {"resa-workspace/evals/A": str(base), "resa-workspace/evals/B": str(tuned)}
         for adapter in self.newest("adapters", "*paper*")[:1]:
             found |= {"ADAPTER": str(adapter), "resa-workspace/adapters/RUN": str(adapter)}
+        for activity in sorted(self.workspace.glob("activity/*/mlp_out-*"))[:1]:
+            found["ACTIVITY"] = str(activity)
         for sae in sorted(self.workspace.rglob("layers.5.mlp"))[:1]:
             found["saes/layers.12.mlp"] = str(sae)
         return found
