@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from resa_lens.errors import BadInputError
+from resa_lens.machine.limits import memory_errors
 from resa_lens.models.host import Model
 
 ROUTER_NAMES = ("gate", "router")
@@ -287,6 +288,7 @@ def find_routers(model: Model) -> dict[int, Router]:
     Raises:
         BadInputError: a dense model, a router of an unknown form, k equal to the number of experts,
             or experts that are quantised.
+        RunFailedError: memory was too little.
     """
     plain: Any = model.model
     modules = {layer: (name, module, shared) for layer, name, module, shared
@@ -297,7 +299,11 @@ def find_routers(model: Model) -> dict[int, Router]:
         raise BadInputError(f"model {model.name} has {why}; {ONLY}")
     size = int(plain.config.get_text_config().vocab_size)
     ids = (torch.arange(PROBE_TOKENS, device=model.device) * 7 % size)[None]
-    with recording({layer: module for layer, (_, module, _) in modules.items()}) as outputs:
+    routing = {layer: module for layer, (_, module, _) in modules.items()}
+    with (
+        memory_errors("looking at the routers", "--dtype bfloat16 takes less memory."),
+        recording(routing) as outputs,
+    ):
         plain(input_ids=ids, use_cache=False)
     routers: dict[int, Router] = {}
     for layer, (name, module, shared) in sorted(modules.items()):

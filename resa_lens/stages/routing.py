@@ -63,7 +63,7 @@ def routing_run(ctx: Context, model: Model, corpus: CorpusConfig, config: UseCon
 
 def routing_mb(routers: Mapping[int, Router], tokens: int) -> float:
     """Return the MB that the experts of so many tokens take, with what is counted of them."""
-    k = max((router.k for router in routers.values()), default=0)
+    k = max(router.k for router in routers.values())
     return 4 * 8 * tokens * len(routers) * k / 2**20
 
 

@@ -222,6 +222,8 @@ def eval_run(
             "eval": config,
             **({"engine": engine} if engine != "hf" else {}),
             **({"lora": lora} if engine == "vllm" and model.peft is not None else {}),
+            # They stand in the results; without them an evaluation is what it always was.
+            **({"replicates": replicates} if replicates > 1 else {}),
         },
         data={"questions": questions_hash(items, sampled=config.generation.temperature > 0)},
         settings=_settings(model, items, config, source, engine, lora),
@@ -242,8 +244,6 @@ def eval_run(
         )  # fmt: skip
 
     artifact = stage.obtain(work, doing="answering")
-    if replicates > 1 and "replicates" not in artifact.manifest.results:
-        ctx.reporter.note("the scores were there, without replicates; --force asks all again")
     return EvalRun(artifact, read_result(artifact))
 
 

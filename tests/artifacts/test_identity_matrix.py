@@ -79,8 +79,8 @@ STRUCTURE = {
     "target",
 }  # fmt: skip
 """Arguments of the stages that are ingredients, or hold the options; each stands in the calls."""
-HARMLESS = {"world", "cluster", "allow_mismatch", "label", "replicates"}
-"""Arguments that say with whom, how strictly, under which name or how often over it is done."""
+HARMLESS = {"world", "cluster", "allow_mismatch", "label"}
+"""Arguments that say with whom, how strictly or under which name it is done."""
 
 
 def known_names(*functions: object) -> set[str]:

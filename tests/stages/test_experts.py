@@ -8,10 +8,14 @@ from typing import Any
 
 import mixtures
 import pytest
+import torch
 from app_driver import run_page, texts
 from typer.testing import CliRunner
 
 import resa_lens as rl
+from resa_lens.artifacts.kinds.ranking import Ranking
+from resa_lens.artifacts.kinds.routing import Routing
+from resa_lens.artifacts.kinds.steering import Steering
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
@@ -257,3 +261,30 @@ def test_the_page_says_what_makes_something(
     assert not page.exception
     assert any("experts rank" in code.value or "experts" in code.value for code in page.code)
     assert mixtures.K == 2
+
+
+@pytest.mark.parametrize("passes", [0, 1], ids=["routers", "stage"])
+@pytest.mark.parametrize("action", ["measure", "rank", "steer"])
+def test_out_of_memory_names_what_takes_less(
+    action: str, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first pass, which reads the routers, and at the next, which is the stage's."""
+    embed, done = torch.nn.Embedding.forward, []
+
+    def forward(*args: Any) -> Any:
+        if len(done) >= passes:
+            raise MemoryError
+        done.append(1)
+        return embed(*args)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", forward)
+    words = STEER[1:] if action == "steer" else ["--model", MODEL, *FEW]
+    run = invoke(action, *words, "--workspace", str(tmp_path / "w"))
+    assert run.exit_code == 1
+    assert isinstance(run.exception, SystemExit)
+    said = run.stderr.partition("error: ")[2]
+    assert "out of memory" in said
+    assert len(said.splitlines()) <= 3
+    kind = {"measure": Routing, "rank": Ranking, "steer": Steering}[action]
+    assert (kind.lighter if passes else "--dtype bfloat16 takes less") in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

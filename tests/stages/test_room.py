@@ -44,7 +44,8 @@ LOADED = {"counts", "effects", "attribution", "falsification", "scores", "matche
 """Kinds whose stages load SAEs and are not resumed; the resumable ones are in test_resume.py."""
 
 EXPERTS = {"routing", "ranking", "steering"}
-"""Kinds whose stages refuse the materials' model, which has no experts, before it runs."""
+"""Kinds whose stages refuse the materials' model, which has no experts, before it runs; the same
+test of a mixture stands in test_experts.py."""
 
 
 @pytest.fixture(scope="module")

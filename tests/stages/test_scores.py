@@ -249,8 +249,13 @@ def test_replicates_of_greedy_answers_with_hf_have_no_noise(tmp_path):
     run = eval_run(ctx, model, ITEMS[:3], CONFIG, replicates=3)
     noise = run.artifact.manifest.results["replicates"]
     assert noise == {"accuracies": [run.result.accuracy] * 3, "sd": 0.0, "flips": 0.0}
-    # The noise is no part of what an evaluation is: asked once, it is the same one.
-    assert eval_run(ctx, model, ITEMS[:3], CONFIG).artifact.path == run.artifact.path
+    # The noise stands in the results: an evaluation without it is another one, and each is kept.
+    once = eval_run(ctx, model, ITEMS[:3], CONFIG)
+    assert once.artifact.path != run.artifact.path
+    assert "replicates" not in once.artifact.manifest.results
+    assert once.result.accuracy == run.result.accuracy
+    again = eval_run(ctx, model, ITEMS[:3], CONFIG, replicates=3)
+    assert again.artifact.path == run.artifact.path
 
 
 def test_an_engine_that_answers_otherwise_has_its_noise_measured(tmp_path):

@@ -533,8 +533,8 @@ CASES = {
                        "sae_gradient", "reduction", "teacher"}),
         ),
         Case(
-            "eval", Eval, eval_run, _evaluate, {"config": EVAL, "engine": "hf"},
-            {"engine": "lighteval"},
+            "eval", Eval, eval_run, _evaluate, {"config": EVAL, "engine": "hf", "replicates": 1},
+            {"engine": "lighteval", "replicates": 2},
             {"source": "another", "label": "another"}, MODEL | {"questions", "groups"},
         ),
         Case(
