@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import typer
-from sae_speed import Threads, heading, interleaved, llama, timed
+from side_by_side import Threads, heading, interleaved, llama, timed
 
 TARGET = 1.3
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import typer
-from sae_speed import heading, timed
+from side_by_side import heading, timed
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 LIGER = (60.7, 11.1)
