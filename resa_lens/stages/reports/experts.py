@@ -99,8 +99,8 @@ def steering(name: str, values: dict[str, Any]) -> Iterator[Any]:
     )
     if control := accuracy["control"]:
         text += (
-            f"; random sets {cell('{effect.difference:*+.1f}', control)}, rank p "
-            f"{control['rank_p']:.3g}"
+            f"; {control['sets']} random sets {cell('{effect.difference:*+.1f}', control)} on "
+            f"average, rank p {control['rank_p']:.3g} (never below {1 / (1 + control['sets']):.2g})"
         )
     yield text
     yield from values["notes"]
