@@ -11,7 +11,8 @@ import html
 import re
 import unicodedata
 from collections.abc import Sequence
-from difflib import SequenceMatcher
+
+from rapidfuzz.distance import LCSseq
 
 from resa_lens.texts.prompts import PHASES
 
@@ -99,8 +100,7 @@ def differing(left: str, right: str) -> tuple[str, str]:
     """
     words = [re.findall(r"\S+|\s+", text)[:COMPARED] for text in (left, right)]
     sides: tuple[list[str], list[str]] = [], []
-    matcher = SequenceMatcher(None, *words, autojunk=False)
-    for kind, *ends in matcher.get_opcodes():
+    for kind, *ends in LCSseq.opcodes(*words).as_list():
         spans = words[0][ends[0] : ends[1]], words[1][ends[2] : ends[3]]
         for side, part, colour in zip(sides, spans, (_COLD, _WARM), strict=True):
             style = "" if kind == "equal" else f"background:{_shade(colour, 0.5)}"

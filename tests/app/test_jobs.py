@@ -49,8 +49,6 @@ class Bench:
         return {"values": values}
 
 worker.Bench = Bench
-if len(sys.argv) > 1:
-    worker.IDLE_S = float(sys.argv[1])
 worker.main([])
 """
 
@@ -215,7 +213,7 @@ def test_a_worker_ends_with_its_owner(how):
 
 
 def test_a_forgotten_page_costs_no_memory_for_long():
-    worker = Worker([sys.executable, "-c", STUB, "1"])
+    worker = Worker([sys.executable, "-c", STUB], idle_s=1)
     first = worker.ask("echo")
     assert first.wait(20)
     pid = worker._processes[0].pid
@@ -223,6 +221,17 @@ def test_a_forgotten_page_costs_no_memory_for_long():
     again = worker.ask("echo", x=1)
     assert again.wait(20)
     assert again.result == {"values": {"x": 1}}
+    worker.close()
+
+
+def test_nothing_asked_is_lost_to_an_end_by_idleness():
+    # Asked just when the process would end: it is answered, by this process or by a new one.
+    worker = Worker([sys.executable, "-c", STUB], idle_s=0.3)
+    for pause in (0, 0.29, 0.3, 0.301, 0.31):
+        time.sleep(pause)
+        job = worker.ask("pause", x=pause)  # it takes longer than the idle time
+        assert job.wait(20)
+        assert job.result == {"values": {"x": pause}}
     worker.close()
 
 

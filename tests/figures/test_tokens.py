@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -150,5 +151,11 @@ def test_words_that_differ_are_coloured_and_stay_text() -> None:
     same, again = tokens.differing("a b", "a b")
     assert "background" not in same.split("</style>")[1]
     assert same == again
+
+
+def test_long_texts_of_few_words_are_compared_at_once() -> None:
+    # Sums are made of few words: difflib took 100 s of a page's time here.
+    began = time.process_time()
     long = tokens.differing("x " * 10_000, "y " * 10_000)[0]
     assert long.count("<span") == tokens.COMPARED
+    assert time.process_time() - began < 2

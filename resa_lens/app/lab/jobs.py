@@ -36,6 +36,9 @@ EVERY_S = 0.5
 """Between two looks at work that is under way."""
 SOON_S = 0.4
 """What a page waits for work that may be quick, before it draws a progress bar."""
+IDLE_S = 900
+"""Without a request for so long a worker's process is ended, and its memory is free: a page may be
+forgotten, and the next request starts a new one."""
 GRACE_S = 10
 """What a command gets to end by itself once it is stopped."""
 LAST_LINES = 6
@@ -156,8 +159,11 @@ def _watch(
 class Worker:
     """The process that holds a model; it starts with the first request, and again after an end."""
 
-    def __init__(self, command: Sequence[str] = WORKER) -> None:
-        self._command = command
+    def __init__(self, command: Sequence[str] = WORKER, idle_s: float = IDLE_S) -> None:
+        self._command, self._idle_s = command, idle_s
+        # Whoever ends an idle process must know that nothing was sent to it in the meantime.
+        self._lock = threading.Lock()
+        self._idle: threading.Timer | None = None
         self._number = 0
         self._jobs: dict[int, Job] = {}
         self._stopped = threading.Event()
@@ -172,10 +178,12 @@ class Worker:
 
     def ask(self, do: str, **values: Any) -> Job:
         """Send a request; requests are answered one after the other."""
-        process = self.process or self._begin()
-        self._number += 1
-        job = Job(values, halt=partial(_halt, process, self._stopped))
-        self._jobs[self._number] = job
+        with self._lock:
+            process = self.process or self._begin()
+            self._number += 1
+            job = Job(values, halt=partial(_halt, process, self._stopped))
+            self._jobs[self._number] = job
+            self._wait_for_idle()
         _send(process, {"id": self._number, "do": do, "with": values})
         if (code := process.poll()) is not None:  # it died before the job was on its list
             job.end(error=_dead(code))
@@ -193,6 +201,24 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         _end_all(self._processes)
+
+    def _wait_for_idle(self) -> None:
+        """End the process once it has been idle for long; a timer keeps no forgotten worker."""
+        me = weakref.ref(self)
+
+        def look() -> None:
+            if worker := me():
+                with worker._lock:
+                    if worker._idle is not timer:  # something was asked since
+                        return
+                    if worker._jobs and worker.process:
+                        worker._wait_for_idle()
+                    else:
+                        _end_all(worker._processes)
+
+        self._idle = timer = threading.Timer(self._idle_s, look)
+        timer.daemon = True
+        timer.start()
 
     def _begin(self) -> subprocess.Popen[str]:
         process = _start(self._command)

@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 
 HELD_BYTES = 2**30
 """Of SAEs that are kept; one of 65,536 latents and width 1,536 is 0.8 GB."""
-IDLE_S = 900
-"""Without a request for so long the process ends, and its memory is free: a page may be forgotten,
-and the next request starts a new one."""
 PAUSE_S = 0.1
 """Between two progress messages."""
 
@@ -307,11 +304,7 @@ def _written(host: Model, most: int, tell: Tell) -> Callable[[Sequence[int]], No
 
 
 def serve(requests: TextIO, replies: TextIO, bench: Bench) -> None:
-    """Answer requests until they end; then the process ends, also in the middle of one.
-
-    Returns:
-        After a long time without a request.
-    """
+    """Answer requests until they end; then the process ends, also in the middle of one."""
     inbox: queue.Queue[dict[str, Any]] = queue.Queue()
     cancelled: set[int] = set()
 
@@ -328,10 +321,7 @@ def serve(requests: TextIO, replies: TextIO, bench: Bench) -> None:
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        try:
-            request = inbox.get(timeout=IDLE_S)
-        except queue.Empty:
-            return
+        request = inbox.get()
         if request["id"] not in cancelled:
             _serve_one(request, replies, bench)
         cancelled.discard(request["id"])
