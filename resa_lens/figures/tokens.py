@@ -100,10 +100,13 @@ def differing(left: str, right: str) -> tuple[str, str]:
     """
     words = [re.findall(r"\S+|\s+", text)[:COMPARED] for text in (left, right)]
     sides: tuple[list[str], list[str]] = [], []
-    for kind, *ends in LCSseq.opcodes(*words).as_list():
-        spans = words[0][ends[0] : ends[1]], words[1][ends[2] : ends[3]]
+    for step in LCSseq.opcodes(*words):
+        spans = (
+            words[0][step.src_start : step.src_end],
+            words[1][step.dest_start : step.dest_end],
+        )
         for side, part, colour in zip(sides, spans, (_COLD, _WARM), strict=True):
-            style = "" if kind == "equal" else f"background:{_shade(colour, 0.5)}"
+            style = "" if step.tag == "equal" else f"background:{_shade(colour, 0.5)}"
             side += [f'<span style="{style}">{_text(word)}</span>' for word in part]
     return _block("", sides[0]), _block("", sides[1])
 
