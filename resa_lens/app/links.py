@@ -20,6 +20,8 @@ PAGES: dict[str, tuple[str, str]] = {
 }
 """Title and icon by path; the page is `show(listing)` of the module `resa_lens.app.<path>.page`."""
 
+LONGEST_PROMPT = 4000
+"""Characters of a prompt that a link to the lab holds."""
 _REGISTERED, _SUBJECT = "registered-pages", "subject"
 
 
@@ -42,6 +44,20 @@ def to(page: str, label: str = "", *, icon: str | None = None, **parameters: str
     icon = own if icon is None else icon or None
     target = st.session_state[_REGISTERED][page]
     st.page_link(target, label=label or title, icon=icon, query_params=query)
+
+
+def to_lab(label: str, prompt: str, *, raw: bool, **parameters: str) -> None:
+    """Draw a link to a prompt in the lab; nothing where the address cannot hold it.
+
+    Args:
+        label: what is shown.
+        prompt: the question, or with `raw` the whole prompt.
+        raw: whether the model reads it as it is.
+        parameters: what else the address holds.
+    """
+    if len(prompt) <= LONGEST_PROMPT:
+        query = {"prompt": prompt, **({"raw": "true"} if raw else {}), **parameters}
+        to(LAB, label, icon=None, **query)
 
 
 def common() -> dict[str, str]:

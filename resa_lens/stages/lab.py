@@ -269,3 +269,74 @@ def summed_values(
             acts = encode(coder, read.acts.pop(point)[0].to(coder.dtype))
             total += feature_values(acts, wanted[point]).float().cpu()
     return total
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A feature at one token."""
+
+    layer: int
+    feature: int
+    value: float
+    """Its activation."""
+    share: float
+    """Of the sum of all activations of its layer there, so that layers compare."""
+
+
+def ranked(
+    model: Model,
+    points: Sequence[Hookpoint],
+    load: Callable[[Hookpoint], SparseCoder],
+    ids: Sequence[int],
+    most: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Ranked, ...]:
+    """Return the features of several layers at the last token of a text, the largest share first.
+
+    Args:
+        model: the host.
+        points: places of SAEs.
+        load: gives a place's SAE; one is held at a time.
+        ids: the text up to the token.
+        most: features that are returned.
+        progress: called with (layers done, all layers).
+
+    Raises:
+        BadInputError: an SAE that does not fit the model.
+    """
+    ranking: list[Ranked] = []
+    (read,) = stream_activations(model, [torch.tensor([list(ids)])], list(points))
+    last = {point: read.acts.pop(point)[0, -1:].clone() for point in points}
+    for place, point in enumerate(points):
+        if progress is not None:
+            progress(place, len(points))
+        coder = load(point)
+        check_features(model, point, (), {point: coder})
+        acts = encode(coder, last[point].to(coder.dtype))
+        values: list[float] = acts.values.tolist()
+        pairs = zip(acts.latents.tolist(), values, strict=True)
+        ranking += [Ranked(point.layer, at, value, value / sum(values)) for at, value in pairs]
+    return tuple(sorted(ranking, key=lambda one: -one.share)[:most])
+
+
+def read(model: Model, prompt: str, written: str) -> Document:
+    """Return a text that was written before, token by token as the model reads it.
+
+    Args:
+        model: the host.
+        prompt: what the model read.
+        written: what stands behind it; nothing is graded.
+
+    Raises:
+        BadInputError: it is longer than the model's context.
+    """
+    tokenizer: Any = model.tokenizer
+    before: list[int] = tokenizer(prompt)["input_ids"]
+    ids: list[int] = before + tokenizer(written, add_special_tokens=False)["input_ids"]
+    if model.context is not None and len(ids) > model.context:
+        raise BadInputError(
+            f"the text has {len(ids)} tokens and {model.name} reads {model.context}"
+        )
+    texts = token_texts(tokenizer, ids)
+    phases = tuple(PHASES[phase] for phase in _phases((), texts))
+    return Document(tuple(ids), texts, phases, len(before), written, True, None, None)

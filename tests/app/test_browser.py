@@ -124,7 +124,7 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
         check(page, wrong, tmp_path / "feature.png")
         page.get_by_role("link", name="Try it in the prompt lab").click()
         page.get_by_role("button", name="Generate").click()
-        page.get_by_text("features are active").wait_for(timeout=90_000)
+        page.get_by_text("all layers:").wait_for(timeout=90_000)
         assert page.get_by_text("Answer: ").first.is_visible()
         place = page.url
         layer, feature = (re.search(rf"{key}=(\d+)", place)[1] for key in ("layer", "feature"))
@@ -141,7 +141,7 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
         page.get_by_test_id("stMainBlockContainer").get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped.").first.wait_for(timeout=30_000)
         # Another feature that is active there has a page too.
-        page.get_by_role("link", name=re.compile(r"^\d+: ")).first.click()
+        page.get_by_role("link", name=re.compile(r"^\d+:\d+$")).first.click()
         page.get_by_text("Link to this page").wait_for(timeout=30_000)
     assert state(SHIPPED) == before
 

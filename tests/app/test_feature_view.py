@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from app_driver import HOSTILE, edit, marked_up, texts
+from app_driver import HOSTILE, clickable_markup, edit, marked_up, texts
 from features_driver import SMALL, commands, shown, source_of, tables
 from synthetic_workspace import (
     ACTIVITY,
@@ -166,7 +166,7 @@ def test_what_a_feature_responds_to_stands_first(demo, open_page):
         demo.workspace, "features", layer=str(silent["layer"]), feature=str(silent["feature"]),
         of="thoughts",
     )  # fmt: skip
-    assert "no example was kept" in "".join(h.proto.body for h in app.get("html"))
+    assert "no example was kept" in clickable_markup(app)
 
 
 def test_tables_of_recipe_1_show_their_strongest_examples(workspace, features):
@@ -182,7 +182,8 @@ def test_tables_of_recipe_1_show_their_strongest_examples(workspace, features):
 
 def test_examples_frame_the_peak_and_underline_phases(made, features):
     app = features(made, layer="1", feature=str(PLANTED.feature))
-    body = next(h.proto.body for h in app.get("html") if "document 4" in h.proto.body)
+    body = clickable_markup(app, "examples-text")
+    assert "document 4" in body
     assert body.count('class="peak"') == SMALL.examples
     first = body.split('class="peak"')[1]
     assert first.startswith(' title="␣zebra: 4, think"')
@@ -376,8 +377,9 @@ def test_hostile_texts_are_shown_as_text(tmp_path, features):
         assert "[U+202E]" in said
         assert "\u202e" not in said
         assert "onerror" not in marked_up(app) + "".join(b.label for b in app.button)
-        for element in app.get("html"):
-            assert _Tags(element.proto.body).seen <= {"style", "div", "span", "class", "title"}
+        drawn = [element.proto.body for element in app.get("html")]
+        for body in (*drawn, clickable_markup(app)):
+            assert _Tags(body).seen <= {"style", "div", "span", "class", "title"}
         for chart in app.get("plotly_chart"):
             assert "<img" not in json.loads(chart.proto.spec)["layout"]["title"]["text"]
         lines = [code.value for code in app.code if code.value.startswith("resa-lens")]

@@ -10,7 +10,7 @@ import sys
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from app_driver import edit, marked_up, state, texts
+from app_driver import clickable_markup, edit, marked_up, state, texts
 from features_driver import SMALL, commands, pairs, shown, source_of
 from synthetic_workspace import (
     ACTIVITY,
@@ -364,7 +364,7 @@ def test_the_shipped_workspace_has_features(features):
     app = features(root, layer=str(layer), feature=str(feature))
     assert "Fires at" in texts(app)
     assert "Why: " in texts(app)
-    assert any("document" in h.proto.body for h in app.get("html"))
+    assert 'title="document' in clickable_markup(app, "examples-text")
     assert state(root) == before
 
 

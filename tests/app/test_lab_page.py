@@ -10,7 +10,16 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from app_driver import HOSTILE, edit, manifest_of, marked_up, reseal, state, texts
+from app_driver import (
+    HOSTILE,
+    clickable_markup,
+    edit,
+    manifest_of,
+    marked_up,
+    reseal,
+    state,
+    texts,
+)
 from streamlit.testing.v1 import AppTest
 
 from resa_lens.app.lab import changes as lab_changes
@@ -65,7 +74,8 @@ def commands(app: AppTest) -> str:
 
 
 def shown_tokens(app: AppTest) -> str:
-    return "\n".join(element.proto.body for element in app.get("html"))
+    fixed = "\n".join(element.proto.body for element in app.get("html"))
+    return f"{fixed}\n{clickable_markup(app)}"
 
 
 def answer(app: AppTest) -> dict:
@@ -97,14 +107,23 @@ def test_a_question_its_answer_and_its_features(lab, worker):
     assert f"layer 5 (0-based; 6th of 12): feature {densest}; active at " in shown
     assert "border-bottom:3px solid" in shown_tokens(app)  # thoughts are marked
     assert "background:rgba(" in shown_tokens(app)
-    # What is shown at the token is what the layer's SAE says there.
+    # At the token stand the features of all layers, each by its share of its layer's activation.
     acts = app.session_state["lab-requests"]["layer"].result
     place = app.slider(key="token").value
     part = slice(acts["starts"][place], acts["starts"][place + 1])
-    top = max(zip(acts["values"][part], acts["features"][part], strict=True))
+    values, features = acts["values"][part], acts["features"][part]
+    ranked = app.session_state["lab-requests"]["token"].result["features"]
+    of_layer = [row for row in ranked if row["layer"] == 5]
+    assert of_layer
+    for row in of_layer:
+        assert row["value"] == pytest.approx(values[features.index(row["feature"])], rel=1e-4)
+        assert row["share"] == pytest.approx(row["value"] / sum(values), rel=1e-4)
+    assert len({row["layer"] for row in ranked}) > 3
+    assert [row["share"] for row in ranked] == sorted((r["share"] for r in ranked), reverse=True)
     links = [link.proto for link in app.get("page_link") if "show=" in link.proto.query_string]
-    assert links[0].label == f"{top[1]}: {top[0]:.3g}"
-    assert f"show=5%3A{top[1]}" in links[0].query_string
+    first = ranked[0]
+    assert links[0].label == f"{first['layer']}:{first['feature']}"
+    assert f"show={first['layer']}%3A{first['feature']}" in links[0].query_string
     assert "run=activity" in links[0].query_string
     # Another feature and another layer, by the number inputs.
     other = acts["features"][0]
@@ -164,6 +183,46 @@ def test_all_counted_features_and_a_change(lab):
     app.number_input(key="strength").set_value(1.0).run()
     click(app, "compare-random")
     assert "different set(s) that come near" in texts(app) or "no random features" in texts(app)
+
+
+def test_a_feature_at_a_token_is_switched_off_and_the_texts_stand_side_by_side(lab):
+    app = click(lab(prompt="What is 9+4?", longest="40"), "generate")
+    assert "Texts of this session" not in marked_up(app)
+    app.session_state["token"] = 8  # as a click on it does
+    app = settled(app.run())
+    assert "At token 8 " in texts(app)
+    row = app.session_state["lab-requests"]["token"].result["features"][0]
+    app = click(app, f"off-{row['layer']}-{row['feature']}")
+    change = app.session_state["lab-requests"]["change"].request
+    assert change["targets"] == {str(row["layer"]): [row["feature"]]}
+    assert change["how"] == {**change["how"], "kind": "ablate", "strength": 1.0, "value": None}
+    app = settled(app)
+    assert "Log-probability of the unchanged text" in texts(app)
+    before, after = (job.request["ids"] for job in map(app.session_state["lab-requests"].get,
+                                                       ("text-1", "text-2")))  # fmt: skip
+    assert (before == after) == ("every feature has the same mean in both" in texts(app))
+    # The first text and the changed one; then one of another prompt too.
+    listed = next(f.value for f in app.dataframe if "tokens written" in f.value)
+    assert list(listed["text"]) == [
+        "What is 9+4? · tiny-reasoner",
+        f"What is 9+4? · tiny-reasoner, ablate {row['layer']}:{row['feature']} x 1",
+    ]
+    app.text_area(key="prompt").set_value("What is 7*6?").run()
+    app = settled(click(app, "generate"))
+    jobs_held = app.session_state["lab-requests"]
+    one, two = (jobs_held[f"text-{n}"] for n in (2, 3))
+    differing = next(f.value for f in app.dataframe if "mean in 2" in f.value)
+    best = differing.iloc[0]
+
+    def mean(job, feature: int) -> float:
+        pairs = zip(job.result["features"], job.result["values"], strict=True)
+        return sum(v for f, v in pairs if f == feature) / len(job.request["ids"])
+
+    assert best["mean in 2"] == pytest.approx(mean(one, best["feature"]))
+    assert best["mean in 3"] == pytest.approx(mean(two, best["feature"]))
+    for f in {*one.result["features"], *two.result["features"]}:
+        gap = abs(mean(one, f) - mean(two, f))
+        assert gap <= abs(best["mean in 2"] - best["mean in 3"]) + 1e-9
 
 
 def test_hostile_text_is_shown_as_text(lab, tmp_path):
@@ -289,7 +348,8 @@ def test_a_model_without_saes_names_the_command(lab, stub, tmp_path):
     app = click(lab(process=stub("none", "", HOSTILE, "0" * 64)), "generate")
     assert f"holds no SAEs of {HOSTILE}" in texts(app)
     assert "resa-lens train-saes --model tiny-reasoner" in commands(app)
-    assert len(app.get("html")) == 2  # the text is there all the same
+    assert shown_tokens(app)  # the text is there all the same
+    assert len(app.get("html")) == 2
     assert "onerror" not in marked_up(app)
     app = click(lab(tmp_path / "none", process=stub("none", "", "m", "1")), "generate")
     assert "resa-lens train-saes" in commands(app)

@@ -129,6 +129,35 @@ def test_activations_are_those_of_the_model_encoded(tiny, coders, plain):
     assert steps == [(0, 2), (1, 2)]
 
 
+def test_the_features_of_all_layers_at_a_token_are_ranked_by_their_share(tiny, coders, plain):
+    place, steps = 12, []
+    ids = plain.ids[: place + 1]
+    found = lab.ranked(tiny, POINTS, coders.__getitem__, ids, 7, lambda *step: steps.append(step))
+    every = []
+    for point, coder in coders.items():
+        # In the whole text: what comes behind a token changes nothing there.
+        acts = lab.activations(tiny, point, coder, plain.ids)
+        here = acts.rows == place
+        values, latents = acts.values[here], acts.latents[here]
+        for latent, value in zip(latents.tolist(), values.tolist(), strict=True):
+            every.append((value / float(values.sum()), value, point.layer, latent))
+    every.sort(reverse=True)
+    assert [(one.layer, one.feature) for one in found] == [row[2:] for row in every[:7]]
+    for one, (share, value, *_) in zip(found, every, strict=False):
+        assert one.share == pytest.approx(share, rel=1e-4)
+        assert one.value == pytest.approx(value, rel=1e-4)
+    assert steps == [(0, 2), (1, 2)]
+
+
+def test_a_written_text_is_read_as_it_was_written(tiny, plain):
+    prompt = ASKED.prompt
+    again = lab.read(tiny, prompt, "".join(plain.tokens[plain.prompt_tokens :]))
+    assert (again.ids, again.tokens, again.phases) == (plain.ids, plain.tokens, plain.phases)
+    assert again.prompt_tokens == plain.prompt_tokens
+    with pytest.raises(BadInputError, match="tokens and tiny-reasoner reads"):
+        lab.read(tiny, prompt, " 1" * 5000)
+
+
 @pytest.mark.parametrize("kind", ["ablate", "scale", "steer"])
 def test_strength_zero_changes_nothing(tiny, engine, coders, plain, named, kind):
     wanted = lab_changes.Change(named, kind, 0.0, value=1.0 if kind == "steer" else None)

@@ -90,6 +90,16 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")}
 
 
+def clickable_markup(app: AppTest, key: str | None = None) -> str:
+    """The HTML of the tokens that can be clicked, of one component or of all."""
+    protos = [element.proto for element in app.get("bidi_component")]
+    return "\n".join(
+        json.loads(proto.json)["markup"]
+        for proto in protos
+        if key is None or proto.id.endswith(f"-{key}")
+    )
+
+
 def charts(app: AppTest) -> int:
     return len(app.get("plotly_chart"))
 
@@ -98,12 +108,14 @@ def charts(app: AppTest) -> int:
 
 
 @contextmanager
-def served(workspace: Path | None, log: Path, cwd: Path | None = None) -> Iterator[str]:
-    """The app on a free port of this machine; ended by its own process."""
+def served(
+    workspace: Path | None, log: Path, cwd: Path | None = None, script: Path = SCRIPT
+) -> Iterator[str]:
+    """The app, or another script, on a free port of this machine; ended by its own process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", str(SCRIPT)]
+    command = [sys.executable, "-m", "streamlit", "run", str(script)]
     command += ["--server.address", "127.0.0.1", "--server.port", str(port)]
     command += ["--server.headless", "true"]
     command += ["--", "--workspace", str(workspace)] if workspace else []

@@ -267,6 +267,23 @@ def phases_of(source: Source, numbers: Sequence[int]) -> dict[int, list[str]]:
         raise BadInputError(f"{file} names a phase that this version does not know") from error
 
 
+def document_of(source: Source, number: int) -> tuple[list[int], list[str]]:
+    """Return the tokens of a document of the activity run, and the phase of each.
+
+    Raises:
+        BadInputError: the table is missing or damaged, or has no such document.
+    """
+    if source.activity is None:
+        raise BadInputError("activity was not measured here, so there are no documents")
+    groups = opened(source.activity, DOCUMENTS)
+    mine = pc.field("document") == number
+    for group in range(groups.metadata.num_row_groups):
+        if groups.read([group], ["document"]).filter(mine).num_rows:
+            rows = groups.read([group], ["document", "ids"]).filter(mine).to_pylist()
+            return rows[0]["ids"], phases_of(source, [number])[number]
+    raise BadInputError(f"{groups.file} has no document {number}; --force makes it anew")
+
+
 @st.cache_resource(show_spinner=False, max_entries=4, hash_funcs=HASHES)
 def _phases(run: Artifact) -> pa.Table:
     groups = opened(run, DOCUMENTS)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
 from resa_lens.app import links
-from resa_lens.app.features import evidence, notes
+from resa_lens.app.features import evidence, examples, notes
 from resa_lens.app.features.data import (
     Activity,
     Source,
     activity,
     command,
-    examples,
-    phases_of,
     same_activity,
     verdict_of,
 )
+from resa_lens.app.features.document import Go
+from resa_lens.app.features.examples import PHASE_NAMES
 from resa_lens.app.widgets import figure, missing, part, readable, table, verbatim
-from resa_lens.artifacts.feature_tables import INTERVALS, STRONGEST
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import DESCRIBED, REFUTED, STANDS, UNDETERMINED, WORDS
@@ -38,15 +35,6 @@ _GROUPS: dict[str, tuple[str, Any]] = {
     UNDETERMINED: (":material/help:", "gray"),
 }
 BADGES: dict[str, tuple[str, Any]] = {name: _GROUPS[word.group] for name, word in WORDS.items()}
-Go = Callable[[int, int], None]
-"""Opens the page of a layer's feature; a callback."""
-RANDOM, EVERY = "at random", "every phase"
-_STYLE = (
-    "<style>.phase{font-size:.85rem;font-weight:600;margin:.3rem 0}"
-    ".example{display:flex;gap:.8rem;margin:0 0 .4rem}"
-    ".example .head{font-size:.85rem;opacity:.75;min-width:2.5rem;text-align:right}</style>"
-)
-_PHASE_NAMES = {"prompt": "the prompt", "think": "thoughts", "answer": "the answer"}
 
 
 def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) -> None:
@@ -68,7 +56,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
     else:
         with part("What it responds to"):
             _firing_tokens(listing, source, figures)
-            _examples(source, layer, feature, figures)
+            examples.show(listing, source, layer, feature, figures, go)
         _about(source, layer, feature, figures)
         readable(_activations, figures, source)
         with part("What it raises and lowers"):
@@ -89,12 +77,12 @@ def _about(source: Source, layer: int, feature: int, figures: Activity | None) -
         return
     row, (low, high) = figures.row, figures.ci
     by_phase = ", ".join(
-        f"{_percent(row[f'density_{phase}'])} of {_PHASE_NAMES[phase]}" for phase in PHASES
+        f"{_percent(row[f'density_{phase}'])} of {PHASE_NAMES[phase]}" for phase in PHASES
     )
     st.text(
         f"Fires at {_percent(row['density'])} of all tokens (95 % over documents "
         f"{_percent(low)} to {_percent(high)}), in {row['documents_fired']:,} of "
-        f"{source.documents:,} documents. Densest in {_PHASE_NAMES[figures.most]}: {by_phase}. "
+        f"{source.documents:,} documents. Densest in {PHASE_NAMES[figures.most]}: {by_phase}. "
         f"Where it fires its mean is {row['mean']:.3g}, its maximum {row['max']:.3g}."
     )
 
@@ -193,88 +181,6 @@ def _firing_tokens(listing: Listing, source: Source, figures: Activity) -> None:
         for word, share, mean in zip(words, shares, row["fires_on_mean"], strict=True)
     ]
     table(rows, "firing_tokens", "Table of tokens")
-
-
-def _examples(source: Source, layer: int, feature: int, figures: Activity) -> None:
-    rows = examples(source, layer, feature)
-    if not rows:
-        st.text("The activity run kept no example of it.")
-        return
-    # In the order of the firings: the phase where most of them are comes first.
-    fired = {phase: figures.row[f"tokens_fired_{phase}"] for phase in PHASES}
-    order = sorted((phase for phase in PHASES if fired[phase]), key=lambda phase: -fired[phase])
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        drawn = [row for row in rows if row["interval"] != STRONGEST]
-        intervals = (*INTERVALS, RANDOM) if drawn else (STRONGEST,)
-        interval = _choice("Examples", intervals, "examples")
-        phase = _choice("Of", (EVERY, *PHASES), "of", format_func=_phase_name)
-        st.html(tokens.legend())
-    rows = drawn if interval == RANDOM else [row for row in rows if row["interval"] == interval]
-    # Without phases the examples stand all the same.
-    phases = readable(phases_of, source, [row["document"] for row in rows]) or {}
-    parts, listed = [], []
-    for name in order if phase == EVERY else [phase]:
-        here = [row for row in rows if row["phase"] == name]
-        head = f"{fired[name]:,} of {sum(fired.values()):,} firings are in {_PHASE_NAMES[name]}"
-        parts.append(f'<div class="phase">{head}{"" if here else "; no example was kept"}</div>')
-        for row in here:
-            block, example = _example(row, phases, figures.row["max"])
-            parts.append(block)
-            listed.append(example)
-    st.html(_STYLE + "".join(parts))
-    st.caption(
-        "The deeper the orange, the stronger; one scale for all. The peak is framed, ↵ is a line's "
-        "end; a token's value stands where the pointer rests. Thirds are by activation, of places "
-        "drawn from all at which it fires in a phase; no two stand after the same text."
-    )
-    if listed:
-        table(listed, "examples", "Table of examples")
-
-
-def _choice(label: str, options: Sequence[str], key: str, **how: Any) -> str:
-    """A choice whose value stands in the address."""
-    return str(st.selectbox(label, options, width=180, **how, **links.bound(key)))
-
-
-def _phase_name(phase: str) -> str:
-    return _PHASE_NAMES.get(phase, phase)
-
-
-def _example(
-    row: dict[str, Any], phases: dict[int, list[str]], most: float
-) -> tuple[str, dict[str, Any]]:
-    """Return an example as HTML, and as a row of the table.
-
-    Raises:
-        BadInputError: it has another number of activations than of tokens.
-    """
-    words = [token or "" for token in row["tokens"] or []]
-    acts = [value or 0.0 for value in row["acts"] or []]
-    if len(words) != len(acts):
-        raise BadInputError(
-            f"example {row['rank']} has {len(words)} tokens and {len(acts)} activations; "
-            "--force of resa-lens activity makes the tables anew"
-        )
-    peak = row["position"] - row["start"]
-    around = phases.get(row["document"], [])[row["start"] : row["start"] + len(words)]
-    if len(around) != len(words):
-        around = []
-    note = f"document {row['document']}, token {row['position']}, {row['interval']}"
-    block = (
-        f'<div class="example"><div class="head" title="{html.escape(note, quote=True)}">'
-        f"{row['value']:.3g}</div>"
-        + tokens.coloured(words, acts, most=most, phases=around, peak=peak)
-        + "</div>"
-    )
-    return block, {
-        "document": row["document"],
-        "token": row["position"],
-        "phase": row["phase"],
-        "interval": row["interval"],
-        "activation": row["value"],
-        "peak": tokens.visible(words[peak]) if 0 <= peak < len(words) else "",
-        "text": tokens.plain("".join(words)),
-    }
 
 
 def _lens(listing: Listing, source: Source, figures: Activity) -> None:

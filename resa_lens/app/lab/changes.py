@@ -10,7 +10,7 @@ import streamlit as st
 
 from resa_lens.app import links
 from resa_lens.app.lab import data as lab_data
-from resa_lens.app.lab import jobs
+from resa_lens.app.lab import jobs, kept
 from resa_lens.app.widgets import problem, readable, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.listing import Listing
@@ -25,6 +25,8 @@ KINDS = {
     "steer": "adds strength x value along their directions, wherever",
 }
 VALUED = ("clamp", "steer")
+_NOW = "change-now"
+"""In the session: the change is compared without another click."""
 DRAWS = 5
 """Sets of random features; the rank of one among so many is never below 1 in 6."""
 
@@ -65,7 +67,7 @@ def show(
             help="As many random features, with about the same activation mass and as many active "
             "tokens on this very text",
         )
-    if one or with_random:
+    if one or with_random or (st.session_state.pop(_NOW, False) and targets):
         lab_data.send("change", {**change, "draws": DRAWS if with_random else 0})
         st.rerun()
     sent = lab_data.sent("change")
@@ -76,8 +78,26 @@ def show(
                 "The settings above were changed since; the texts below are of those before."
             )
         compared(response, result, request, sent.request["draws"])
+        kept.note(request, result["changed"]["document"], _in_words(sent.request))
     if targets:
         _measure(listing, saes, request, targets, how)
+
+
+def _in_words(change: Mapping[str, Any]) -> str:
+    features = [f"{layer}:{f}" for layer, some in change["targets"].items() for f in some]
+    more = f" and {len(features) - 3} more" if len(features) > 3 else ""
+    how = change["how"]
+    return f"{how['kind']} {', '.join(features[:3])}{more} x {how['strength']:g}"
+
+
+def switch_off(layer: int, feature: int) -> None:
+    """Take a feature away and compare; a callback."""
+    st.session_state["change"] = f"{layer}:{feature}"
+    for key, value in (("how", "ablate"), ("strength", 1.0)):
+        if st.session_state.get(key, value) != value:
+            st.session_state[key] = value
+    st.session_state[_NOW] = True
+    st.toast(f"The text without {layer}:{feature} comes below", icon=":material/arrow_downward:")
 
 
 def compared(

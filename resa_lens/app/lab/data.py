@@ -94,45 +94,47 @@ def _jobs() -> dict[str, jobs.Job]:
     return st.session_state.setdefault("lab-requests", {})
 
 
-def send(do: str, request: dict[str, Any]) -> None:
-    """Ask the worker anew, in place of what was asked of it before."""
-    forget(do)
-    _jobs()[do] = jobs.worker().ask(do, **request)
-    _jobs()[do].wait(jobs.SOON_S)
+def send(do: str, request: dict[str, Any], slot: str = "") -> None:
+    """Ask the worker anew, in place of what was asked of it before for a slot; `do` by default."""
+    slot = slot or do
+    forget(slot)
+    _jobs()[slot] = jobs.worker().ask(do, **request)
+    _jobs()[slot].wait(jobs.SOON_S)
 
 
-def sent(do: str) -> jobs.Job | None:
+def sent(slot: str) -> jobs.Job | None:
     """Return the last request."""
-    return _jobs().get(do)
+    return _jobs().get(slot)
 
 
-def forget(do: str) -> None:
+def forget(slot: str) -> None:
     """Drop what was asked; the worker need not begin it."""
-    job = _jobs().pop(do, None)
+    job = _jobs().pop(slot, None)
     if job is not None and not job.done:
         jobs.worker().drop(job)
 
 
-def follow(do: str, request: dict[str, Any]) -> dict[str, Any] | None:
+def follow(do: str, request: dict[str, Any], slot: str = "") -> dict[str, Any] | None:
     """Ask the worker for what the view needs, once for each request; see `outcome`."""
-    job = sent(do)
+    slot = slot or do
+    job = sent(slot)
     if job is None or job.request != request:
-        send(do, request)
-    return outcome(do, again=lambda: forget(do))
+        send(do, request, slot)
+    return outcome(slot, again=lambda: forget(slot))
 
 
-def outcome(do: str, again: Callable[[], None] | None = None) -> dict[str, Any] | None:
+def outcome(slot: str, again: Callable[[], None] | None = None) -> dict[str, Any] | None:
     """Return the result of a request; until it is there, or where there is none, that is drawn.
 
     Args:
-        do: what was asked.
+        slot: of the request.
         again: what a button "Try again" does before the page is drawn anew; none by default.
     """
-    job = sent(do)
+    job = sent(slot)
     if job is None:
         return None
     if not job.done:
-        jobs.show_progress(job, do)
+        jobs.show_progress(job, slot)
         return None
     if job.result is not None:
         return job.result
@@ -141,7 +143,7 @@ def outcome(do: str, again: Callable[[], None] | None = None) -> dict[str, Any] 
     else:
         problem(job.error or "the work gave no result; try again")
     if again is not None:
-        st.button("Try again", key=f"again-{do}", on_click=again)
+        st.button("Try again", key=f"again-{slot}", on_click=again)
     return None
 
 

@@ -16,6 +16,9 @@ import streamlit as st
 from resa_lens.app import data, links
 from resa_lens.app.lab import changes as lab_changes
 from resa_lens.app.lab import data as lab_data
+from resa_lens.app.lab import kept
+from resa_lens.app.lab import token as lab_token
+from resa_lens.app.tokens import clickable
 from resa_lens.app.widgets import part, problem, problems, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import line, model_of, models, sae_options, workspace_option
@@ -26,8 +29,8 @@ from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts import prompts
 
 ONE, ALL, NONE = "one feature", "counted features", "phases only"
-STRONGEST = 12
-"""Features named at a token."""
+LIGHT_BYTES = 2**30
+"""Of SAEs whose features at a token are looked up without a click: each layer's is read."""
 MOST_CHARACTERS = 20_000
 """Of a prompt: the address holds it."""
 LONGEST = 4096
@@ -56,6 +59,7 @@ def show(listing: Listing) -> None:
     if sent.request != request:
         st.caption("The settings above were changed since; the text below is of those before.")
     _answer(response, sent.request)
+    kept.note(sent.request, response["document"])
     saes = _saes(listing, response["model"], sent.request["model"])
     if saes is None:
         document = response["document"]
@@ -71,6 +75,8 @@ def show(listing: Listing) -> None:
         coloured = _features(listing, saes, response, sent.request["model"])
     with st.container():
         lab_changes.show(listing, saes, response, sent.request, coloured)
+    with st.container():
+        kept.show(listing, saes, coloured)
 
 
 def _inputs(listing: Listing) -> dict[str, Any]:
@@ -257,9 +263,14 @@ def _features(
             coloured, values = _counted(listing, saes, request, values)
     place = _token(document)
     phases = document["phases"]
-    st.html(tokens.coloured(document["tokens"], values.tolist(), phases=phases, peak=place))
+    st.caption(
+        "Click a token to see the features of all layers there; arrow keys and Enter do too."
+    )
+    markup = tokens.coloured(document["tokens"], values.tolist(), phases=phases, peak=place)
+    clickable(markup, "lab-text", _picked)
     st.html(tokens.legend())
-    _strongest(acts.loc[acts["token"] == place, :], document, layer, n_layers, place, listing, saes)
+    if "token" in st.query_params or _bytes(saes, response["model"]) <= LIGHT_BYTES:
+        lab_token.show(listing, saes, model, document, place, off=_switch_off)
     rows = {
         "position": list(range(count)),
         "token": document["tokens"],
@@ -325,36 +336,29 @@ def _token(document: dict[str, Any]) -> int:
     start = min(document["prompt_tokens"], last)
     if last < 1:
         return 0
+    chosen = {} if "token" in st.session_state else {"value": start}
     return st.slider(
-        "Token to look at", 0, last, start, help="Framed below", **links.bound("token")
+        "Token to look at", 0, last, **chosen, help="Framed below", **links.bound("token")
     )
 
 
-def _strongest(
-    acts: pd.DataFrame,
-    document: dict[str, Any],
-    layer: int,
-    n_layers: int,
-    place: int,
-    listing: Listing,
-    saes: Artifact,
-) -> None:
-    """Name the strongest features of a layer at a token, each a link to its page."""
-    strongest = acts.sort_values(["value", "feature"], ascending=False)[:STRONGEST]
-    token = tokens.visible(document["tokens"][place])
-    st.text(
-        f"At token {place} {token} ({document['phases'][place]}), "
-        f"{describe_layer(layer, n_layers)}: {len(acts)} features are active"
-        + (f"; the strongest {STRONGEST}" if len(acts) > STRONGEST else "")
-        + ", as feature: activation"
+def _picked(place: int) -> None:
+    st.session_state["token"] = place
+
+
+def _bytes(saes: Artifact, model: dict[str, Any]) -> int:
+    """Of all encoders in float32."""
+    return 4 * len(saes.results.layers) * saes.settings.sae.latents * model["width"]
+
+
+def _switch_off(layer: int, feature: int) -> None:
+    st.button(
+        "Switch off",
+        key=f"off-{layer}-{feature}",
+        type="tertiary",
+        icon=":material/toggle_off:",
+        help="The same prompt without it, beside the text above",
+        on_click=lab_changes.switch_off,
+        args=(layer, feature),
+        disabled=lab_data.busy(),
     )
-    address = data.features_of(listing, saes.relative)
-    with st.container(horizontal=True, gap="small"):
-        for feature, value in zip(strongest["feature"], strongest["value"], strict=True):
-            links.to(
-                links.FEATURES,
-                f"{feature}: {value:.3g}",
-                # In one: streamlit leaves out of a link what the page with the link binds itself.
-                show=f"{layer}:{feature}",
-                **address,
-            )

@@ -72,7 +72,7 @@ class Bench:
         """Do one of the requests below."""
         if "torch" not in sys.modules:
             tell("loading the libraries", 0, 3)
-        known = (self.respond, self.layer, self.sum, self.change)
+        known = (self.respond, self.read, self.layer, self.token, self.sum, self.change)
         return {each.__name__: each for each in known}[do](tell, **values)
 
     def respond(self, tell: Tell, **asking: Any) -> dict[str, Any]:
@@ -82,13 +82,19 @@ class Bench:
         host, engine, prompt, config = self._asked(tell, **asking)
         written = _written(host, config.max_new_tokens, tell)
         document = lab.respond(host, engine, prompt, config, written=written)
-        model = {name: getattr(host, key) for name, key in FACTS.items()}
-        return {"document": asdict(document), "prompt": prompt.prompt, "model": model}
+        return {"document": asdict(document), "prompt": prompt.prompt, "model": _facts(host)}
+
+    def read(self, tell: Tell, *, model: str, prompt: str, written: str) -> dict[str, Any]:
+        """Return a text that was written before, token by token."""
+        from resa_lens.stages import lab
+
+        host, _ = self._host(model, tell)
+        return {"document": asdict(lab.read(host, prompt, written)), "model": _facts(host)}
 
     def layer(
         self, tell: Tell, *, model: str, saes: dict[str, Any], layer: int, ids: list[int]
     ) -> dict[str, Any]:
-        """Return a layer's active features, token by token."""
+        """Return a layer's active features, token by token, and the tokens' texts."""
         from resa_lens.stages import lab
 
         host, _ = self._host(model, tell)
@@ -97,11 +103,24 @@ class Bench:
         point = replace(run.points[0], layer=layer)
         acts = lab.activations(host, point, self._coder(host, run, point), ids)
         return {
+            "tokens": lab.token_texts(host.tokenizer, ids),
             "starts": acts.starts.tolist(),
             "features": acts.latents.tolist(),
             "values": _rounded(acts.values),
             "size": acts.d_sae,
         }
+
+    def token(
+        self, tell: Tell, *, model: str, saes: dict[str, Any], ids: list[int], most: int
+    ) -> dict[str, Any]:
+        """Return the features of all layers at the last token of a text, the strongest first."""
+        from resa_lens.stages import lab
+
+        host, _ = self._host(model, tell)
+        run = _run(host, saes)
+        coder, progress = partial(self._coder, host, run), partial(tell, "encoding layers")
+        ranking = lab.ranked(host, run.points, coder, ids, most, progress)
+        return {"features": [asdict(one) for one in ranking]}
 
     def sum(
         self,
@@ -250,6 +269,10 @@ def _state(places: Sequence[Path]) -> int:
     # The time of change too: copies keep the other.
     stats = [(str(file), file.stat()) for files in folders for file in files if file.is_file()]
     return hash(tuple((n, s.st_mtime_ns, s.st_ctime_ns, s.st_size) for n, s in stats))
+
+
+def _facts(host: Model) -> dict[str, Any]:
+    return {name: getattr(host, key) for name, key in FACTS.items()}
 
 
 def _size(coder: SparseCoder) -> int:

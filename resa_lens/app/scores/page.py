@@ -13,6 +13,7 @@ import streamlit as st
 from resa_lens.app import empty, links
 from resa_lens.app.answers import Answers, answers
 from resa_lens.app.scores import data as scores_data
+from resa_lens.app.scores import reading
 from resa_lens.app.scores.data import Filter, Run
 from resa_lens.app.widgets import (
     apart,
@@ -33,15 +34,12 @@ from resa_lens.figures import plots, tokens
 from resa_lens.figures.scores import forest_figure
 from resa_lens.stages.comparison import points, sentences, span
 from resa_lens.stats import Interval, PairedComparison
-from resa_lens.texts import prompts
 
 LETTERS = "ABCDEFG"
 """What the chosen runs are called in figures and tables; as many as `plots` has colours for."""
 MARGIN = 2.0
 """Points: runs that differ by less count as equally good."""
 PER_PAGE = 10
-LONGEST_LINK = 4000
-
 ANSWERS, SCORES, DIFFERENCE, ALL = "Answers", "Accuracy", "Difference by group", "All runs"
 EVERYTHING = "Everything"
 """Views of the page; the last is long, for printing and searching."""
@@ -64,7 +62,7 @@ def show(listing: Listing) -> None:
     alone = len(compared) < 2
     comparison = None if alone else _compared(compared)
     views: dict[str, list[Callable[[], object]]] = {
-        ANSWERS: [partial(_samples, compared)] if alone or comparison else [],
+        ANSWERS: [partial(_samples, listing, compared)] if alone or comparison else [],
         SCORES: [partial(_scores, compared)],
         DIFFERENCE: [partial(_difference, compared, comparison)] if comparison else [],
         ALL: [partial(_many, compared)] if len(compared) > 2 else [],
@@ -265,7 +263,7 @@ def _many(runs: Mapping[str, Run]) -> None:
 # The answers themselves ------------------------------------------------------------------------
 
 
-def _samples(runs: Mapping[str, Run]) -> None:
+def _samples(listing: Listing, runs: Mapping[str, Run]) -> None:
     pair = dict(list(runs.items())[:2])
     left, *rest = pair.values()
     right = rest[0] if rest else None
@@ -301,7 +299,7 @@ def _samples(runs: Mapping[str, Run]) -> None:
         st.text(f"{places.size} of {len(kinds)} questions; {PER_PAGE} a page")
         texts = [_texts(run, own[letter], page_places) for letter, run in pair.items()]
         for number, place in enumerate(page_places):
-            _question(own, [rows[number] for rows in texts], place)
+            _question(listing, pair, own, [rows[number] for rows in texts], place)
 
 
 def _filter(labels: Mapping[str, str], pair: Sequence[Answers]) -> Filter:
@@ -356,7 +354,11 @@ def _texts(run: Run, own: Answers, places: Sequence[int]) -> list[list[dict[str,
 
 
 def _question(
-    own: Mapping[str, Answers], texts: Sequence[Sequence[Mapping[str, Any]]], place: int
+    listing: Listing,
+    runs: Mapping[str, Run],
+    own: Mapping[str, Answers],
+    texts: Sequence[Sequence[Mapping[str, Any]]],
+    place: int,
 ) -> None:
     first = next(rows[0] for rows in texts if rows)
     question = scores_data.known(*own.values()).scores.questions[place]
@@ -371,7 +373,7 @@ def _question(
                 _answers(letter, one, rows, place)
         if all(texts) and len(texts) > 1:
             _differing(*(rows[0] for rows in texts))
-        _to_the_lab(str(first["question"]), str(first["prompt"]))
+        reading.show(listing, runs, [rows[0] if rows else None for rows in texts], question.id)
 
 
 def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
@@ -387,15 +389,6 @@ def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     with st.expander("Where the thoughts differ"):
         for column, text in zip(st.columns(2), tokens.differing(*thoughts), strict=True):
             column.html(text)
-
-
-def _to_the_lab(question: str, prompt: str) -> None:
-    """Link to the same prompt there: by the question where the lab makes the prompt of it."""
-    address = {"prompt": question}
-    if prompt != prompts.question_prompt(question):
-        address = {"prompt": prompt, "raw": "true"}
-    if len(address["prompt"]) <= LONGEST_LINK:
-        links.to(links.LAB, "Try it in the prompt lab", **address)
 
 
 def _answers(letter: str, own: Answers, rows: Sequence[Mapping[str, Any]], place: int) -> None:
