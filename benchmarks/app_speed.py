@@ -44,7 +44,7 @@ def first_page(log: Path) -> dict[str, float]:
         with served(data_path("workspace"), log) as url:
             for name in ("cold", "warm"):
                 page.goto(url)
-                page.get_by_text("Did tuning help?").wait_for(timeout=60_000)
+                page.get_by_text("Tuned minus untuned").wait_for(timeout=60_000)
                 found[f"first page, {name}: its answers"] = time.monotonic() - began
                 page.get_by_text("All runs").first.wait_for(timeout=60_000)
                 page.locator(".js-plotly-plot .points path").first.wait_for(timeout=60_000)

@@ -10,6 +10,8 @@ import streamlit as st
 
 OVERVIEW, LAYERS, FEATURES, LAB, SCORES = "overview", "layers", "features", "lab", "scores"
 EXPERTS = "experts"
+WORKSPACE = "workspace"
+"""In the address: a folder that is opened in place of the one that the app was started with."""
 PAGES: dict[str, tuple[str, str]] = {
     OVERVIEW: ("Overview", ":material/account_tree:"),
     LAYERS: ("Layers", ":material/layers:"),
@@ -62,7 +64,8 @@ def to_lab(label: str, prompt: str, *, raw: bool, **parameters: str) -> None:
 
 def common() -> dict[str, str]:
     """Return what every page of the app understands: the workspace and the numbering."""
-    return {key: st.query_params[key] for key in ("place", "one_based") if key in st.query_params}
+    keys = (WORKSPACE, "place", "one_based")
+    return {key: st.query_params[key] for key in keys if key in st.query_params}
 
 
 def about(title: str, *subject: str) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import streamlit as st
 
 from resa_lens.app import links
+from resa_lens.app.widgets import readable
 from resa_lens.artifacts.places import Place, candidates
 from resa_lens.errors import BadInputError
+from resa_lens.resources import workspace_folder
 
 NAMES = {"given": "your workspace", "here": "your workspace", "bundled": "bundled example"}
 
@@ -35,10 +37,25 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def choose(folder: str | None) -> Place:
-    """Choose among the workspaces at hand in the side bar; see `candidates`."""
+    """Choose a workspace in the side bar: a folder that is typed, or of those at hand."""
+    if typed := _typed():
+        return typed
     places = candidates(folder)
     if len(places) == 1:
         return next(iter(places.values()))
     with st.sidebar:
         name = st.radio("Open", list(places), format_func=NAMES.__getitem__, **links.bound("place"))
     return places[str(name)]
+
+
+def _typed() -> Place | None:
+    """The folder that a person opens, also by an address; nothing is written there."""
+    with st.sidebar.popover("Open a folder", icon=":material/folder_open:"):
+        text = st.text_input(
+            "Workspace",
+            placeholder="a folder on the machine that runs the app",
+            help="Empty: the one that the app was started with",
+            **links.bound(links.WORKSPACE),
+        )
+    root = readable(workspace_folder, text.strip()) if text and text.strip() else None
+    return Place(root, "opened here") if root else None

@@ -37,6 +37,11 @@ def problem(text: str, command: str | None = None) -> None:
             shell(command)
 
 
+def plain(text: str) -> str:
+    """Return text from a file for a label, read as Markdown: every mark stands as it is."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~:$&])", r"\\\1", text)
+
+
 def shell(*commands: str) -> None:
     """Show commands to be copied to a shell, each in a box of its own."""
     for command in commands:

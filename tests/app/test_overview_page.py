@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -40,22 +41,26 @@ def test_the_answers_stand_first_and_nothing_is_written(open_page):
     shown = texts(app)
     manifest = json.loads(manifest_of(SHIPPED, "falsified").read_text())
     row = max(manifest["results"]["summary"]["rules"], key=lambda row: row["counted"])
-    assert f"{row['survivors']} of {row['counted']}" in shown
+    assert f"{row['survivors']} of {row['counted']}" in [metric.value for metric in app.metric]
     assert "12 layers; weights 459a3904" in shown
     verdict = json.loads(manifest_of(SHIPPED, "recommendations").read_text())["results"]["verdict"]
-    assert f"verdict: {verdict}" in shown
-    assert "No layer stands out. A place to try: layer 5 (0-based; 6th of 12)" in shown
-    assert "points (95 %" in shown
+    assert f"(verdict: {verdict}, rule all)" in shown
+    assert "A place to try: layer 5 (0-based; 6th of 12)" in shown
     assert "n = 500" in shown
     assert "control noise:" in shown
-    # Both may have moved from the base: the difference between them stands there too.
-    assert "tuned minus noise:" in shown
     assert manifest["results"]["summary"]["reason"] in shown
-    # Before all details: the first heading comes after the four questions.
-    assert [c.value for c in app.caption][:4] == [
-        "Which model?", "Which layers carry features?", "How many counted features survive tests?",
-        "Did tuning help?",
+    # Before all details: one sentence, and four numbers with their intervals.
+    sentence = app.subheader[0].value.replace("\\", "")
+    assert sentence.startswith("tiny-reasoner: no layer stands out by its features at the think t")
+    assert f"none of {row['counted']} counted features stands" in sentence
+    numbers = {metric.label: metric.value for metric in app.metric}
+    # Both may have moved from the base: the difference between them stands there too.
+    assert list(numbers) == [
+        "Accuracy, untuned", "Features that stand", "Tuned minus untuned", "Tuned minus noise",
     ]  # fmt: skip
+    assert all(re.fullmatch(r"[+-]\d+\.\d points", text) for text in list(numbers.values())[2:])
+    assert shown.count("95 % ") == 4
+    assert [h.value for h in app.subheader][1] == "What to do next"
     assert state(SHIPPED) == before
 
 
@@ -184,4 +189,5 @@ def test_the_demo_and_a_workspace_under_way(demo, open_page):
     assert found["Tuning"].startswith("done")
     assert found["Sweep"] == "missing"
     paired = demo.result["tune"]["paired"]
-    assert f"{100 * paired['difference']:+.1f} points" in texts(app)
+    difference = f"{100 * paired['difference']:+.1f} points"
+    assert difference in [metric.value for metric in app.metric]

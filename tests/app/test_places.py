@@ -235,3 +235,16 @@ def test_settings_beside_the_script_hold_from_any_folder(tmp_path: Path):
         timeout=60,
     )  # fmt: skip
     assert done.stdout.strip() == "['localhost', False, False, 'none']", done.stderr
+
+
+def test_another_folder_is_opened_from_the_page_and_by_a_link(open_page, tmp_path: Path):
+    other = fill(tmp_path / "other")
+    app = open_page(data_path("workspace"), "overview")
+    app.text_input(key="workspace").set_value(str(other)).run()
+    assert f"workspace: {other}\n(opened here)" in texts(app)
+    assert f"workspace: {other}" in texts(open_page(tmp_path, "layers", workspace=str(other)))
+    file = tmp_path / "file"
+    file.write_text("x")
+    wrong = open_page(data_path("workspace"), "overview", workspace=str(file))
+    assert "is a file; pass a folder" in texts(wrong)
+    assert f"workspace: {data_path('workspace')}" in texts(wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -212,6 +212,15 @@ def _evidence(recommendation: StoredRecommendation, artifact: Artifact) -> None:
     table(rows, "causal_effects", "Table of effects")
 
 
+def _most(tables: Mapping[str, Mapping[int, int]], n_layers: int) -> str:
+    """Name the layer with most features, of the strictest rule that counts any."""
+    for rule, by_layer in tables.items():
+        if most := max(by_layer.values(), default=0):
+            names = [describe_layer(layer, n_layers) for layer, n in by_layer.items() if n == most]
+            return f"Most features by rule {rule}: {most}, at {'; '.join(names)}."
+    return "No rule counts a feature at any layer."
+
+
 def _by_layer(
     counts: CountResults | None,
     recommendation: StoredRecommendation | None,
@@ -242,6 +251,8 @@ def _by_layer(
         )
         title = "Features and tuned accuracy by layer"
         drawing = layer_plots.on_one_axis(drawing, scores, axis, title=title, one_based=one_based)
+    n_layers = counts.n_layers if counts else 1 + max(layers)
+    st.text(_most(tables, n_layers))
     figure(drawing, "figure-counts")
     st.caption(
         "Features that are active at the think tags and at no other token of the prompt. Only the "

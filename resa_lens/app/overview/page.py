@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,24 +12,20 @@ import streamlit as st
 
 from resa_lens.app import checklist, data, empty, links
 from resa_lens.app.checklist import DONE, UNFINISHED, Step
-from resa_lens.app.widgets import apart, figure, missing, problem, problems, shell, table
+from resa_lens.app.overview import answers
+from resa_lens.app.widgets import apart, figure, missing, plain, problem, problems, shell, table
 from resa_lens.artifacts import commands, lineage
 from resa_lens.artifacts.artifact import COLUMNS, Artifact
 from resa_lens.artifacts.commands import Model
 from resa_lens.artifacts.kinds.activity import Activity
-from resa_lens.artifacts.kinds.adapter import Adapter
 from resa_lens.artifacts.kinds.counts import Counts
 from resa_lens.artifacts.kinds.eval import Eval, is_adapted
-from resa_lens.artifacts.kinds.falsification import Falsification
 from resa_lens.artifacts.kinds.model import MergedModel
 from resa_lens.artifacts.kinds.recommendation import Recommendation
 from resa_lens.artifacts.kinds.sweep import Sweep
 from resa_lens.artifacts.lineage import Graph, Node
 from resa_lens.artifacts.listing import UNVERIFIABLE, Listing, name_of
-from resa_lens.errors import BadInputError
-from resa_lens.layers import SUPPORTED
 from resa_lens.machine.meters import watt_hours
-from resa_lens.models.hookpoints import describe_layer
 
 _PAGES = {
     links.LAYERS: ("saes", "counts", "quality", "recommendation", "effects", "stability", "sweep"),
@@ -55,19 +50,13 @@ def show(listing: Listing) -> None:
         empty.nothing(listing)
         return
     model = _model(listing, models)
-    *boxes, last = (c.container(border=True, height="stretch") for c in st.columns(4))
-    for box, answer in zip(boxes, (_which_model, _which_layers, _which_survive), strict=True):
-        with box:
-            answer(listing, model)
+    answers.show(listing, model)
     _problems(listing)
     apart(
         partial(_lineage, listing),
         partial(_checklist, listing, model),
         partial(_runs, listing),
     )
-    # Compares question by question, and is drawn last.
-    with last:
-        _did_tuning_help(listing, model)
 
 
 # Bad workspaces
@@ -95,98 +84,6 @@ def _model(listing: Listing, models: list[Model]) -> Model:
         return main[0]
     by_slug = {model.slug: model for model in main}
     return by_slug[str(st.selectbox("Model", list(by_slug), **links.bound("about")))]
-
-
-def _which_model(listing: Listing, model: Model) -> None:
-    st.caption("Which model?")
-    st.text(model.short)
-    artifacts = [a for a in listing.artifacts if a.weights == model.weights]
-    facts = [f"weights {model.weights[:8]}, {len(artifacts)} artifact(s)"]
-    depths = [depth for a in artifacts if (depth := getattr(a.results, "n_layers", None))]
-    if depths:
-        facts.insert(0, f"{depths[0]} layers")
-    st.text("; ".join(facts))
-    links.to(links.LAB)
-
-
-def _which_layers(listing: Listing, model: Model) -> None:
-    st.caption("Which layers carry features?")
-    recommendations = listing.of(Recommendation, model.weights)
-    if not recommendations:
-        st.text("No recommendation yet.")
-    else:
-        newest = recommendations[0].results
-        names = "; ".join(describe_layer(layer, newest.n_layers) for layer in newest.recommended)
-        lead = "" if newest.verdict == SUPPORTED else "No layer stands out. A place to try: "
-        st.text(f"{lead}{names}")
-        st.text(f"verdict: {newest.verdict}, rule {recommendations[0].settings.rule}")
-    links.to(links.LAYERS, model=model.slug)
-
-
-def _which_survive(listing: Listing, model: Model) -> None:
-    st.caption("How many counted features survive tests?")
-    falsifications = listing.of(Falsification, model.weights)
-    address = {}
-    if not falsifications:
-        st.text("Not tested yet.")
-    else:
-        summary = falsifications[0].results.summary
-        tally = summary.weakest
-        if tally.counted:
-            low, high = (100 * bound for bound in tally.ci)
-            st.text(f"{tally.survivors} of {tally.counted}")
-            st.text(f"rule {tally.rule}; 95 % {low:.0f} to {high:.0f} %")
-            st.text(summary.reason)
-        else:
-            st.text("None is counted.")
-        address = data.features_of(listing, data.saes_path(falsifications[0]))
-    links.to(links.FEATURES, **address)
-
-
-def _did_tuning_help(listing: Listing, model: Model) -> None:
-    # Statistics load slowly: what else the page says is there before.
-    from resa_lens.app import answers
-    from resa_lens.stages.comparison import points, span
-
-    st.caption("Did tuning help?")
-    tunings = data.tunings(listing, model.weights)
-    through = [t for t in tunings if not t.control]
-    # On the same questions as what they stand beside.
-    base = through[0].base.relative if through else None
-    controls = [t for t in tunings if t.control and base in (None, t.base.relative)]
-    sweeps = listing.of(Sweep, model.weights)
-    try:
-        if through:
-            paired = answers.comparison(through[0])
-            st.text(f"{points(paired.difference)} points (95 % {span(paired.ci)})")
-            st.text(f"{_helped(paired.ci)}; p = {paired.p_value:.2g}, n = {paired.n:,}")
-            place = Adapter.detail(through[0].adapter, one_based=links.one_based())
-            newest = f", the newest of {len(through)}" if through[1:] else ""
-            st.text(f"tuned at {place}{newest}" if place else f"without an SAE{newest}")
-        else:
-            st.text("No adapter is scored beside its base yet.")
-        if through and controls:
-            control = controls[0]
-            # Against the control itself: both may have moved from the base alike.
-            against = data.Tuning(through[0].adapter, control.tuned, through[0].tuned)
-            for label, pair in (
-                (f"control {control.control}", control),
-                (f"tuned minus {control.control}", against),
-            ):
-                paired = answers.comparison(pair)
-                st.text(f"{label}: {points(paired.difference)} ({span(paired.ci)})")
-    except BadInputError as error:
-        st.text(str(error))
-    links.to(links.SCORES)
-    if sweeps:
-        links.to(links.LAYERS, f"Sweeps: {len(sweeps)}", icon=":material/stacks:", model=model.slug)
-
-
-def _helped(interval: tuple[float, float]) -> str:
-    low, high = interval
-    if low > 0:
-        return "above the untuned model"
-    return "below the untuned model" if high < 0 else "no change beyond chance"
 
 
 # The graph
@@ -378,11 +275,6 @@ def _related(heading: str, nodes: list[Node]) -> None:
             args=("artifact", node.key),
             key=f"{heading} {node.key}",
         )
-
-
-def plain(text: str) -> str:
-    """Return text from a file for a label, read as Markdown: every mark stands as it is."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~:$&])", r"\\\1", text)
 
 
 # What is missing, and all runs
