@@ -64,7 +64,8 @@ def page_figures(workspace: Path, name: str) -> Any:
         app.query_params[key] = value
     app.run()
     assert not app.exception
-    shown = [e.value for kind in (app.metric, app.text, app.markdown, app.caption, app.code) for e in kind]
+    kinds = (app.metric, app.text, app.markdown, app.caption, app.code)
+    shown = [element.value for kind in kinds for element in kind]
     tables = [
         json.loads(str(frame.value.to_json(orient="split", double_precision=15)))
         for frame in app.dataframe

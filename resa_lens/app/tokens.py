@@ -52,6 +52,31 @@ def _component() -> Any:
     return v2.component("resa_lens_tokens", html='<div class="root"></div>', css=_CSS, js=_JS)
 
 
+_FOCUS = """
+export default function () {
+  // Not where it would open a keyboard over the page.
+  if (!matchMedia("(pointer: fine)").matches) return
+  const until = performance.now() + 2000
+  const look = () => {
+    const box = document.querySelector("[data-testid='stTextArea'] textarea")
+    if (box) box.select()
+    else if (performance.now() < until) requestAnimationFrame(look)
+  }
+  look()
+}
+"""
+
+
+@cache
+def _cursor() -> Any:
+    return v2.component("resa_lens_cursor", js=_FOCUS)
+
+
+def cursor_in_prompt() -> None:
+    """Put the cursor into the page's text area, its text marked: what is typed replaces it."""
+    _cursor()(key="cursor-in-prompt")
+
+
 def clickable(markup: str, key: str, picked: Callable[[int], None], label: str = "Tokens") -> None:
     """Draw tokens; a click on one, or Enter where the arrow keys led, runs the page again.
 

@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 def open_page(monkeypatch) -> Callable[..., AppTest]:
     """`open_page(workspace, "features", layer="3")` opens a page with an address' query."""
 
-    def run(workspace: Path, page: str, **query: str) -> AppTest:
+    def run(workspace: Path, page: str, /, **query: str) -> AppTest:
         monkeypatch.setenv("RESA_LENS_WORKSPACE", str(workspace))
         return run_page(page, **query)
 

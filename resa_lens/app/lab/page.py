@@ -18,7 +18,7 @@ from resa_lens.app.lab import changes as lab_changes
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.lab import kept
 from resa_lens.app.lab import token as lab_token
-from resa_lens.app.tokens import clickable
+from resa_lens.app.tokens import clickable, cursor_in_prompt
 from resa_lens.app.widgets import part, problem, problems, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import line, model_of, models, sae_options, workspace_option
@@ -52,6 +52,8 @@ def show(listing: Listing) -> None:
             lab_data.forget(slot)
         lab_data.send("respond", request)
         st.rerun()  # the buttons above know now that work is under way
+    if lab_data.sent("respond") is None:
+        cursor_in_prompt()
     response = lab_data.outcome("respond")
     sent = lab_data.sent("respond")
     if response is None or sent is None:

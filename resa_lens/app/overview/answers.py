@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import streamlit as st
 
@@ -38,6 +39,8 @@ class _Number:
     """Of the sentence."""
     page: str = links.SCORES
     address: dict[str, str] = field(default_factory=dict)
+    link: str = ""
+    """Label of the link to the page; the page's title by default."""
     more: str = ""
     """What stands behind it, folded away."""
 
@@ -57,7 +60,7 @@ def show(listing: Listing, model: Model) -> None:
             st.metric(number.label, number.value)
             for note in number.notes:
                 st.text(note)
-            links.to(number.page, **number.address)
+            links.to(number.page, number.link, **number.address)
     for number in numbers:
         if number.more:
             with st.expander("How the counted features were judged"):
@@ -129,14 +132,14 @@ def _tuning(listing: Listing, model: Model) -> tuple[_Number, _Number]:
     base = through[0].base.relative if through else None
     controls = [t for t in tunings if t.control and base in (None, t.base.relative)]
     sweeps = listing.of(Sweep, model.weights)
-    page, address = links.SCORES, {}
+    onward: dict[str, Any] = {}
     if sweeps:
-        page, address = links.LAYERS, {"model": model.slug, "view": "Tuned and inserted"}
+        address = {"model": model.slug, "view": "Tuned and inserted"}
+        onward = {"page": links.LAYERS, "address": address, "link": f"Sweeps: {len(sweeps)}"}
     if not through:
         reason = "No adapter is scored beside its base yet."
-        return _Number(labels[0], "none", (reason,)), _Number(
-            labels[1], "none", (), "", page, address
-        )
+        tuned = _Number(labels[0], "none", (reason,))
+        return tuned, _Number(labels[1], "none", (), **onward)
     place = Adapter.detail(through[0].adapter, one_based=links.one_based())
     newest = f", the newest of {len(through)}" if through[1:] else ""
     where = f"tuned at {place}{newest}" if place else f"without an SAE{newest}"
@@ -150,7 +153,7 @@ def _tuning(listing: Listing, model: Model) -> tuple[_Number, _Number]:
         words = f"tuning through an SAE {_CHANGES[_helped(paired.ci)]}"
         tuned = _Number(labels[0], f"{points(paired.difference)} points", notes, words)
         if not controls:
-            beyond = _Number(labels[1], "none", ("No control is scored yet.",), "", page, address)
+            beyond = _Number(labels[1], "none", ("No control is scored yet.",), **onward)
             return tuned, beyond
         control = controls[0]
         # Against the control itself: both may have moved from the base alike.
@@ -161,7 +164,7 @@ def _tuning(listing: Listing, model: Model) -> tuple[_Number, _Number]:
             f"control {control.control}: {points(alone.difference)} ({span(alone.ci)})",
         )
         value = f"{points(paired.difference)} points"
-        return tuned, _Number(f"Tuned minus {control.control}", value, notes, "", page, address)
+        return tuned, _Number(f"Tuned minus {control.control}", value, notes, **onward)
     except BadInputError as error:
         return _Number(labels[0], "none", (str(error),)), _Number(labels[1], "none", ())
 
@@ -183,7 +186,10 @@ def _next(listing: Listing, model: Model, newest: Artifact | None) -> None:
         stored = readable(data.read, newest, "recommendation.json", StoredRecommendation)
         if stored:
             st.text(stored.next_step)
-        links.to(links.LAYERS, model=model.slug)
+    with st.container(horizontal=True):
+        if newest is not None:
+            links.to(links.LAYERS, model=model.slug)
+        links.to(links.LAB)
     steps = [s for s in checklist.checklist(listing, model) if s.state != DONE]
     if steps:
         missing(f"{steps[0].name}: {steps[0].state}. This command makes {steps[0].what}:",
