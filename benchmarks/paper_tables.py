@@ -250,7 +250,7 @@ def analyse(place: Path) -> None:
     print("|---|---|---|---|---|")
     for name, row in rows.items():
         p_value = f"{row.p_value:.2g}"
-        p_value += f" (Holm {corrected[name]:.2g})" if name in corrected else ""
+        p_value += f" (Holm {corrected[name]:.3g})" if name in corrected else ""
         print(f"| {name} | {row.mean:+.1f} | {row.ci[0]:+.1f} to {row.ci[1]:+.1f} | {p_value} | "
               f"{row.p_equivalent:.2g} |")  # fmt: skip
     _print_families(draws)
