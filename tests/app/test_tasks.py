@@ -26,14 +26,11 @@ class Person:
 
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.url, self.clicks = page, url, 0
+        # A new person: streamlit keeps in the browser that the last one opened the side bar.
+        page.add_init_script("localStorage.clear()")
         page.goto(url)
         self.sees("All runs")
         self.rests()
-        if self.phone and page.locator("[data-testid=stSidebar][data-collapsed=false]").count():
-            # Now and then streamlit opens it before it knows how wide the window is.
-            page.reload()
-            self.sees("All runs")
-            self.rests()
 
     @property
     def phone(self) -> bool:
