@@ -117,7 +117,7 @@ def _standing(listing: Listing, model: Model) -> _Number:
     words = f"{tally.survivors or 'none'} of {tally.counted} counted features {several}"
     notes = (f"95 % {low:.0f} to {high:.0f} %", f"counted by rule {tally.rule}")
     value = f"{tally.survivors} of {tally.counted}"
-    return _Number(label, value, notes, words, links.FEATURES, address, summary.reason)
+    return _Number(label, value, notes, words, links.FEATURES, address, more=summary.reason)
 
 
 def _tuning(listing: Listing, model: Model) -> tuple[_Number, _Number]:

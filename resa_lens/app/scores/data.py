@@ -5,6 +5,7 @@ Texts are read only of the rows that are shown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,10 +76,15 @@ class Run:
     """Hash of the weights; of the base model's for an adapter."""
 
     @property
+    def short(self) -> str:
+        """What was scored, without how it was asked."""
+        # A layer's name has a semicolon inside of its parentheses.
+        return re.split(r";(?![^(]*\))|, site |, adapter|: run", self.what)[0]
+
+    @property
     def label(self) -> str:
         """What a person tells it by, among others."""
-        what = self.what.partition(";")[0].partition(", adapter")[0].partition(": run")[0]
-        return f"{what}, {name_of(self.artifact)}"
+        return f"{self.short}, {name_of(self.artifact)}"
 
     @property
     def questions(self) -> str:

@@ -151,7 +151,13 @@ def _scores(runs: Mapping[str, Run]) -> None:
     )
     groups = _by_group(runs)
     if any(len(rows) > 1 for rows in groups.values()):
-        figure(plots.scores_figure(groups), "figure-runs")
+        named = {_legend(letter, runs[letter]): rows for letter, rows in groups.items()}
+        figure(plots.scores_figure(named), "figure-runs")
+
+
+def _legend(letter: str, run: Run) -> str:
+    """What stands for a run in a figure: it may be saved, and looked at without this page."""
+    return f"{letter}: {run.short}"
 
 
 def _by_group(runs: Mapping[str, Run]) -> dict[str, Groups]:
@@ -204,7 +210,7 @@ def _difference(runs: Mapping[str, Run], comparison: Comparison) -> None:
     drawing = forest_figure(
         [("all", paired.difference, paired.ci), *lines],
         share,
-        f"{second} minus {first}, by group",
+        f"{runs[second].short} minus {runs[first].short}, by group",
         "95 % intervals, each by itself; diamond: 0 is outside",
     )
     figure(drawing, "figure-difference")
@@ -242,7 +248,10 @@ def _many(runs: Mapping[str, Run]) -> None:
                 tuple(run.key for run in runs.values()), tuple(runs), share
             )
         ranks = comparisons.runs
-        lines = [(run.name, run.paired.difference, run.simultaneous_ci) for run in ranks]
+        lines = [
+            (_legend(run.name, runs[run.name]), run.paired.difference, run.simultaneous_ci)
+            for run in ranks
+        ]
         subtitle = "95 % intervals that hold for all runs at once"
         figure(forest_figure(lines, share, f"Difference to {first}", subtitle), "figure-all")
         st.text("\n".join(sentences(comparisons)))
