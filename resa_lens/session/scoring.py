@@ -218,7 +218,8 @@ class Scoring(Workbench):
             answer_column: the same for the answer.
             options: fields of `EvalConfig` and `GenerationConfig`.
         """
-        from resa_lens.stages.scores import check_engine, eval_run, questions_for
+        from resa_lens.evals.engines.choice import check_engine
+        from resa_lens.stages.scores import eval_run, questions_for
 
         check_engine(engine)
         ctx = self._context(options)
