@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -74,6 +75,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Demo:
     page = workspace / "report.html"
     page.write_text(page.read_text().replace(old, new))
     return Demo(workspace, *json.loads(output.read_text().replace(old, new)))
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package in vLLM's place, for this process and for those that it starts."""
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vllm is installed: the recorded tests are of it")
+    place = str(ROOT / "tests" / "support" / "fake_vllm")
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("PYTHONPATH", place, prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -93,6 +94,20 @@ def test_unknown_model(refused: Refused, command: tuple[str, ...], model: str) -
 def test_options_of_eval_that_would_do_nothing(refused: Refused) -> None:
     refused("eval", "--limit", "1", "--scale", "0.5", names="--scale 0.5 without an adapter")
     refused("eval", "--limit", "1", "--merge", names="--merge is for engine vllm")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+@pytest.mark.parametrize(
+    "command",
+    [("demo",), ("tune", "--layer", "5"), ("sweep",), ("activity", "--generations", "2")],
+    ids=lambda c: c[0],
+)
+def test_an_engine_that_is_not_installed(refused: Refused, command: tuple[str, ...]) -> None:
+    refused(*command, "--engine", "vllm", names="engine vllm is not installed")
+
+
+def test_an_engine_without_anything_to_generate(refused: Refused) -> None:
+    refused("activity", "--engine", "vllm", names="--engine vllm generates, and nothing is")
 
 
 @pytest.mark.parametrize("command", [("eval", "--limit", "1"), ("tune", "--layer", "5")])

@@ -86,7 +86,8 @@ def evaluate(args: Eval) -> Outcome:
     Example: resa-lens eval --model tiny-reasoner --limit 500
     """
     ctx = args.context()
-    from resa_lens.stages.scores import check_engine, eval_run, questions_for
+    from resa_lens.evals.engines.choice import check_engine
+    from resa_lens.stages.scores import eval_run, questions_for
 
     check_engine(args.engine)
     config = args.config()

@@ -6,9 +6,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AtLayers, Counting, MemoryLimit, OnData, Planned, WithSaesAt
+from resa_lens.cli.groups import (
+    AtLayers,
+    Counting,
+    Generating,
+    MemoryLimit,
+    OnData,
+    Planned,
+    WithSaesAt,
+)
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import setting
+from resa_lens.errors import BadInputError
 from resa_lens.evals.config import GenerationConfig
 from resa_lens.features.config import (
     ActivityConfig,
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @options("Activity")
-class Activity(Planned, MemoryLimit, WithSaesAt):
+class Activity(Generating, Planned, MemoryLimit, WithSaesAt):
     """The documents that features are tallied over."""
 
     show: str | None = setting(
@@ -43,11 +52,21 @@ class Activity(Planned, MemoryLimit, WithSaesAt):
     )
     generation: GenerationConfig = part(GenerationConfig, "max_new_tokens", "Activity")
 
+    def __post_init__(self) -> None:
+        """Raise BadInputError where an engine would have nothing to generate."""
+        if self.engine != "hf" and not self.generations:
+            raise BadInputError(
+                f"--engine {self.engine} generates, and nothing is: add --generations, or leave it "
+                "out"
+            )
+
     def check(self, ctx: Context) -> None:
-        """Raise BadInputError where answers would be longer than all that the model reads, too."""
+        """Raise BadInputError for an absent engine, or answers longer than the model reads, too."""
         super().check(ctx)
+        from resa_lens.evals.engines.choice import check_engine
         from resa_lens.stages.scores import check_new_tokens
 
+        check_engine(self.engine)
         if self.generations:
             check_new_tokens(ctx.unloaded(self.model), self.generation.max_new_tokens)
 
@@ -71,14 +90,14 @@ def activity(args: Activity) -> Outcome:
             ctx, model, args.corpus, args.activity, args.sae, layers=args.indices(model),
             tokens=args.text_tokens, max_new_tokens=args.generation.max_new_tokens,
             folder=args.saes, allow_mismatch=args.allow_site_mismatch,
-            **args.pick("generations", "memory_limit_mb"),
+            **args.pick("generations", "memory_limit_mb", "engine"),
         )  # fmt: skip
         return plan.to_dict(), plan_report(plan)
     saes = args.find(ctx, model)
     run = activity_run(
         ctx, model, saes, args.corpus, args.activity, layers=args.scope(model),
         tokens=args.text_tokens, max_new_tokens=args.generation.max_new_tokens,
-        **args.pick("generations", "memory_limit_mb"),
+        **args.pick("generations", "memory_limit_mb", "engine"),
     )  # fmt: skip
     page = feature_page(model, saes, run, *feature) if feature else None
     values = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resa_lens.cli.options import check_layer_options, options, part, running
 from resa_lens.config import setting
-from resa_lens.evals.config import EvalConfig, GenerationConfig
+from resa_lens.evals.config import EvalConfig, GenerationConfig, TextEngine
 from resa_lens.features.config import CountConfig, Rule
 from resa_lens.files import check_path, check_workspace
 from resa_lens.models.bounds import check_shapes
@@ -289,6 +289,13 @@ class Counting(OnModel):
         return ctx, model
 
 
+@options("Machine")
+class Generating:
+    """What generates texts, where the model is left as it is."""
+
+    engine: TextEngine = setting("hf", "Generates texts: hf here, or vllm in a process of its own.")
+
+
 @options("Output")
 class Planned:
     """A long stage, which can be planned."""
@@ -346,7 +353,7 @@ class AskedOf(Questions, SaeUse):
 
 
 @options("Tuning")
-class Tuning(AdapterBase, Questions, SaeUse):
+class Tuning(Generating, AdapterBase, Questions, SaeUse):
     """A tuning of LoRA adapters through SAEs, and its scores."""
 
     preset: Literal["paper", "reference", "distil"] = setting(
@@ -389,5 +396,6 @@ class Tuning(AdapterBase, Questions, SaeUse):
             allow_mismatch=self.allow_site_mismatch,
             evaluation=self.evaluation(), eval_source=self.tasks,
             **self.pick("source_model", "steps", "sequence", "saes", "base", "start_check"),
+            engine=self.engine,
         )  # fmt: skip
         return with_sequence(job)

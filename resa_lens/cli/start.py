@@ -12,7 +12,7 @@ import typer
 
 from resa_lens.artifacts import places
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import COLUMNS, AdapterBase, OnModel, Output, Place
+from resa_lens.cli.groups import COLUMNS, AdapterBase, Generating, OnModel, Output, Place
 from resa_lens.cli.options import argument, command, options, part
 from resa_lens.config import goes_with, setting
 from resa_lens.errors import BadInputError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @options("Tuning")
-class Demo(OnModel):
+class Demo(Generating, OnModel):
     """How long the demo takes."""
 
     budget: Literal["full", "test"] = setting("full", "How much is done; test is a quick pass.")
@@ -49,7 +49,7 @@ def demo(args: Demo) -> Outcome:
 
     ctx.reporter.note(stage.BUDGETS[args.budget].expectation)
     ctx.reporter = Unforecast(ctx.reporter)
-    result = stage.demo(ctx, args.model, args.budget, args.lora.learning_rate)
+    result = stage.demo(ctx, args.model, args.budget, args.lora.learning_rate, args.engine)
     return result.to_dict(), reports.demo_of(result)
 
 

@@ -12,6 +12,8 @@ from resa_lens.texts.prompts import ANSWER_CLOSE, resolve_system_prompt
 PromptStyle = Literal["reason", "direct"]
 """`reason` ends at `<think>`; `direct` leaves the think tags empty and asks for the answer."""
 EngineName = Literal["hf", "vllm", "lighteval"]
+TextEngine = Literal["hf", "vllm"]
+"""What generates texts; `lighteval` is `hf` inside a harness of scores."""
 Extraction = Literal["resa", "lighteval", "boxed"]
 """By whose rules an answer is found in a text (`evals.extraction`)."""
 

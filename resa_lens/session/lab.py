@@ -10,6 +10,7 @@ from typing import Any
 from resa_lens.artifacts.artifact import KINDS, Artifact
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
+from resa_lens.evals.config import TextEngine
 from resa_lens.models.host import Model
 from resa_lens.progress import SILENT, ConsoleReporter, PrintedReporter
 from resa_lens.session.discovery import Counts, Recommendation, SAEs
@@ -274,6 +275,7 @@ class Lab(Scoring, Probing):
         text_tokens: int = 100_000,
         generations: int = 0,
         max_new_tokens: int = 256,
+        engine: TextEngine = "hf",
         memory_limit_mb: float | None = None,
         **options: Any,
     ) -> Activity:
@@ -286,6 +288,7 @@ class Lab(Scoring, Probing):
             text_tokens: tokens of the documents, at most.
             generations: answer so many questions, and look at these documents instead.
             max_new_tokens: of one answer.
+            engine: "hf" or "vllm": what generates the answers.
             memory_limit_mb: what the process may take; by default what is free.
             options: fields of `ActivityConfig` and `CorpusConfig`.
         """
@@ -298,7 +301,8 @@ class Lab(Scoring, Probing):
         run = activity_run(
             ctx, model, saes.run, corpus, config,
             layers=None if layers is None else layers_of(layers, model), tokens=text_tokens,
-            generations=generations, max_new_tokens=max_new_tokens, memory_limit_mb=memory_limit_mb,
+            generations=generations, max_new_tokens=max_new_tokens, engine=engine,
+            memory_limit_mb=memory_limit_mb,
         )  # fmt: skip
         return Activity(run, saes)
 

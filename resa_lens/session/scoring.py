@@ -17,6 +17,7 @@ from resa_lens.session.workbench import Layers, Workbench, layers_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from resa_lens.evals.config import TextEngine
     from resa_lens.evals.run import EvalConfig
     from resa_lens.tuning.config import Control
 
@@ -123,6 +124,7 @@ class Scoring(Workbench):
         steps: int | None = None,
         tuning_thoughts: float = 0.0,
         start_check: bool = True,
+        engine: TextEngine = "hf",
         **options: Any,
     ) -> Tuned:
         """Tune LoRA adapters through a layer's frozen SAE, and score the model before and after.
@@ -143,6 +145,7 @@ class Scoring(Workbench):
             tuning_thoughts: share of the documents that are tuned on with their worked steps;
                 `thought_share` is that of the SAE's documents, if it is trained now.
             start_check: insert the SAE first and tune nothing, and warn where it carries no gain.
+            engine: "hf" or "vllm": what generates the scored answers, and own samples.
             options: fields of `TuneConfig`, `Objective`, and of `CorpusConfig` for the data.
         """
         from resa_lens.evals.run import EvalConfig
@@ -184,6 +187,7 @@ class Scoring(Workbench):
             evaluation=EvalConfig(limit=limit),
             eval_source=tasks,
             start_check=start_check,
+            engine=engine,
         )
         ctx.models.setdefault(f"{model.name}|", model)
         run = tune_run(ctx, job, saes.run if saes else None, chosen)
@@ -218,7 +222,8 @@ class Scoring(Workbench):
             answer_column: the same for the answer.
             options: fields of `EvalConfig` and `GenerationConfig`.
         """
-        from resa_lens.stages.scores import check_engine, eval_run, questions_for
+        from resa_lens.evals.engines.choice import check_engine
+        from resa_lens.stages.scores import eval_run, questions_for
 
         check_engine(engine)
         ctx = self._context(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,10 @@ from resa_lens.artifacts.feature_tables import (
 from resa_lens.artifacts.kinds.activity import Activity as ActivityKind
 from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.errors import BadInputError
-from resa_lens.evals.engines import GenerationConfig, HFEngine
+from resa_lens.evals.config import GenerationConfig, TextEngine
+from resa_lens.evals.engines.choice import engine_part, generated_by
 from resa_lens.evals.run import EvalConfig, answerable, ask
-from resa_lens.evals.tasks import EvalItem, load_questions
+from resa_lens.evals.tasks import load_questions
 from resa_lens.features.activity import (
     Activity,
     ActivityConfig,
@@ -50,9 +50,10 @@ from resa_lens.stages.activity_tables import (
     join_tables,
     layer_writer,
 )
+from resa_lens.stages.generations import documents_of_answers
 from resa_lens.stages.saes import SaeRun, phased_corpus
 from resa_lens.stages.scores import check_new_tokens, questions_hash, unanswerable_text
-from resa_lens.texts import corpora, prompts
+from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.texts.phases import (
     PHASES,
@@ -71,8 +72,6 @@ ROOM_MB = 128
 """What the tables' row groups take in Python and Arrow, and what allocators keep of the
 temporaries of a pass: 100 to 140 MB where it was measured."""
 FIGURES, TOKENISED = "figures.json", "documents"
-CHUNK = 64
-"""Questions that are answered between two writes of the generations."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ def activity_run(
     tokens: int = TOKENS,
     generations: int = 0,
     max_new_tokens: int = 256,
+    engine: TextEngine = "hf",
     memory_limit_mb: float | None = None,
 ) -> ActivityRun:
     """Tally every feature over documents, go on with a killed run, or read the finished one.
@@ -114,13 +114,17 @@ def activity_run(
         generations: answer so many questions of the corpus' test set, greedily, and look at these
             documents in place of the corpus.
         max_new_tokens: of one generation.
+        engine: what generates them.
         memory_limit_mb: what the process may take; layers that do not fit together are measured
             one group after the other.
 
     Raises:
-        BadInputError: no document, an SAE that does not fit, or a memory too small for one layer.
+        BadInputError: no document, an engine without generations or that is not installed, an SAE
+            that does not fit, or a memory too small for one layer.
         TakenError: another process is at this measurement.
     """
+    if engine != "hf" and not generations:
+        raise BadInputError(f"engine {engine} generates, and nothing is: ask for generations")
     corpus = phased_corpus(corpus, model)
     points = [p for p in saes.points if layers is None or p.layer in layers]
     measured = [point.layer for point in points]
@@ -148,6 +152,7 @@ def activity_run(
             "corpus": corpus,
             "tokens": None if generations else tokens,
             "generations": [generations, max_new_tokens] if generations else None,
+            **engine_part(engine),
         },
         data={"questions": questions_hash(items)}
         if generations
@@ -158,12 +163,15 @@ def activity_run(
     def work(draft: Draft) -> None:
         began = time.monotonic()
         if generations:
-            texts = _generate(ctx, model, items, max_new_tokens, draft.work)
+            answers = GenerationConfig(max_new_tokens=max_new_tokens)
+            texts = documents_of_answers(ctx, model, items, answers, engine, draft.work)
+            written = {"generated_by": generated_by(model, answers, engine)}
             longest = model.context
             # All of them: no document has more tokens than bytes, but for its end.
             most = sum(len(text.encode()) + 1 for text in texts)
         else:
             texts, longest, most = phased_texts(records, corpus), corpus.sequence, tokens
+            written = {}
         with write_errors(draft.work):
             batches = stored_batches(
                 draft.work / TOKENISED, model.tokenizer, texts, tokens=most, longest=longest
@@ -181,6 +189,7 @@ def activity_run(
             "n_layers": model.n_layers,
             "planned_memory_mb": planned,
             "resumed_at": resumed,
+            **written,
         }
         draft.settings = {"saes": saes.relative}
         draft.seconds = time.monotonic() - began
@@ -191,31 +200,6 @@ def activity_run(
     artifact = stage.obtain(work, doing="measuring activity")
     shown = ("layers", "tokens", "documents", "resumed_at")
     return ActivityRun(artifact, *(artifact.manifest.results[key] for key in shown))
-
-
-def _generate(
-    ctx: Context, model: Model, items: Sequence[EvalItem], longest: int, work: Path
-) -> list[str]:
-    """Answer questions greedily; what a killed run had answered is read."""
-    questions = [prompts.question_prompt(item.question) for item in items]
-    file = work / "generations.jsonl"
-    texts: list[str] = []
-    if file.exists():
-        texts = [json.loads(line) for line in file.read_text().splitlines()]
-    engine = HFEngine(model.model, model.tokenizer)
-    config = GenerationConfig(max_new_tokens=longest)
-    with ctx.bar(f"answering {len(questions)} questions", len(questions)) as advance:
-        advance(len(texts))
-        for first in range(len(texts), len(questions), CHUNK):
-            some = questions[first : first + CHUNK]
-            answers = engine.generate(some, config)
-            texts += [p + a.text for p, a in zip(some, answers, strict=True)]
-            with write_errors(file):
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text("".join(json.dumps(text) + "\n" for text in texts))
-                temporary.replace(file)
-            advance(len(some))
-    return texts
 
 
 @dataclass(frozen=True)

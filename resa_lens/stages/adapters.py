@@ -15,6 +15,7 @@ from resa_lens.artifacts.kinds.adapter import Adapter as AdapterKind
 from resa_lens.artifacts.stage import Context, Draft, Stage
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError
+from resa_lens.evals.engines.choice import check_engine, engine_part, generated_by
 from resa_lens.evals.grading import RULES
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.machine.hardware import MB
@@ -32,7 +33,7 @@ from resa_lens.models.packing import end_of_documents, separate_documents
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.fit import check_fit
 from resa_lens.saes.world import ALONE, World
-from resa_lens.stages.controls import replacement_for, sft_examples
+from resa_lens.stages.controls import own_generation, replacement_for, sft_examples
 from resa_lens.stages.insertion import InsertionRun, starting_point
 from resa_lens.stages.saes import SaeRun, fit_corpus, packed, probe_batches, split_records
 from resa_lens.stages.scores import questions_for
@@ -90,8 +91,10 @@ def questions_of(ctx: Context, job: TuneJob) -> list[EvalItem]:
     Nothing is loaded for it, and what the job asks of its models is checked first.
 
     Raises:
-        BadInputError: as `questions_for`, no such layer, or models of different shapes.
+        BadInputError: as `questions_for`, no such layer, models of different shapes, or an engine
+            that is not installed.
     """
+    check_engine(job.engine)
     target = ctx.unloaded(job.model, job.base)
     check_layer(job.layer, target.n_layers)
     adapted_layers(job.lora.adapter_layers, target.n_layers)
@@ -252,11 +255,16 @@ class _Run:
             "clip_norm": objective.clip_norm,
         }
         own = OwnConfig(seed=job.lora.seed)
-        sampled = {"own": own, "rules": RULES} if kind == "own-samples" else {}
+        drawing = own_generation(own)
+        sampled: dict[str, Any] = {}
+        if kind == "own-samples":
+            sampled = {"own": own, "rules": RULES, **engine_part(job.engine)}
         stage = self._stage(kind, {"objective": part, **sampled}, {}, {"objective": part})
 
         def work(draft: Draft) -> None:
-            items, samples = sft_examples(ctx, target, kind, self.records, own=own)
+            items, samples = sft_examples(
+                ctx, target, kind, self.records, own=own, generation=drawing, engine=job.engine
+            )
             fresh = self._fresh()
             peft = add_lora(fresh.model, lora_targets(fresh.model, objective.targets), job.lora)
             batches = sft_batches(
@@ -285,7 +293,8 @@ class _Run:
             self._train(draft, fresh, f"fine-tuning ({kind})", train)
             draft.results |= {"layer": None, "site": None}
             if samples is not None:
-                draft.results["own_samples"] = samples.to_dict()
+                by = generated_by(target, drawing, job.engine)
+                draft.results["own_samples"] = {**samples.to_dict(), "generated_by": by}
 
         artifact = stage.obtain(work, doing=f"fine-tuning ({kind})", world=self.world)
         return Adapter(artifact, target, None, "given", kind)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.errors import BadInputError
-from resa_lens.evals.engines import GenerationConfig, HFEngine
+from resa_lens.evals.config import GenerationConfig, TextEngine
+from resa_lens.evals.engines.choice import check_engine, open_engine
 from resa_lens.evals.grading import is_correct
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.hookpoints import Hookpoint
@@ -157,6 +158,7 @@ def sft_examples(
     own: OwnConfig | None = None,
     questions: int = 1000,
     generation: GenerationConfig | None = None,
+    engine: TextEngine = "hf",
 ) -> tuple[list[Example], OwnSamples | None]:
     """Return what a fine-tuning in place of SAE-Tuning imitates.
 
@@ -167,7 +169,8 @@ def sft_examples(
         records: the elicitation data.
         own: of own samples, how many and which.
         questions: of own samples, at most so many of the records are asked, drawn by `own.seed`.
-        generation: of own samples; by default at temperature 1.
+        generation: of own samples; by default `own_generation`.
+        engine: of own samples, what generates them.
 
     Returns:
         The examples, and of own samples what they were chosen from.
@@ -180,16 +183,21 @@ def sft_examples(
     if kind != "own-samples":
         return examples(records, kind), None
     own = own or OwnConfig()
-    generation = generation or GenerationConfig(temperature=1.0, seed=own.seed)
+    generation = generation or own_generation(own)
     asked = list(records)
     if len(asked) > questions:
         asked = random.Random(f"own/{own.seed}").sample(asked, questions)
-    found = sample_answers(ctx, model, asked, own, generation)
+    found = sample_answers(ctx, model, asked, own, generation, engine)
     ctx.reporter.note(
         f"own samples: {found.right} of {found.answers} answers right, {found.solved} of "
         f"{found.questions} questions solved at least once; {len(found.examples)} to imitate"
     )
     return list(found.examples), found
+
+
+def own_generation(own: OwnConfig) -> GenerationConfig:
+    """Return how own samples are drawn: at temperature 1, as the model is."""
+    return GenerationConfig(temperature=1.0, seed=own.seed)
 
 
 def sample_answers(
@@ -198,11 +206,20 @@ def sample_answers(
     records: Sequence[Record],
     config: OwnConfig,
     generation: GenerationConfig,
+    engine: TextEngine = "hf",
 ) -> OwnSamples:
-    """Let a model answer questions and keep its right answers, with a bar."""
-    engine = HFEngine(model.model, model.tokenizer)
+    """Let a model answer questions and keep its right answers, with a bar.
+
+    Raises:
+        BadInputError: as `own_samples`, or an engine that is not installed.
+        RunFailedError: the engine failed.
+    """
+    check_engine(engine)
     total = len(records) * config.samples
-    with ctx.bar(f"{model.name}: own answers", total) as advance:
+    with (
+        open_engine(model, engine) as generator,
+        ctx.bar(f"{model.name}: own answers", total) as advance,
+    ):
         done = 0
 
         def progress(finished: int) -> None:
@@ -212,7 +229,7 @@ def sample_answers(
 
         return own_samples(
             records,
-            lambda texts, names: engine.generate(texts, generation, progress, streams=names),
+            lambda texts, names: generator.generate(texts, generation, progress, streams=names),
             is_correct,
             config,
         )

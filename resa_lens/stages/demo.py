@@ -9,6 +9,8 @@ from typing import Any
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.errors import BadInputError
+from resa_lens.evals.config import TextEngine
+from resa_lens.evals.engines.choice import check_engine
 from resa_lens.evals.run import EvalConfig
 from resa_lens.features.activity import ActivityConfig
 from resa_lens.features.exclusive import RULES
@@ -104,13 +106,25 @@ class DemoResult:
 
 
 def demo(
-    ctx: Context, model_name: str, budget: str, learning_rate: float = LEARNING_RATE
+    ctx: Context,
+    model_name: str,
+    budget: str,
+    learning_rate: float = LEARNING_RATE,
+    engine: TextEngine = "hf",
 ) -> DemoResult:
     """Run every stage on a model and write the page.
 
+    Args:
+        ctx: the workspace and who to tell.
+        model_name: as of `load_model`.
+        budget: a name of `BUDGETS`.
+        learning_rate: of the tuning.
+        engine: what generates the answers that are scored before and after.
+
     Raises:
-        BadInputError: the budget does not exist.
+        BadInputError: the budget does not exist, or the engine is not installed.
     """
+    check_engine(engine)
     if budget not in BUDGETS:
         raise BadInputError(f"budget {budget!r} is unknown; use {' or '.join(BUDGETS)}")
     amount = BUDGETS[budget]
@@ -144,6 +158,7 @@ def demo(
             elicitation=replace(corpus, thought_share=0.0),
             steps=amount.steps,
             evaluation=EvalConfig(limit=amount.questions),
+            engine=engine,
             start_check=True,
         ),
         saes=found.saes,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from resa_lens.artifacts.stage import Context
-from resa_lens.evals.config import EvalConfig, GenerationConfig
+from resa_lens.evals.config import EvalConfig, GenerationConfig, TextEngine
 from resa_lens.evals.run import answerable, ask
 from resa_lens.evals.tasks import EvalItem, load_questions
 from resa_lens.features.activity import ActivityConfig
@@ -24,6 +24,7 @@ from resa_lens.stages.config import InsertionConfig
 from resa_lens.stages.plans import (
     answer_levers,
     answers_part,
+    engine_notes,
     fitting_questions,
     missing_saes,
     plan_of,
@@ -116,6 +117,7 @@ def plan_activity(
     tokens: int,
     generations: int = 0,
     max_new_tokens: int = 160,
+    engine: TextEngine = "hf",
     folder: str | None = None,
     allow_mismatch: bool = False,
     memory_limit_mb: float | None = None,
@@ -132,6 +134,7 @@ def plan_activity(
         tokens: of the documents.
         generations: the model's own answers in their place.
         max_new_tokens: of one generation.
+        engine: what would generate; engine hf is tried.
         folder: SAEs that the user has.
         allow_mismatch: warn where SAEs do not fit.
         memory_limit_mb: what the process may take.
@@ -171,7 +174,8 @@ def plan_activity(
     )  # fmt: skip
     levers.append(f"fewer --layers: each takes {duration(time.seconds / len(layers))}")
     work = max(saes.work_disk_mb, 2 * -(-len(layers) // groups) * trial.layer_mb)
-    plan = plan_of(ctx, "activity", model, parts, levers, work_disk_mb=work)
+    notes = engine_notes(engine)
+    plan = plan_of(ctx, "activity", model, parts, levers, work_disk_mb=work, notes=notes)
     return replace(plan, available_mb=round(available, 1), passes=groups)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from resa_lens.artifacts.stage import Context
+from resa_lens.evals.config import EngineName
 from resa_lens.evals.run import Asked, EvalConfig, answerable, ask
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.files import named_path
@@ -109,7 +110,11 @@ def fitting_questions(
 
 
 def plan_eval(
-    ctx: Context, model: Model, items: Sequence[EvalItem], config: EvalConfig, engine: str = "hf"
+    ctx: Context,
+    model: Model,
+    items: Sequence[EvalItem],
+    config: EvalConfig,
+    engine: EngineName = "hf",
 ) -> Plan:
     """Return what an evaluation will take, from one batch of its answers.
 
@@ -122,13 +127,12 @@ def plan_eval(
     """
     questions, every = fitting_questions(model, items, config)
     trial = try_answers(model, questions, every)
-    notes = [f"tried with engine hf; {engine} has another time"] if engine != "hf" else []
     levers = answer_levers(questions, every, trial)
     if config.samples > 1:
         each = duration(trial.time.seconds / config.samples)
         levers.append(f"fewer --samples: each takes {each}")
     parts = [answers_part("answers", questions, every, trial)]
-    return plan_of(ctx, "eval", model, parts, levers, notes=notes)
+    return plan_of(ctx, "eval", model, parts, levers, notes=engine_notes(engine))
 
 
 @dataclass(frozen=True)
@@ -260,8 +264,13 @@ def _tuning_levers(job: TuneJob, trials: _Trials) -> list[str]:
     ]
 
 
+def engine_notes(engine: EngineName) -> list[str]:
+    """Say whose time a plan has, where another engine than hf will generate."""
+    return [] if engine == "hf" else [f"tried with engine hf; {engine} has another time"]
+
+
 def _notes(job: TuneJob) -> list[str]:
-    notes = []
+    notes = engine_notes(job.engine)
     if job.control in KINDS:
         notes.append(f"control {job.control} is planned as a tuning through an SAE, which is more")
     elif job.control:
@@ -340,7 +349,8 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
         f"a smaller --limit: half as many answers take {duration(n * answers.time.seconds / 2)}",
     ]
     work = max(trials.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
-    return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work)
+    notes = engine_notes(job.engine)
+    return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work, notes=notes)
 
 
 def _looks(ctx: Context, config: SweepConfig, trials: _Trials, layers: Sequence[int]) -> list[Part]:

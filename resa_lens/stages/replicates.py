@@ -1,28 +1,14 @@
-"""The noise of an evaluation asked again as it was: what generated it, and what it changes."""
+"""The noise of an evaluation that is asked again as it was."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.evals.engines import StreamingEngine
 from resa_lens.evals.run import Asked, EvalConfig, EvalResult, score
-from resa_lens.models.host import Model
-
-
-def generated_by(model: Model, config: EvalConfig, engine: str) -> str:
-    """Say what decides an answer's last bits, and so some answers, besides model and questions."""
-    package = "vllm" if engine == "vllm" else "transformers"
-    parts = [f"{package} {metadata.version(package)}"]
-    # In float32 the batch is below what a token's choice feels; vllm makes batches of its own.
-    if engine != "vllm" and model.dtype != "float32":
-        parts.append(f"batches of {config.generation.batch_size}")
-    if engine == "vllm":
-        parts.append("tensor parallel over 1")
-    return ", ".join(parts)
 
 
 def replicate_noise(

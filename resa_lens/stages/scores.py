@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -23,10 +22,11 @@ from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, DamagedError
 from resa_lens.evals import run as evals_run
 from resa_lens.evals.compare import check_paired, run_scores
-from resa_lens.evals.config import SETTINGS
-from resa_lens.evals.engines import Generation, HFEngine, StreamingEngine
+from resa_lens.evals.config import SETTINGS, EngineName
+from resa_lens.evals.engines import Generation, HFEngine
+from resa_lens.evals.engines.choice import check_engine, engine_part, generated_by, open_engine
 from resa_lens.evals.engines.hf import probe_threads
-from resa_lens.evals.judge import check_judge
+from resa_lens.evals.engines.vllm import Lora
 from resa_lens.evals.resume import AnswerLog, answer_all
 from resa_lens.evals.run import (
     Asked,
@@ -45,30 +45,12 @@ from resa_lens.machine.plans import HOUR, duration
 from resa_lens.models.host import Model
 from resa_lens.models.unloaded import UnloadedModel
 from resa_lens.saes.checkpoint import machine
-from resa_lens.stages.replicates import generated_by, replicate_noise
+from resa_lens.stages.replicates import replicate_noise
 from resa_lens.stats import PairedComparison, compare_paired
 from resa_lens.texts.records import Record, doubts
 
-EngineName = Literal["hf", "vllm", "lighteval"]
-"""`lighteval` is the hf engine inside lighteval's pipeline, judged by its metric too."""
-Lora = Literal["request", "merged"]
-
 _PROBED: dict[tuple[int, int, int], tuple[int, dict[int, float]]] = {}
 """What a probe found, by width, layers and threads: one a process, as a sweep scores many."""
-
-
-def check_engine(name: str) -> None:
-    """Raise BadInputError where an engine does not exist or is not installed."""
-    if name not in get_args(EngineName):
-        raise BadInputError(f"engine {name!r} is unknown; use {', '.join(get_args(EngineName))}")
-    if name != "hf" and importlib.util.find_spec(name) is None:
-        raise BadInputError(
-            f"engine {name} is not installed; its packages do not fit beside ours:\n"
-            f"run `benchmarks/install_engine.sh {name} .venv-{name}` in a checkout and use\n"
-            f".venv-{name}/bin/resa-lens, or leave out --engine"
-        )
-    if name == "lighteval" and importlib.util.find_spec("math_verify") is None:
-        check_judge()
 
 
 def load_eval_items(
@@ -220,7 +202,7 @@ def eval_run(
         name="",
         config={
             "eval": config,
-            **({"engine": engine} if engine != "hf" else {}),
+            **engine_part(engine),
             **({"lora": lora} if engine == "vllm" and model.peft is not None else {}),
             # They stand in the results; without them an evaluation is what it always was.
             **({"replicates": replicates} if replicates > 1 else {}),
@@ -276,7 +258,7 @@ def _settings(
         "model": model.slug,
         "dtype": model.dtype,
         "questions": questions_hash(items)[:8],
-        **({"engine": engine} if engine != "hf" else {}),
+        **engine_part(engine),
         **({"lora": lora} if engine == "vllm" and model.peft is not None else {}),
     }
 
@@ -301,8 +283,10 @@ def _answered(
         ctx.reporter.note(f"{len(log.answers)} of {len(asked)} answers are there; going on")
     elif engine != "vllm" and config.generation.max_new_tokens >= LONG_ANSWERS:
         _warn_of_hours(ctx, model, asked, config, engine)
-    with _threads(ctx, model, engine, asked, log):
-        generator = _engine(model, engine, lora)
+    with (
+        _threads(ctx, model, engine, asked, log),
+        open_engine(model, engine, lora=lora) as generator,
+    ):
         with (
             log,
             ctx.bar(f"scoring {label}", len(asked)) as advance,
@@ -349,7 +333,7 @@ def _answered(
         "model": model.name,
         "slug": model.slug,
         "engine": engine,
-        "generated_by": generated_by(model, config, engine),
+        "generated_by": generated_by(model, config.generation, engine),
         "threads_probe": log.settings["probe"],
         **noise,
     }
@@ -398,14 +382,6 @@ def answers_mb(asked: Sequence[Asked], config: EvalConfig) -> float:
     # Texts, and ids of about 7 characters a token.
     letters = 2 * sum(len(one.prompt) for one in asked)
     return (letters + 12 * len(asked) * config.generation.max_new_tokens) / MB
-
-
-def _engine(model: Model, engine: EngineName, lora: Lora) -> StreamingEngine:
-    if engine == "vllm":
-        from resa_lens.evals.engines.vllm import VLLMEngine
-
-        return VLLMEngine(model, lora=lora)
-    return HFEngine(model.model, model.tokenizer)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from resa_lens.artifacts.stage import Context, Draft, Stage
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.compare import run_scores
+from resa_lens.evals.engines.choice import engine_part
 from resa_lens.evals.run import ask
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.config import RULES, CountConfig
@@ -178,6 +179,7 @@ def _plan(ctx: Context, config: SweepConfig) -> _Plan:
             "effects": config.effects,
             **({"start_check": True} if config.start_check else {}),
             **({"probes": True} if config.probes else {}),
+            **engine_part(shared.engine),
             "seed": ctx.seed,
         },
         data={

@@ -9,6 +9,7 @@ from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.stage import Context
 from resa_lens.config import Config
 from resa_lens.errors import BadInputError
+from resa_lens.evals.config import TextEngine
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
 from resa_lens.models.bounds import check_shapes
@@ -62,6 +63,8 @@ class TuneJob(Config):
     allow_mismatch: bool = False
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(limit=500))
     eval_source: str = "tiny"
+    engine: TextEngine = "hf"
+    """What generates the answers that are scored, and own samples."""
     start_check: bool = False
     """First insert the SAE and tune nothing: does it carry a gain to be taught?"""
 

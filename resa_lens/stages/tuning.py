@@ -95,16 +95,18 @@ def score_adapter(
         weights_of=adapter.target,
     )  # fmt: skip
     return eval_run(
-        ctx, adapted, items, job.evaluation, source=job.eval_source, label="the tuned model"
-    )
+        ctx, adapted, items, job.evaluation, source=job.eval_source, label="the tuned model",
+        engine=job.engine,
+    )  # fmt: skip
 
 
 def score_base(ctx: Context, job: TuneJob, items: Sequence[EvalItem]) -> EvalRun:
     """Score the model without adapter in the same harness, or read the finished run."""
     plain = ctx.model(job.model, job.base)
     return eval_run(
-        ctx, plain, items, job.evaluation, source=job.eval_source, label="the base model"
-    )
+        ctx, plain, items, job.evaluation, source=job.eval_source, label="the base model",
+        engine=job.engine,
+    )  # fmt: skip
 
 
 def tune_run(

@@ -22,6 +22,7 @@ from resa_lens.artifacts.workspace import LOCK, Workspace
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.evals.engines import GenerationConfig
+from resa_lens.evals.engines.choice import check_engine
 from resa_lens.evals.run import EvalConfig, read_samples
 from resa_lens.files import run_lock
 from resa_lens.machine.plans import HOUR, Trial
@@ -29,7 +30,7 @@ from resa_lens.models.host import load_model
 from resa_lens.progress import Reporter
 from resa_lens.resources import data_path
 from resa_lens.stages import replicates, trials
-from resa_lens.stages.scores import check_engine, eval_run, load_eval_items, read_eval
+from resa_lens.stages.scores import eval_run, load_eval_items, read_eval
 from resa_lens.stages.trials import AnswersTrial
 
 CONFIG = EvalConfig(limit=24, generation=GenerationConfig(temperature=0.8, batch_size=8))

