@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
@@ -47,6 +48,16 @@ def to(page: str, label: str = "", *, icon: str | None = None, **parameters: str
 def common() -> dict[str, str]:
     """Return what every page of the app understands: the workspace and the numbering."""
     return {key: st.query_params[key] for key in ("place", "one_based") if key in st.query_params}
+
+
+def address(**parameters: str | int) -> str:
+    """Return the address of the page that is shown, with the workspace and this query alone.
+
+    Args:
+        parameters: keys and values; colons and commas in them stay as they are.
+    """
+    query = urlencode({**common(), **parameters}, safe=":,")
+    return urlsplit(st.context.url or "")._replace(query=query, fragment="").geturl()
 
 
 def about(title: str, *subject: str) -> None:

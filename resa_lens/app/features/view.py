@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
@@ -300,5 +299,4 @@ def _nearest(layer: int, figures: Activity, go: Go) -> None:
 
 def _address(source: Source, layer: int, feature: int) -> None:
     st.subheader("Link to this page", anchor=False)
-    query = {**links.common(), "run": source.key, "layer": layer, "feature": feature}
-    verbatim(urlsplit(st.context.url or "")._replace(query=urlencode(query), fragment="").geturl())
+    verbatim(links.address(run=source.key, layer=layer, feature=feature))
