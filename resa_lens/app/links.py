@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
@@ -66,6 +67,16 @@ def common() -> dict[str, str]:
     """Return what every page of the app understands: the workspace and the numbering."""
     keys = (WORKSPACE, "place", "one_based")
     return {key: st.query_params[key] for key in keys if key in st.query_params}
+
+
+def address(**parameters: str | int) -> str:
+    """Return the address of the page that is shown, with the workspace and this query alone.
+
+    Args:
+        parameters: keys and values; colons and commas in them stay as they are.
+    """
+    query = urlencode({**common(), **parameters}, safe=":,")
+    return urlsplit(st.context.url or "")._replace(query=query, fragment="").geturl()
 
 
 def about(title: str, *subject: str) -> None:

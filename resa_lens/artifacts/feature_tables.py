@@ -30,8 +30,10 @@ STRONGEST = "strongest"
 THIRDS = ("lower third", "middle third", "upper third")
 """Of the places that were drawn in a phase, by their activation."""
 INTERVALS = (STRONGEST, *reversed(THIRDS))
-ADDED = frozenset({"fires_on", "fires_on_share", "fires_on_mean", "interval"})
-"""Columns that the tables of recipe 1 lack."""
+LENS_HISTOGRAM = "lens_histogram"
+"""Column with the counts of a feature's logits over the vocabulary."""
+ADDED = {"fires_on": 2, "fires_on_share": 2, "fires_on_mean": 2, "interval": 2, LENS_HISTOGRAM: 3}
+"""Recipe of the activity since which a column is written; older tables are read without it."""
 GROUP = 1024
 """Features in one row group of the activity's tables."""
 FEATURES, EXAMPLES, DOCUMENTS = "features.parquet", "examples.parquet", "documents.parquet"
@@ -66,6 +68,7 @@ FEATURE_SCHEMA = pa.schema(
         ("top_logits", pa.list_(pa.float32())),
         ("bottom_tokens", pa.list_(pa.string())),
         ("bottom_logits", pa.list_(pa.float32())),
+        (LENS_HISTOGRAM, pa.list_(pa.int32())),
         ("nearest", pa.list_(pa.int32())),
         ("nearest_cosines", pa.list_(pa.float32())),
     ]
@@ -73,7 +76,9 @@ FEATURE_SCHEMA = pa.schema(
 """Densities are shares of tokens, `density_se` is over documents; means are over the tokens where
 the feature fires, 0 where it does not.  `fires_on` are the tokens at which it fires most often,
 with their share of its firings and the mean activation there.  The histogram's edges are in the
-file's metadata.  The lens and the neighbours are null where they were not computed."""
+file's metadata.  The lens and the neighbours are null where they were not computed; the bins of the
+lens' histogram are of equal width, from the lowest logit (the first of `bottom_logits`) to the
+highest (the first of `top_logits`)."""
 
 EXAMPLE_SCHEMA = pa.schema(
     [

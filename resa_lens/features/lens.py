@@ -14,15 +14,21 @@ from resa_lens.models.host import Model
 
 BLOCK_BYTES = 64 * 2**20
 """Of logits or cosines held at once."""
+BINS = 40
+"""Of the histogram of a direction's logits, of equal width from its lowest to its highest one."""
+_BINNED = 2**21
+"""Logits that are sorted into bins at once: 8 MB of them, and as much of their bins."""
 
 
 class Lens(NamedTuple):
-    """Tokens that a direction raises most and lowers most, the strongest first."""
+    """Tokens that a direction raises and lowers most, the strongest first, and all by value."""
 
     top: Int[Tensor, "direction token"]
     top_logits: Float[Tensor, "direction token"]
     bottom: Int[Tensor, "direction token"]
     bottom_logits: Float[Tensor, "direction token"]
+    histogram: Int[Tensor, "direction bin"]
+    """Tokens of the vocabulary in each of `BINS` bins, from the lowest logit to the highest."""
 
 
 @torch.no_grad()
@@ -57,11 +63,38 @@ def logit_lens(model: Model, directions: Float[Tensor, "direction d_model"], top
         moved = some.to(model.device, dtype)[None]
         logits = (unembed(norm(moved)).float() - zero)[0]
         high, low = logits.topk(top), logits.topk(top, largest=False)
-        parts.append((high.indices, high.values, low.indices, low.values))
+        counts = _histograms(logits, low.values[:, 0], high.values[:, 0])
+        parts.append((high.indices, high.values, low.indices, low.values, counts))
     if not parts:
         none = torch.zeros(0, top)
-        return Lens(none.long(), none, none.long(), none)
+        return Lens(none.long(), none, none.long(), none, torch.zeros(0, BINS, dtype=torch.long))
     return Lens(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def _histograms(
+    logits: Float[Tensor, "direction token"],
+    lowest: Float[Tensor, " direction"],
+    highest: Float[Tensor, " direction"],
+) -> Int[Tensor, "direction bin"]:
+    """Count each direction's logits by value; a direction whose logits are all equal fills one bin.
+
+    Args:
+        logits: of all tokens.
+        lowest: of each direction, the lower edge of its first bin.
+        highest: the upper edge of its last bin, which belongs to it.
+    """
+    scale = BINS / (highest - lowest).clamp_min(torch.finfo(torch.float32).tiny)
+    rows = max(1, _BINNED // logits.shape[1])
+    counts = torch.zeros(logits.shape[0], BINS, dtype=torch.long, device=logits.device)
+    for first in range(0, logits.shape[0], rows):
+        part = slice(first, first + rows)
+        bins = ((logits[part] - lowest[part, None]) * scale[part, None]).int()
+        # Rounding, and the highest logit itself, would stand in a bin of its own.
+        bins.clamp_(0, BINS - 1)
+        # One count of all rows: each has its own numbers of bins.
+        bins += BINS * torch.arange(len(bins), dtype=bins.dtype, device=bins.device)[:, None]
+        counts[part] = torch.bincount(bins.flatten(), minlength=BINS * len(bins)).view(-1, BINS)
+    return counts
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -70,6 +71,41 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
         figure, "Activation where it fires", "activation, log scale", "tokens", legend=False
     )
     return drawn.update_layout(hovermode="closest", height=320)
+
+
+def lens_figure(counts: Sequence[int], low: float, high: float) -> go.Figure:
+    """Tokens of the vocabulary by the logit that a feature's direction gives them.
+
+    Args:
+        counts: tokens in each bin, all of one width.
+        low: lower edge of the first bin, the lowest logit.
+        high: upper edge of the last one, the highest logit.
+    """
+    width = (high - low) / len(counts)
+    edges = [low + width * place for place in range(len(counts) + 1)]
+    figure = go.Figure(
+        go.Bar(
+            x=[(left + right) / 2 for left, right in pairwise(edges)],
+            y=list(counts),
+            width=0.98 * width,
+            marker={"color": [BLUE if left + right < 0 else ORANGE
+                              for left, right in pairwise(edges)]},
+            customdata=[f"{left:.3g} to {right:.3g}" for left, right in pairwise(edges)],
+            hovertemplate="%{customdata}: %{y:,} tokens<extra></extra>",
+        )
+    )  # fmt: skip
+    # The ends, which say what a feature is for, hold single tokens of thousands.
+    top = math.log10(max(1, *counts)) + 0.1
+    figure.update_yaxes(type="log", range=[math.log10(0.5), top], dtick=1)
+    drawn = _layout(
+        figure,
+        "Logit lens over the vocabulary",
+        "logit beside that of nothing",
+        "tokens, log scale",
+        f"{sum(counts):,} tokens; those at both ends stand above",
+        legend=False,
+    )
+    return drawn.update_layout(hovermode="closest", height=300)
 
 
 def phases_figure(

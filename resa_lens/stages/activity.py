@@ -18,6 +18,7 @@ from resa_lens.artifacts.feature_tables import (
     EXAMPLES,
     FEATURES,
     GROUP,
+    LENS_HISTOGRAM,
     histogram_edges,
     read_feature,
 )
@@ -467,6 +468,7 @@ def feature_page(
         ):
             row[f"{side}_tokens"] = [model.tokenizer.decode([t]) for t in ids[0].tolist()]
             row[f"{side}_logits"] = logits[0].tolist()
+        row[LENS_HISTOGRAM] = lens.histogram[0].tolist()
         near, cosines = nearest_directions(coder.W_dec, [feature])
         row["nearest"], row["nearest_cosines"] = near[0].tolist(), cosines[0].tolist()
     half = 1.96 * row["density_se"]

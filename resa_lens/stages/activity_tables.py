@@ -20,6 +20,7 @@ from resa_lens.artifacts.feature_tables import (
     EXAMPLES,
     FEATURE_SCHEMA,
     FEATURES,
+    LENS_HISTOGRAM,
     STRONGEST,
     THIRDS,
 )
@@ -130,6 +131,7 @@ def feature_rows(
         columns[f"{side}_tokens"] = _texts(ids, tokenizer) if ids else [None] * len(features)
         logits = getattr(lens, f"{side}_logits").tolist() if lens else [None] * len(features)
         columns[f"{side}_logits"] = logits
+    columns[LENS_HISTOGRAM] = lens.histogram.tolist() if lens else [None] * len(features)
     others, cosines = nearest or (None, None)
     columns["nearest"] = [None] * len(features) if others is None else others.tolist()
     columns["nearest_cosines"] = [None] * len(features) if cosines is None else cosines.tolist()

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from app_driver import HOSTILE, clickable_markup, edit, marked_up, texts
-from features_driver import SMALL, commands, shown, source_of, tables
+from features_driver import SMALL, commands, shown, source_of, source_row, tables
 from synthetic_workspace import (
     ACTIVITY,
     COUNTS,
+    LENS_COUNTS,
     PLANTED,
     SAES,
     SLUG,
@@ -84,10 +85,11 @@ def test_a_features_page_has_everything_that_was_measured(made, features):
     assert weighed["patching, 1e-3 nats"] == pytest.approx(1.9)
     assert "resa-lens" not in commands(app)
     charts = app.get("plotly_chart")
-    assert len(charts) == 4
+    assert len(charts) == 5
     names = {json.loads(c.proto.config)["toImageButtonOptions"]["filename"] for c in charts}
     stem = f"synthetic-layer-{PLANTED.layer}-feature-{PLANTED.feature}"
-    assert names == {f"{stem}-{what}" for what in ("activations", "phases", "trials", "doses")}
+    drawn = ("activations", "phases", "lens", "trials", "doses")
+    assert names == {f"{stem}-{what}" for what in drawn}
     assert f"layer={PLANTED.layer}&feature={PLANTED.feature}" in commands(app)
     assert shlex.quote(ACTIVITY).replace("/", "%2F") in commands(app)
 
@@ -173,7 +175,7 @@ def test_tables_of_recipe_1_show_their_strongest_examples(workspace, features):
     for name in ("features", "examples"):
         file = workspace / ACTIVITY / f"{name}.parquet"
         table = pq.read_table(file)
-        pq.write_table(table.drop_columns(sorted(ADDED & set(table.column_names))), file)
+        pq.write_table(table.drop_columns(sorted(ADDED.keys() & set(table.column_names))), file)
     app = features(workspace, layer="1", feature=str(PLANTED.feature))
     assert "kept the strongest examples alone" in texts(app)
     assert "resa-lens activity --model synthetic" in commands(app)
@@ -218,7 +220,7 @@ def test_what_was_not_measured_names_its_command(workspace, features):
 def test_without_a_lens_the_command_prints_it(workspace, features):
     file = workspace / ACTIVITY / "features.parquet"
     table = pq.read_table(file)
-    for name in table.schema.names[-6:]:
+    for name in table.schema.names[-7:]:
         place = table.schema.get_field_index(name)
         empty = pa.nulls(table.num_rows, table.schema.field(name).type)
         table = table.set_column(place, table.schema.field(name), empty)
@@ -231,6 +233,35 @@ def test_without_a_lens_the_command_prints_it(workspace, features):
     line = "resa-lens activity --model synthetic --show 0:7 --layers 0,1,2"
     assert line in commands(app)
     assert "keep no neighbours" in texts(app)
+
+
+def test_the_lens_stands_over_the_whole_vocabulary(workspace, features):
+    query = {"layer": "1", "feature": str(PLANTED.feature)}
+    spec = next(
+        json.loads(chart.proto.spec)
+        for chart in features(workspace, **query).get("plotly_chart")
+        if "vocabulary" in chart.proto.spec
+    )
+    row = source_row(workspace, 1, PLANTED.feature)
+    (bars,) = spec["data"]
+    assert bars["y"] == LENS_COUNTS.tolist()
+    width = (row["top_logits"][0] - row["bottom_logits"][0]) / 40
+    assert bars["x"][0] == pytest.approx(row["bottom_logits"][0] + width / 2)
+    assert bars["x"][-1] == pytest.approx(row["top_logits"][0] - width / 2)
+    # Tables of recipe 2 have the lens' tokens alone, and their page says so.
+    file = workspace / ACTIVITY / "features.parquet"
+    whole = pq.read_table(file)
+    pq.write_table(whole.drop_columns(["lens_histogram"]), file)
+    app = features(workspace, **query)
+    assert "kept no histogram of the whole vocabulary" in texts(app)
+    assert "resa-lens activity --model synthetic" in commands(app)
+    assert "token" in tables(app)
+    assert "features match" in texts(features(workspace))
+    # And what is no range is no figure.
+    column = whole.schema.get_field_index("top_logits")
+    low = pa.array([[-9.0]] * len(whole), whole.schema.field("top_logits").type)
+    pq.write_table(whole.set_column(column, whole.schema.field("top_logits"), low), file)
+    assert "which is no range of logits" in texts(features(workspace, **query))
 
 
 def test_the_set_of_a_rule_has_its_effect(workspace, features):

@@ -22,6 +22,7 @@ from synthetic_workspace import (
 )
 
 from resa_lens.app.features import data as features_data
+from resa_lens.app.features import search as features_search
 from resa_lens.app.features import table as features_table
 from resa_lens.app.features.table import Query, as_csv, select
 from resa_lens.errors import BadInputError
@@ -181,7 +182,7 @@ def test_text_is_found_over_tokens_and_in_examples(made):
 
 
 def test_many_layers_are_searched_in_what_they_raise_alone(made, monkeypatch):
-    monkeypatch.setattr(features_table, "TEXT_GROUPS", 1)
+    monkeypatch.setattr(features_search, "TEXT_GROUPS", 1)
     found = select(source_of(made), Query(find="zebra", reverse=True))
     assert list(found.shown["found in"]) == ["raises"]
     assert any("choose a layer" in note for note in found.notes)

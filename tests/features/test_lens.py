@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -50,7 +51,33 @@ def test_a_norm_with_a_bias_adds_nothing_of_its_own():
 
 
 def test_no_direction_gives_no_row(tiny):
-    assert logit_lens(tiny, torch.zeros(0, tiny.d_model), top=3).top.shape == (0, 3)
+    nothing = logit_lens(tiny, torch.zeros(0, tiny.d_model), top=3)
+    assert nothing.top.shape == (0, 3)
+    assert nothing.histogram.shape == (0, lens.BINS)
+
+
+@pytest.mark.parametrize("binned", [1, 2**21])
+def test_the_histogram_counts_every_token_by_its_logit(tiny, monkeypatch, binned):
+    monkeypatch.setattr(lens, "_BINNED", binned)
+    directions = torch.randn(6, tiny.d_model, generator=torch.Generator().manual_seed(2))
+    found = logit_lens(tiny, directions, top=1)
+    with torch.no_grad():
+        logits = tiny.model.lm_head(tiny.model.model.norm(directions)).numpy()
+    for row, counts, low, high in zip(
+        logits, found.histogram, found.bottom_logits, found.top_logits, strict=True
+    ):
+        expected, edges = np.histogram(row.astype(np.float64), bins=lens.BINS)
+        assert (edges[0], edges[-1]) == pytest.approx((float(low), float(high)), abs=1e-5)
+        assert int(counts.sum()) == row.size
+        assert counts[0] > 0
+        assert counts[-1] > 0
+        # A logit at an edge may fall on either side by its last bit.
+        assert np.abs(counts.numpy() - expected).sum() <= 4
+
+
+def test_logits_that_are_all_equal_fill_one_bin(tiny):
+    (counts,) = logit_lens(tiny, torch.zeros(1, tiny.d_model), top=1).histogram
+    assert sorted(counts.tolist())[-2:] == [0, int(counts.sum())]
 
 
 @pytest.mark.parametrize(("width", "top"), [(64, 3), (None, 0), (None, 10**6)])

@@ -125,6 +125,8 @@ def test_tables_have_their_schema_and_agree(ctx, tiny, saes):
         assert sum(row["histogram"]) == row["tokens_fired"]
         assert row["tokens_fired"] == sum(row[f"tokens_fired_{p}"] for p in run.tokens)
         assert len(row["top_tokens"]) == 10
+        assert len(row["lens_histogram"]) == 40
+        assert sum(row["lens_histogram"]) == tiny.model.config.vocab_size
         assert shown[0]["value"] == pytest.approx(row["max"])
         check_intervals(row, shown, run.tokens)
         check_tokens(row)
@@ -264,7 +266,7 @@ def test_tables_of_recipe_1_are_read(ctx, tiny, saes):
     for name in ("features", "examples"):
         file = run.artifact.path / f"{name}.parquet"
         table = pq.read_table(file)
-        pq.write_table(table.drop_columns(sorted(ADDED & set(table.column_names))), file)
+        pq.write_table(table.drop_columns(sorted(ADDED.keys() & set(table.column_names))), file)
     old, examples = read_feature(run.artifact.path, 2, feature)
     assert old == {name: value for name, value in row.items() if name not in ADDED}
     assert [e["value"] for e in examples] == [e["value"] for e in shown]

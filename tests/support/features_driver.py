@@ -28,5 +28,10 @@ def source_of(root):
     return features_data.sources(data.scan(str(root)))[0]
 
 
+def source_row(root, layer: int, feature: int) -> dict:
+    """A feature's row of the newest activity run."""
+    return features_data.activity(source_of(root), layer, feature).row
+
+
 def pairs(frame) -> list[tuple[int, int]]:
     return list(zip(frame.iloc[:, 0], frame["feature"], strict=True))

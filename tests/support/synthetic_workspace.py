@@ -41,6 +41,8 @@ TOKENS = {"prompt": 40_000, "think": 50_000, "answer": 10_000}
 DOCUMENT_COUNT, DOCUMENT_TOKENS = 40, 60
 BEFORE, WINDOW = 4, 9
 BINS = 48
+LENS_COUNTS = np.minimum(np.arange(40), np.arange(40)[::-1]) + 1
+"""Tokens of the vocabulary by logit: one at each end."""
 PERIOD = 64  # distinct rows of the list columns: they repeat, so files stay small
 RULES = ("all", "any", "either")
 
@@ -194,6 +196,7 @@ def _write_activity(target: Path, size: Size, hostile: str) -> None:
         "top_logits": _lists(logits, 10, pa.float32()),
         "bottom_tokens": _lists(tokens[::-1], 10, pa.string()),
         "bottom_logits": _lists(-logits, 10, pa.float32()),
+        "lens_histogram": _lists(np.tile(LENS_COUNTS, (PERIOD, 1)), LENS_COUNTS.size, pa.int32()),
         "nearest": _lists(rng.integers(0, size.latents, (PERIOD, 5)), 5, pa.int32()),
         "nearest_cosines": _lists(np.tile([0.5, 0.4, 0.3, 0.2, 0.1], (PERIOD, 1)), 5, pa.float32()),
     }

@@ -38,6 +38,7 @@ from resa_lens.artifacts.kinds.scores import Scores
 from resa_lens.artifacts.listing import Listing, is_parent
 from resa_lens.artifacts.notes import saes_key
 from resa_lens.errors import BadInputError
+from resa_lens.models.hookpoints import describe_layer, parse_feature
 from resa_lens.texts.prompts import PHASES
 
 SCORES = "scores.parquet"
@@ -146,6 +147,22 @@ def _source(listing: Listing, run: Artifact) -> Source:
         attributions=of(Attribution),
         effects=of(Effects),
     )
+
+
+def place_of(text: str, source: Source) -> tuple[int, int]:
+    """Read LAYER:FEATURE, the layer 0-based or as in 13th.
+
+    Raises:
+        BadInputError: it has no such form, or there is no such layer or feature.
+    """
+    layer, feature = parse_feature(text, source.n_layers)
+    latents = source.latents.get(layer, 0)
+    if latents and feature >= latents:
+        raise BadInputError(
+            f"feature {feature} at {describe_layer(layer, source.n_layers)} is out of range: its "
+            f"SAE has latents 0 to {latents - 1}"
+        )
+    return layer, feature
 
 
 def command(listing: Listing, source: Source, name: str, *arguments: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 import streamlit as st
 
 from resa_lens.app import empty, links
-from resa_lens.app.features import notes
+from resa_lens.app.features import lists, notes
 from resa_lens.app.features import view as feature_view
-from resa_lens.app.features.data import Source, command, sources
+from resa_lens.app.features.data import Source, command, place_of, sources
 from resa_lens.app.features.table import (
     EVERY,
+    LISTED,
     ORDERS,
     PAGE,
     THINKING,
@@ -34,7 +35,7 @@ from resa_lens.errors import BadInputError
 from resa_lens.features.words import WORDS
 from resa_lens.figures.plots import RULE_NAMES
 from resa_lens.figures.tokens import plain
-from resa_lens.models.hookpoints import describe_layer, parse_feature, parse_layer
+from resa_lens.models.hookpoints import describe_layer, parse_layer
 from resa_lens.texts.prompts import PHASES
 
 NO_SCORE, ALL = "none", -1
@@ -96,23 +97,7 @@ def _place(source: Source) -> tuple[int, int] | None:
     if "feature" not in st.query_params:
         return None
     text = f"{st.query_params.get('layer', '')}:{st.query_params['feature']}"
-    return readable(_parse, text, source)
-
-
-def _parse(text: str, source: Source) -> tuple[int, int]:
-    """Read LAYER:FEATURE, the layer 0-based or as in 13th.
-
-    Raises:
-        BadInputError: it has no such form, or there is no such layer or feature.
-    """
-    layer, feature = parse_feature(text, source.n_layers)
-    latents = source.latents.get(layer, 0)
-    if latents and feature >= latents:
-        raise BadInputError(
-            f"feature {feature} at {describe_layer(layer, source.n_layers)} is out of range: its "
-            f"SAE has latents 0 to {latents - 1}"
-        )
-    return layer, feature
+    return readable(place_of, text, source)
 
 
 def _open(layer: int, feature: int) -> None:
@@ -125,8 +110,9 @@ def _open(layer: int, feature: int) -> None:
 
 def _back() -> None:
     """Back to the list as it was; a callback."""
-    # One that came by a link finds the feature's layer.
-    layer = st.session_state.pop(_BACK, st.query_params.get("layer"))
+    # One that came by a link finds the feature's layer, or the list that the link holds.
+    linked = None if lists.LIST in st.query_params else st.query_params.get("layer")
+    layer = st.session_state.pop(_BACK, linked)
     del st.query_params["feature"]
     if layer != st.query_params.get("layer"):
         _set_layer(layer)
@@ -172,12 +158,17 @@ def _navigation(source: Source, place: tuple[int, int]) -> None:
 def _table(listing: Listing, source: Source) -> None:
     _about(listing, source)
     with part():
-        query = _query(source)
+        listed = lists.of_address(source)
+        if listed is not None:
+            lists.about(listed)
+        query = _query(source, listed.places if listed else ())
         selection = select(source, query)
         st.session_state[_ORDER] = selection.order
         notes.listed(source, query.find, _open)
         more = f"; the first {PAGE:,} of them are below" if selection.matching > PAGE else ""
-        st.text(f"{selection.matching:,} of {selection.total:,} features match{more}.")
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.text(f"{selection.matching:,} of {selection.total:,} features match{more}.")
+            lists.offer(source, selection)
         for note in selection.notes:
             st.caption(note)
         if selection.matching:
@@ -206,8 +197,8 @@ def _choice(label: str, options: Sequence[str], key: str, **how: Any) -> str:
     return str(st.selectbox(label, options, width=170, **how, **links.bound(key)))
 
 
-def _query(source: Source) -> Query:
-    """The filters."""
+def _query(source: Source, only: tuple[tuple[int, int], ...]) -> Query:
+    """The filters; a list of features is shown as it is until one is chosen."""
     counted = counted_at_all(source)
     layer = readable(_layer, source)
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -216,7 +207,7 @@ def _query(source: Source) -> Query:
             "Counted by rule",
             (EVERY, *RULES),
             "rule",
-            index=1 + RULES.index("either") if counted else 0,
+            index=1 + RULES.index("either") if counted and not only else 0,
             help="A feature is counted where it is active at the think tags of the prompt and at "
             "none of its other tokens: " + "; ".join(f"{RULE_NAMES[rule]}" for rule in RULES),
         )
@@ -224,7 +215,7 @@ def _query(source: Source) -> Query:
             "Where it fires",
             (EVERY, THINKING, *PHASES),
             "phase",
-            index=0 if counted else 1,
+            index=0 if counted or only else 1,
             format_func=lambda p: f"densest in {p}" if p in PHASES else p,
         )
         verdict = _choice(
@@ -255,8 +246,8 @@ def _query(source: Source) -> Query:
     # Open where something in it is chosen, so that no filter is out of sight.
     used = any(key in st.query_params for key in MORE)
     with st.expander("Score, density and order", expanded=used):
-        more = _more(source, rule)
-    return Query(layer, rule, phase, verdict, find=text or "", **more)
+        more = _more(source, rule, listed=bool(only))
+    return Query(layer, rule, phase, verdict, find=text or "", only=only or None, **more)
 
 
 def _layer(source: Source) -> int | None:
@@ -296,12 +287,12 @@ def _open_typed(source: Source) -> None:
     text = st.session_state[_OPEN].strip()
     if text:
         try:
-            _open(*_parse(text, source))
+            _open(*place_of(text, source))
         except BadInputError as error:
             st.session_state[_WRONG] = str(error)
 
 
-def _more(source: Source, rule: str) -> dict[str, Any]:
+def _more(source: Source, rule: str, *, listed: bool) -> dict[str, Any]:
     """Less common filters, and the order."""
     names = readable(score_names, source) or ()
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -331,7 +322,8 @@ def _more(source: Source, rule: str) -> dict[str, Any]:
         )
     scored = score != NO_SCORE
     if order == AUTO:
-        order = "score" if scored else "verdict" if rule in RULES else "thoughts"
+        fitting = LISTED if listed else "verdict" if rule in RULES else "thoughts"
+        order = "score" if scored else fitting
     return {
         "score": score if scored else None,
         "significant": significant and scored,

@@ -1,16 +1,14 @@
 """The table of features: filtered, sorted, and no more of it made than is shown.
 
 Columns of one layer, or of all, are read once and kept as arrays; 26 layers of 65,536 features are
-1.7 million rows.  Texts are read only of the row groups that can matter, by several threads.  A
-feature's key is its layer and its number in one integer, so that tables can be joined by sorting.
+1.7 million rows.  Texts are read only of what is shown or can match (`search`).  A feature's key is
+its layer and its number in one integer, so that tables can be joined by sorting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,22 +20,14 @@ from numpy.typing import NDArray
 
 from resa_lens.app import data
 from resa_lens.app.features.data import HASHES, SCORES, Source, opened
+from resa_lens.app.features.search import groups_with, keys_of, raised, search
 from resa_lens.artifacts.artifact import Artifact
-from resa_lens.artifacts.feature_tables import EXAMPLES, FEATURES, Groups
+from resa_lens.artifacts.feature_tables import FEATURES
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.kinds.scores import ScoreSummary
 from resa_lens.errors import BadInputError
 from resa_lens.figures.plots import VERDICT_COLOURS
-from resa_lens.figures.tokens import visible
 from resa_lens.texts.prompts import PHASES
-
-TEXT_GROUPS = 400
-"""Row groups of examples that one search reads at most: six layers of 65,536 features."""
-RAISED = 5
-"""Tokens of the logit lens in the table."""
-SEPARATOR = "\x1f"
-"""Between tokens that are searched one by one."""
-_BATCH = 32  # row groups that one thread reads at once
 
 Array = NDArray[Any]
 PAGE = 1000
@@ -65,10 +55,14 @@ class Query:
     """Text in the tokens that a feature raises, or around its strongest activations."""
     density: tuple[float, float] = (0.0, 1.0)
     order: str = "layer"
-    """A key of ORDERS."""
+    """A key of ORDERS, or LISTED."""
     reverse: bool = False
+    only: tuple[tuple[int, int], ...] | None = None
+    """Layers and features of a list, in its order; None for all."""
 
 
+LISTED = "list"
+"""The order of `Query.only`."""
 ORDERS = {
     "verdict": "verdict, what survives first",
     "thoughts": "part in thoughts",
@@ -135,17 +129,21 @@ def select(source: Source, query: Query) -> Selection:
     """
     # Few features are counted or tested: then the others' rows are not even read.
     named = query.rule in RULES or query.verdict in VERDICTS
-    rows, silent = _base(source, query.layer, named)
+    only = None
+    if query.only is not None:
+        chosen = [(layer, f) for layer, f in query.only if query.layer in (None, layer)]
+        only = tuple((layer << 32) | feature for layer, feature in chosen)
+    rows, silent = _base(source, query.layer, named, only)
     if query.score:
         rows = rows.join(_scores(source, query.layer, query.score))
     index, notes = np.flatnonzero(_kept(rows, query)), ()
     if query.find:
-        where, notes = _search(source, query.find, rows.index.to_numpy()[index])
+        where, notes = search(source, query.find, rows.index.to_numpy()[index])
         rows = rows.assign(where=np.zeros(len(rows), np.int8))
         rows.iloc[index, -1] = where
         index = index[where > 0]
-    index = index[_order(rows.iloc[index], query)].astype(np.int32)
-    total = _total(source, query.layer) + silent
+    index = index[_order(rows.iloc[index], query, only)].astype(np.int32)
+    total = _total(source, query.layer) + silent if only is None else len(rows)
     return Selection(_shown(source, rows.iloc[index[:PAGE]]), total, rows, index, notes)
 
 
@@ -167,8 +165,11 @@ def _kept(rows: pd.DataFrame, query: Query) -> NDArray[np.bool_]:
     return np.asarray(kept)
 
 
-def _order(rows: pd.DataFrame, query: Query) -> Array:
+def _order(rows: pd.DataFrame, query: Query, only: Sequence[int] | None) -> Array:
     """Return the order of the rows; among equals that of layer and feature."""
+    if query.order == LISTED and only is not None:
+        order = np.argsort(pd.Index(only).get_indexer(rows.index))
+        return order[::-1] if query.reverse else order
     if query.order == "layer" or (query.order == "score" and "value" not in rows):
         order = np.arange(len(rows))
         return order[::-1] if query.reverse else order
@@ -194,17 +195,20 @@ def _total(source: Source, layer: int | None) -> int:
 
 
 @st.cache_resource(show_spinner=False, max_entries=6, hash_funcs=HASHES)
-def _base(source: Source, layer: int | None, named: bool) -> tuple[pd.DataFrame, int]:
+def _base(
+    source: Source, layer: int | None, named: bool, only: tuple[int, ...] | None
+) -> tuple[pd.DataFrame, int]:
     """What one layer's features, or all, can be filtered and sorted by.
 
     Args:
         source: the runs.
         layer: 0-based, or None for all.
         named: only the features that are counted or tested.
+        only: the keys of a list's features, or None for all.
 
     Returns:
         The rows by their keys, in order, and how many of these features are in no row of the file:
-        counted ones that fired on none of the documents.
+        counted or listed ones that fired on none of the documents.
     """
     layers = source.layers if layer is None else [layer]
     judged = pd.DataFrame(
@@ -213,9 +217,13 @@ def _base(source: Source, layer: int | None, named: bool) -> tuple[pd.DataFrame,
             "verdict": pd.Series(_verdicts(source, layers), dtype=np.int8),
         }
     )
-    rows = _read(source, layer, judged.index.to_numpy() if named else None)
+    chosen = judged.index
+    if only is not None:
+        chosen = pd.Index(only, dtype=np.int64).sort_values()
+        judged = judged.loc[judged.index.isin(chosen)]
+    rows = _read(source, layer, None if only is None and not named else chosen.to_numpy())
     read = len(rows)
-    if len(silent := judged.index.difference(rows.index)):
+    if len(silent := chosen.difference(rows.index)):
         never = 0.0 if source.activity else np.nan
         rows = rows.reindex(rows.index.union(silent), fill_value=never)
     keys = rows.index.to_numpy()
@@ -239,9 +247,9 @@ def _read(source: Source, layer: int | None, keys: Array | None) -> pd.DataFrame
     groups = opened(source.activity, FEATURES)
     near = groups.of(layer)
     if keys is not None:
-        near = sorted(set(near) & set(_groups_with(groups, keys)))
+        near = sorted(set(near) & set(groups_with(groups, keys)))
     rows = groups.read(near, names)
-    own = _keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+    own = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
     # Half the memory; four digits are shown.
     columns = {name: rows[name].to_numpy().astype(np.float32) for name in names[2:]}
     table = _unique(pd.DataFrame(columns, index=own, copy=False).sort_index())
@@ -298,7 +306,7 @@ def _scores(source: Source, layer: int | None, score: str) -> pd.DataFrame:
     groups = opened(run, SCORES)
     names = ["layer", "feature", "score", "value", "p", "q"]
     rows = groups.read(groups.of(layer, score=name), names).filter(pc.field("score") == name)
-    keys = _keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+    keys = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
     return _unique(pd.DataFrame({n: rows[n].to_numpy() for n in names[3:]}, index=keys))
 
 
@@ -328,7 +336,7 @@ def _shown(source: Source, rows: pd.DataFrame) -> pd.DataFrame:
     if "where" in rows:
         places = np.array(["", "raises", "examples", "both"], dtype=object)
         table["found in"] = places[rows["where"]]
-    table["raises"] = _raised(source, rows.index.to_numpy())
+    table["raises"] = raised(source, rows.index.to_numpy())
     return pd.DataFrame(table).reset_index(drop=True)
 
 
@@ -388,98 +396,3 @@ def neighbours(
         (layer, int(lower.max())) if lower.size else None,
         (layer, int(higher.min())) if higher.size else None,
     )
-
-
-# Texts: read in the row groups that can matter
-
-
-def _keys_of(layers: Array, features: Array) -> NDArray[np.int64]:
-    """Return the keys of features."""
-    return (layers.astype(np.int64) << 32) | features.astype(np.int64)
-
-
-def _groups_with(groups: Groups, keys: Array) -> list[int]:
-    """Return the row groups that can hold some of the features, given by their sorted keys."""
-    low, high = groups.low, groups.high
-    first = np.searchsorted(keys, _keys_of(low[:, 0], low[:, 1]), side="left")
-    last = np.searchsorted(keys, _keys_of(high[:, 0], high[:, 1]), side="right")
-    # The smallest feature of a group with two layers need not be of the smaller layer.
-    return np.flatnonzero((last > first) | (low[:, 0] != high[:, 0])).tolist()
-
-
-def _search(source: Source, text: str, keys: Array) -> tuple[NDArray[np.int8], tuple[str, ...]]:
-    """Look for a text in the tokens that features raise, and around their strongest activations.
-
-    Args:
-        source: the runs.
-        text: in any case; in an example it may go over several tokens.
-        keys: of the features, sorted.
-
-    Returns:
-        For each feature 0, 1 (in what it raises), 2 (in an example) or 3; and what was left out.
-    """
-    where = np.zeros(keys.size, dtype=np.int8)
-    notes: tuple[str, ...] = ()
-    if source.activity is None or not keys.size:
-        return where, notes
-    for bit, (name, column, separator) in enumerate(
-        ((FEATURES, "top_tokens", SEPARATOR), (EXAMPLES, "tokens", ""))
-    ):
-        groups = opened(source.activity, name)
-        near = _groups_with(groups, keys)
-        if name == EXAMPLES and len(near) > TEXT_GROUPS:
-            notes = (
-                "Searched in the tokens that features raise; choose a layer or a rule to search in "
-                "their examples too.",
-            )
-            continue
-        use = partial(_matching, keys=keys, column=column, separator=separator, text=text)
-        for hits in _in_batches(groups, near, column, use):
-            where[hits] |= 1 << bit
-    return where, notes
-
-
-def _raised(source: Source, keys: Array) -> list[str]:
-    """Return the tokens that each of some features raises most; empty where that is unknown."""
-    if source.activity is None or not keys.size:
-        return [""] * keys.size
-
-    def texts(rows: pa.Table) -> dict[int, str]:
-        own = _keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
-        places = np.flatnonzero(np.isin(own, keys))
-        tokens = rows["top_tokens"].take(pa.array(places)).to_pylist()
-        return {
-            int(own[place]): "  ".join(visible(token or "") for token in (listed or [])[:RAISED])
-            for place, listed in zip(places, tokens, strict=True)
-        }
-
-    groups = opened(source.activity, FEATURES)
-    parts = _in_batches(groups, _groups_with(groups, np.sort(keys)), "top_tokens", texts)
-    by_key = {key: text for part in parts for key, text in part.items()}
-    return [by_key.get(int(key), "") for key in keys]
-
-
-def _in_batches(
-    groups: Groups, near: Sequence[int], column: str, use: Callable[[pa.Table], Any]
-) -> list[Any]:
-    """Read a column of row groups by several threads, and use each part of it."""
-    batches = [near[first : first + _BATCH] for first in range(0, len(near), _BATCH)]
-    with ThreadPoolExecutor() as pool:
-        return list(
-            pool.map(lambda batch: use(groups.read(batch, ["layer", "feature", column])), batches)
-        )
-
-
-def _matching(table: pa.Table, keys: Array, column: str, separator: str, text: str) -> Array:
-    """Return the places in `keys` of the rows whose tokens, joined, hold the text in any case."""
-    own = _keys_of(table["layer"].to_numpy(), table["feature"].to_numpy())
-    places = np.searchsorted(keys, own).clip(max=keys.size - 1)
-    # Only the few features that are asked for: to join every row's tokens took most of the time.
-    near = keys[places] == own
-    lists = table[column].filter(pa.array(near)).combine_chunks()
-    whole = pc.call_function("binary_join", [lists, pa.scalar(separator)])
-    hit = pc.call_function(
-        "match_substring", [whole], pc.MatchSubstringOptions(text, ignore_case=True)
-    )
-    # A null, where no lens was computed, is no hit.
-    return places[near][hit.fill_null(False).to_numpy(zero_copy_only=False)]

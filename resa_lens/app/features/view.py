@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlencode, urlsplit
 
 import streamlit as st
 
 from resa_lens.app import links
-from resa_lens.app.features import evidence, examples, notes
+from resa_lens.app.features import evidence, examples, lens, notes
 from resa_lens.app.features.data import (
     Activity,
     Source,
     activity,
     command,
-    same_activity,
     verdict_of,
 )
 from resa_lens.app.features.document import Go
@@ -60,7 +58,7 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
         _about(source, layer, feature, figures)
         readable(_activations, figures, source)
         with part("What it raises and lowers"):
-            _lens(listing, source, figures)
+            lens.show(listing, source, figures)
         with part("Nearest features"):
             _nearest(layer, figures, go)
     notes.box(source, layer, feature)
@@ -183,34 +181,6 @@ def _firing_tokens(listing: Listing, source: Source, figures: Activity) -> None:
     table(rows, "firing_tokens", "Table of tokens")
 
 
-def _lens(listing: Listing, source: Source, figures: Activity) -> None:
-    row = figures.row
-    if row["top_tokens"] is None:
-        options = ("--show", f"{row['layer']}:{row['feature']}", *same_activity(source))
-        missing(
-            "For SAEs this wide the tables keep no logit lens; this command prints it:",
-            command(listing, source, "activity", *options),
-        )
-        return
-    st.caption(
-        "Logit lens: the feature's direction through the model's final norm and unembedding. ␣ is "
-        "a space; the numbers are logits beside those of nothing."
-    )
-    listed = []
-    for side, name in (("top", "Raises"), ("bottom", "Lowers")):
-        words = [token or "" for token in row[f"{side}_tokens"] or []]
-        logits = [value or 0.0 for value in row[f"{side}_logits"] or []]
-        pairs = list(zip(words, logits, strict=False))
-        st.caption(name)
-        st.html(tokens.chips([word for word, _ in pairs], [value for _, value in pairs]))
-        listed += [
-            {"side": name.lower(), "token": tokens.visible(word), "logit": value}
-            for word, value in pairs
-        ]
-    if listed:
-        table(listed, "logit_lens", "Table of the logit lens")
-
-
 def _nearest(layer: int, figures: Activity, go: Go) -> None:
     near = list(
         zip(figures.row["nearest"] or [], figures.row["nearest_cosines"] or [], strict=False)
@@ -235,5 +205,4 @@ def _nearest(layer: int, figures: Activity, go: Go) -> None:
 
 def _address(source: Source, layer: int, feature: int) -> None:
     st.subheader("Link to this page", anchor=False)
-    query = {**links.common(), "run": source.key, "layer": layer, "feature": feature}
-    verbatim(urlsplit(st.context.url or "")._replace(query=urlencode(query), fragment="").geturl())
+    verbatim(links.address(run=source.key, layer=layer, feature=feature))

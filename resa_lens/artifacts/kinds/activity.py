@@ -66,7 +66,7 @@ class Activity(Kind):
     title, titles = "activity", "activity runs"
     column = "Measured"
     command = ("activity",)
-    recipe = 2  # examples by phase and interval, and the tokens at which a feature fires
+    recipe = 3  # the lens over the whole vocabulary, as a histogram
     lighter = "A smaller --memory-limit goes on with what is kept; fewer --examples begin anew."
     Results = Results
     Settings = Settings
