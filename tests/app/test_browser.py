@@ -29,7 +29,7 @@ def settled(page: Any) -> None:
     """Wait until the script and the figures have come to rest."""
     page.wait_for_timeout(300)  # a click's own run begins
     page.locator("[data-test-script-state='notRunning']").wait_for(timeout=60_000)
-    page.locator("[data-testid='stSkeleton']").first.wait_for(state="detached", timeout=30_000)
+    page.locator("[data-testid='stSkeleton']").first.wait_for(state="detached", timeout=60_000)
 
 
 def open_at(page: Any, url: str, path: str, text: str) -> None:
