@@ -30,6 +30,7 @@ from resa_lens.evals.engines.base import (
 from resa_lens.evals.engines.text import end_ids, finish, stopped, text_of
 from resa_lens.machine.determinism import cumulative_sum
 from resa_lens.models.files import context_of
+from resa_lens.models.grouped import grouped_queries
 from resa_lens.texts.phases import PHASES, tag_phases
 from resa_lens.texts.prompts import THINK_CLOSE, THINK_OPEN
 
@@ -96,7 +97,7 @@ class HFEngine:
         # Longest first: too little memory shows at once, and neighbours need little padding.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         results: dict[int, Generation] = {}
-        with _evaluating(self.model), torch.inference_mode():
+        with _evaluating(self.model), grouped_queries(), torch.inference_mode():
             for start in range(0, len(order), config.batch_size):
                 rows = order[start : start + config.batch_size]
                 batch = [encoded[i] for i in rows]
