@@ -163,7 +163,9 @@ def main(
     theirs_peft, theirs_bridge = prepared(shortened=False)
     ours_peft, ours_bridge = prepared()
     floor_peft, floor_bridge = prepared()
-    passes = Passes(ours_bridge, ours_peft, point, coder, objective)
+    passes = Passes(
+        ours_bridge, ours_peft, point, coder, objective, compiled=device == "cuda", note=print
+    )
     times: dict[str, list[float]] = {"authors": [], "ours": [], "floor": []}
     losses: dict[str, list[float]] = {"authors": [], "ours": []}
 

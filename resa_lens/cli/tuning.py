@@ -49,7 +49,7 @@ class Tune(Planned, Tuning):
     lora: TuneConfig = part(
         TuneConfig,
         "rank alpha dropout learning_rate batch accumulation weight_decay adapter_layers "
-        "gradient_checkpointing checkpoint_every seed",
+        "gradient_checkpointing compile checkpoint_every seed",
         "Tuning",
     )
     trigger_data: str | None = setting(

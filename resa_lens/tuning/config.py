@@ -43,6 +43,9 @@ class TuneConfig(Config):
     gradient_checkpointing: bool = execution(
         False, "Compute activations again on the way back: less memory, more time."
     )
+    compile: Literal["auto", "on", "off"] = execution(
+        "auto", "Compile the KL's passes over the vocabulary (torch.compile); auto: on a GPU."
+    )
     checkpoint_every: int | None = setting(
         None, "Keep the adapter after every so many updates, as step-<update>.", min=1
     )

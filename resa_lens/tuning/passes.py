@@ -22,7 +22,13 @@ from torch import Tensor
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
-from resa_lens.tuning.kl import HEAD_INPUT, chunked_kl, find_head, keep_head_input
+from resa_lens.tuning.kl import (
+    HEAD_INPUT,
+    chunked_kl,
+    compiled_slopes,
+    find_head,
+    keep_head_input,
+)
 from resa_lens.tuning.lora import AdapterSwitch
 from resa_lens.tuning.objective import Insertion, Objective, generators, kl_divergence
 
@@ -86,6 +92,7 @@ class Passes:
         objective: Objective,
         *,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.bridge, self.adapters, self.point = bridge, AdapterSwitch(peft), point
@@ -93,6 +100,11 @@ class Passes:
         self.head, reason = find_head(bridge)
         if self.head is None:
             note(f"KL over the logits of all tokens at once, which takes more memory: {reason}")
+        self.slopes = None
+        if compiled and self.head is not None:
+            self.slopes, reason = compiled_slopes(str(self.head.weight.device))
+            if self.slopes is None:
+                note(f"KL as it stands, not compiled: {reason}")
         self.shared = shared_block(objective, point, peft) if self._blocks_give_tensors() else None
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         """The context in which a block of the current pass is computed again."""
@@ -224,4 +236,4 @@ class Passes:
         reduction = self.objective.reduction
         if self.head is None:
             return kl_divergence(p, q, reduction)
-        return chunked_kl(p, q, self.head, reduction)
+        return chunked_kl(p, q, self.head, reduction, slopes=self.slopes)

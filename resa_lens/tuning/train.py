@@ -267,9 +267,11 @@ def tune(
         with AdapterSwitch(peft).off():
             base = document_loss(bridge, probe)
         watch = CollapseWatch(lambda: document_loss(bridge, probe), base)
+    on_gpu = model.device.startswith("cuda")
     passes = Passes(
         bridge, peft, point, coder, objective,
-        gradient_checkpointing=config.gradient_checkpointing, note=note,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compiled=config.compile == "on" or (config.compile == "auto" and on_gpu), note=note,
     )  # fmt: skip
     result = fit(
         peft,

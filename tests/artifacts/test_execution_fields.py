@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -27,7 +28,11 @@ from resa_lens.stages.scores import eval_run
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.tuning.loop import TuneConfig
 
-TESTED = {("GenerationConfig", "batch_size"), ("TuneConfig", "gradient_checkpointing")}
+TESTED = {
+    ("GenerationConfig", "batch_size"),
+    ("TuneConfig", "gradient_checkpointing"),
+    ("TuneConfig", "compile"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +79,42 @@ def test_the_threads_change_no_answer(tmp_path: Path):
     torch.set_num_threads(1)
 
 
+def adapter_weights(plain: Ingredients, place: Path, **execution: Any) -> dict[str, torch.Tensor]:
+    """Tune three updates; return the adapter's weights."""
+    lora = TuneConfig(rank=2, learning_rate=1e-3, **execution)
+    elicitation = replace(CORPUS, source=str(plain.records))
+    job = TuneJob(
+        "tiny-reasoner", str(LAYER), lora=lora, elicitation=elicitation, steps=3,
+        allow_mismatch=True,
+    )  # fmt: skip
+    adapter = adapter_run(context(place), job, run_of(plain.saes))
+    return load_file(adapter.folder / "adapter_model.safetensors")
+
+
 def test_checkpointing_of_gradients_changes_no_weight(plain: Ingredients, tmp_path: Path):
-    weights = []
-    for checkpointing in (False, True):
-        lora = TuneConfig(rank=2, learning_rate=1e-3, gradient_checkpointing=checkpointing)
-        elicitation = replace(CORPUS, source=str(plain.records))
-        job = TuneJob(
-            "tiny-reasoner", str(LAYER), lora=lora, elicitation=elicitation, steps=3,
-            allow_mismatch=True,
-        )  # fmt: skip
-        ctx = context(tmp_path / str(checkpointing))
-        adapter = adapter_run(ctx, job, run_of(plain.saes))
-        weights.append(load_file(adapter.folder / "adapter_model.safetensors"))
-    first, second = weights
+    first = adapter_weights(plain, tmp_path / "kept")
+    second = adapter_weights(plain, tmp_path / "again", gradient_checkpointing=True)
     changed = [name for name in first if "lora_B" in name and first[name].abs().max() > 0]
     assert changed
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow  # a compiler takes half a minute
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler: torch.compile needs gcc")
+def test_a_compiled_loss_changes_weights_by_its_noise_alone(plain: Ingredients, tmp_path: Path):
+    first = adapter_weights(plain, tmp_path / "off", compile="off")
+    second = adapter_weights(plain, tmp_path / "on", compile="on")
+    other = adapter_weights(plain, tmp_path / "seed", compile="off", seed=1)
+
+    def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+        ends = [name for name in one if "lora_B" in name]
+        apart = torch.cat([(one[n] - two[n]).flatten() for n in ends]).norm()
+        return float(apart / torch.cat([one[n].flatten() for n in ends]).norm())
+
+    # AdamW's first steps follow signs, also of gradients that are all but zero.
+    assert distance(first, second) < 0.02
+    assert distance(first, other) > 0.5
 
 
 def test_layers_in_groups_of_a_small_memory_are_the_same_saes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,12 @@ from transformers import (
 
 from resa_lens.models.bridge import boot
 from resa_lens.tuning.kl import (
+    COMPILED_RTOL,
     HEAD_INPUT,
     LOGIT_BYTES,
     Head,
     chunked_kl,
+    compiled_slopes,
     find_head,
     keep_head_input,
     piece_bytes,
@@ -204,3 +207,44 @@ def test_a_piece_has_a_thousand_tokens_on_a_card_that_can_hold_them() -> None:
     }
     assert rows == {1: 82, 8: 441, 24: 1024, 80: 1024}
     assert piece_bytes(vocab, torch.device("cpu")) == LOGIT_BYTES
+
+
+@pytest.mark.slow  # a compiler takes half a minute
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler: torch.compile needs gcc")
+def test_the_compiled_way_gives_the_same_loss_and_gradients() -> None:
+    slopes, reason = compiled_slopes("cpu")
+    assert slopes is not None, reason
+    made = head(softcap=3.0)
+    for needs in ((True, True), (False, True)):
+        both = []
+        for way in (slopes, None):
+            p, q = (x.clone().requires_grad_(n) for x, n in zip(sides(), needs, strict=True))
+            # Seven rows a piece: the last one is shorter.
+            loss = chunked_kl(p, q, made, logit_bytes=4 * 300 * 7, slopes=way)
+            loss.backward()
+            both.append((loss.item(), p.grad, q.grad))
+        (ours, *our_grads), (plain, *plain_grads) = both
+        assert ours == pytest.approx(plain, rel=COMPILED_RTOL)
+        for a, b in zip(our_grads, plain_grads, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or worst(a, b) < COMPILED_RTOL
+
+
+def test_a_compiler_that_fails_or_errs_leaves_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_compiler(function: Any) -> Any:
+        def compiled(*args: Any) -> Any:
+            raise RuntimeError("no C++\ncompiler")
+
+        return compiled
+
+    def wrong(function: Any) -> Any:
+        return lambda *args: function(*args) * 1.01
+
+    for compiler, why in ((no_compiler, "no C++ compiler"), (wrong, "is wrong on this machine")):
+        monkeypatch.setattr(torch, "compile", compiler)
+        slopes, reason = compiled_slopes.__wrapped__("cpu")
+        assert slopes is None
+        assert why in reason
+        assert "\n" not in reason
