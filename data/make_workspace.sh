@@ -23,7 +23,7 @@ tuning=(--layer auto --learning-rate 1e-4 --limit 500)
 
 resa recommend-layers "${saes[@]}"
 resa falsify "${saes[@]}"
-resa activity "${saes[@]}" --text-tokens 60000 --examples 3
+resa activity "${saes[@]}" --text-tokens 60000 --examples 2
 resa score-features "${saes[@]}"
 resa ablate "${saes[@]}" --layer auto --rule either --limit 500
 resa attribute "${saes[@]}" --layer auto --rule either --features counted

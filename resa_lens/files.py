@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from resa_lens.errors import BadInputError, DamagedError, RunFailedError
 SANE = 256 * 2**20
 """Bytes of the largest text or JSON file that is read whole."""
 
+
+_NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")
+"""A list without texts, lists or objects in it; no text of JSON holds a bare end of line."""
 
 LONGEST_PATH = 4095
 """Bytes of a path, by Linux."""
@@ -153,8 +157,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    """Write JSON, whole or not at all; a list of numbers stands on one line."""
+    text = json.dumps(value, indent=2, default=str)
+    write_text(path, _NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

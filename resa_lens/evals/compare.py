@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from resa_lens import stats
 from resa_lens.errors import BadInputError
@@ -361,7 +361,7 @@ def _family_level(differences: Floats, level: float, draws: int, seed: int) -> f
     critical = stats.simultaneous_quantile(
         lambda rng, count: rng.normal(size=(count, values.size)) @ root.T, level, draws, seed
     )
-    together = 2 * float(norm.cdf(critical)) - 1
+    together = 2 * float(ndtr(critical)) - 1
     still = int((~moving).sum())
     return together if not still else max(together, 1 - (1 - level) / len(differences))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -150,25 +151,28 @@ def lineage_figure(
         selected={"marker": {"opacity": 1}},
         unselected={"marker": {"opacity": 1}},
     )  # fmt: skip
+    labels: list[dict[str, Any]] = []
     for node in nodes:
         x, y = points[node.key]
         title = _cut(node.title)
         bold = f"<b>{title}</b>" if node.key == chosen else title
-        figure.add_annotation(
-            x=x, y=y, text=f"{bold}<br>{_cut(node.detail)}", showarrow=False, yanchor="top",
-            yshift=-13, font={"size": 11}, align="center",
-        )  # fmt: skip
+        labels.append({
+            "x": x, "y": y, "text": f"{bold}<br>{_cut(node.detail)}", "showarrow": False,
+            "yanchor": "top", "yshift": -13, "font": {"size": 11}, "align": "center",
+        })  # fmt: skip
     for place, index in enumerate(used):
         if index < len(headings):
-            figure.add_annotation(
-                x=place, y=1, yref="paper", text=f"<b>{_plain(headings[index])}</b>",
-                showarrow=False, yanchor="bottom", yshift=10, font={"size": 12},
-            )  # fmt: skip
+            labels.append({
+                "x": place, "y": 1, "yref": "paper", "text": f"<b>{_plain(headings[index])}</b>",
+                "showarrow": False, "yanchor": "bottom", "yshift": 10, "font": {"size": 12},
+            })  # fmt: skip
     rows = [row for _, _, path in paths for _, row in path]
     most = max([0.0, *rows, *(row for _, row in points.values())])
     figure.update_xaxes(visible=False, range=[-0.5, len(used) - 0.5], fixedrange=True)
     figure.update_yaxes(visible=False, range=[most + 0.75, -0.1], fixedrange=True)
     figure.update_layout(
+        # All at once: added one by one, each checks all before it again.
+        annotations=labels,
         template="plotly_white",
         height=round((most + 0.85) * ROW) + HEAD,
         margin={"l": 0, "r": 0, "t": HEAD, "b": 0},

@@ -238,7 +238,16 @@ def _intervals(rows: dict[str, Array]) -> Array:
 
 
 def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(file, schema, compression="zstd")
+    """Open a table; bytes of floats stand apart by their place, which makes it a fifth smaller."""
+    others, floats = [], []
+    for field in schema:
+        inner = field.type.value_type if pa.types.is_list(field.type) else field.type
+        path = field.name if inner is field.type else f"{field.name}.list.element"
+        (floats if pa.types.is_floating(inner) else others).append(path)
+    return pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=9, use_dictionary=others,
+        use_byte_stream_split=floats,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def mcnemar_exact(b_only: int, a_only: int) -> float:
         raise BadInputError(f"counts {b_only} and {a_only}: discordant pairs cannot be negative")
     if b_only + a_only == 0:
         return 1.0
-    tail = float(scipy.stats.binom.cdf(min(b_only, a_only), b_only + a_only, 0.5))
+    tail = float(scipy.special.bdtr(min(b_only, a_only), b_only + a_only, 0.5))
     return min(1.0, 2 * tail)
 
 
@@ -174,5 +174,5 @@ def difference_from_sets(target: ArrayLike, random: ArrayLike) -> SetDifference:
     if total <= 0:
         return SetDifference(value, 0.0, n - 1.0, 1.0 if value == 0 else 0.0)
     freedom = total**2 / (over_units**2 / (n - 1) + over_sets**2 / (sets - 1))
-    p_value = 2 * float(scipy.stats.t.sf(abs(value) / np.sqrt(total), freedom))
+    p_value = 2 * float(scipy.special.stdtr(freedom, -abs(value) / np.sqrt(total)))
     return SetDifference(value, float(np.sqrt(total)), float(freedom), p_value)

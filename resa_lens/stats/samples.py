@@ -96,7 +96,8 @@ def t_test(values: ArrayLike, level: float = 0.95) -> tuple[float, Interval, flo
     if vector.size < 2:
         raise BadInputError(f"{vector.size} value has no interval: give two or more")
     mean, error = float(vector.mean()), float(vector.std(ddof=1)) / math.sqrt(vector.size)
-    law = scipy.stats.t(vector.size - 1)
-    half = float(law.ppf((1 + level) / 2)) * error
-    p_value = 2 * float(law.sf(abs(mean) / error)) if error else float(mean == 0)
+    freedom = vector.size - 1
+    half = float(scipy.special.stdtrit(freedom, (1 + level) / 2)) * error
+    tail = float(scipy.special.stdtr(freedom, -abs(mean) / error)) if error else 0.5 * (mean == 0)
+    p_value = 2 * tail
     return mean, (mean - half, mean + half), p_value

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import kind_examples
 import pytest
-from app_driver import SCRIPT, texts
+from app_driver import ROOT, SCRIPT, texts
 from typer.testing import CliRunner
 
 from resa_lens.app.places import argument
@@ -151,6 +151,21 @@ def test_the_app_imports_nothing_heavy():
     assert not heavy & loaded
     # The other pages wait until they are shown.
     assert "resa_lens.app.lab.page" not in loaded
+
+
+def test_the_first_page_is_shown_without_what_takes_long_to_load():
+    # scipy.stats takes a second of a processor, which the first page's reader would wait for.
+    code = (
+        "import sys\nfrom streamlit.testing.v1 import AppTest\n"
+        "app = AppTest.from_file('apps/feature_explorer.py', default_timeout=120).run()\n"
+        "assert not app.exception and app.metric\n"
+        "print(sorted({'torch', 'scipy.stats', 'scipy.optimize', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 def start(monkeypatch, *args: str) -> tuple[list[str], str, int]:
