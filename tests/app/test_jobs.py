@@ -15,7 +15,8 @@ from app_driver import HOSTILE, texts
 from streamlit.testing.v1 import AppTest
 
 from resa_lens.app.lab import jobs
-from resa_lens.app.lab.jobs import Command, Worker
+from resa_lens.jobs import children
+from resa_lens.jobs.children import Command, Worker
 
 # A worker whose work is as told, without a model: the protocol is the real one.
 STUB = """
@@ -149,12 +150,12 @@ def test_a_request_that_is_given_up_is_never_begun(stub):
 
 
 def test_nothing_is_sent_to_a_process_that_has_ended(monkeypatch):
-    process = jobs._start([sys.executable, "-c", "pass"])
+    process = children._start([sys.executable, "-c", "pass"])
     process.wait()
     sent = []
-    monkeypatch.setattr(jobs.os, "killpg", lambda *arguments: sent.append(arguments))
-    jobs._kill(process)
-    jobs._interrupt(process)
+    monkeypatch.setattr(children.os, "killpg", lambda *arguments: sent.append(arguments))
+    children._kill(process)
+    children._interrupt(process)
     assert sent == []
 
 
@@ -237,7 +238,7 @@ def test_nothing_asked_is_lost_to_an_end_by_idleness():
 
 OWNER = """
 import sys, time
-from resa_lens.app.lab.jobs import Command, Worker
+from resa_lens.jobs.children import Command, Worker
 if sys.argv[1] == "worker":
     held = Worker([sys.executable, "-c", sys.argv[2]])
     job = held.ask("hang")
@@ -323,7 +324,7 @@ def test_a_command_is_stopped_as_at_a_terminal():
 
 
 def test_a_command_that_ignores_the_interrupt_is_killed(monkeypatch):
-    monkeypatch.setattr(jobs, "GRACE_S", 0.2)
+    monkeypatch.setattr(children, "GRACE_S", 0.2)
     script = (
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "print('deaf', file=sys.stderr, flush=True)\ntime.sleep(60)"
@@ -336,13 +337,13 @@ def test_a_command_that_ignores_the_interrupt_is_killed(monkeypatch):
     assert command.process.poll() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("how", [jobs._kill, jobs._interrupt])
+@pytest.mark.parametrize("how", [children._kill, children._interrupt])
 def test_no_signal_goes_to_the_number_of_a_process_that_has_ended(how, monkeypatch):
     sent = []
-    process = jobs._start([sys.executable, "-c", ""])
+    process = children._start([sys.executable, "-c", ""])
     process.wait()
-    monkeypatch.setattr(jobs, "GRACE_S", 0.05)
-    monkeypatch.setattr(jobs.os, "killpg", lambda *signal: sent.append(signal))
+    monkeypatch.setattr(children, "GRACE_S", 0.05)
+    monkeypatch.setattr(children.os, "killpg", lambda *signal: sent.append(signal))
     how(process)
     time.sleep(0.2)
     assert sent == []
@@ -351,8 +352,8 @@ def test_no_signal_goes_to_the_number_of_a_process_that_has_ended(how, monkeypat
 def test_a_command_that_heeds_the_interrupt_gets_no_second_signal(monkeypatch):
     sent = []
     send = os.killpg
-    monkeypatch.setattr(jobs, "GRACE_S", 0.5)
-    monkeypatch.setattr(jobs.os, "killpg", lambda *how: (sent.append(how[1]), send(*how)))
+    monkeypatch.setattr(children, "GRACE_S", 0.5)
+    monkeypatch.setattr(children.os, "killpg", lambda *how: (sent.append(how[1]), send(*how)))
     command = Command(["--stay"], [sys.executable, "-c", BAR])
     while command.share is None:
         time.sleep(0.02)
@@ -364,7 +365,7 @@ def test_a_command_that_heeds_the_interrupt_gets_no_second_signal(monkeypatch):
 
 @pytest.mark.slow  # the command line imports torch
 def test_commands_of_resa_lens(tmp_path):
-    listed = Command(["runs", "--workspace", str(tmp_path / "none")])
+    listed = Command(["runs", "--workspace", str(tmp_path / "none")], jobs.PROGRAM)
     assert listed.wait(60)
     assert listed.error is None
     assert listed.result == {"runs": [], "problems": []}
@@ -395,7 +396,7 @@ def _panel(words: list[str]) -> None:
 
 @pytest.fixture
 def panel(monkeypatch):
-    monkeypatch.setattr(jobs.Command.__init__, "__defaults__", ((sys.executable, "-c", BAR),))
+    monkeypatch.setattr(jobs, "PROGRAM", (sys.executable, "-c", BAR))
 
     def open_panel(*words: str) -> AppTest:
         return AppTest.from_function(_panel, default_timeout=20, args=(list(words),)).run()

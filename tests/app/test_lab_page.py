@@ -25,8 +25,8 @@ from streamlit.testing.v1 import AppTest
 from resa_lens.app.lab import changes as lab_changes
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.lab import jobs
-from resa_lens.app.lab.jobs import Worker
 from resa_lens.errors import BadInputError
+from resa_lens.jobs.children import Worker
 from resa_lens.resources import data_path
 
 BUNDLED = data_path("workspace")
@@ -35,7 +35,7 @@ BUNDLED = data_path("workspace")
 @pytest.fixture(scope="module")
 def worker():
     """One for all: loading the model takes seconds."""
-    made = Worker()
+    made = Worker(jobs.WORKER)
     yield made
     made.close()
 

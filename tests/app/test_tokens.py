@@ -12,7 +12,7 @@ from app_driver import HOSTILE, browser, clickable_markup, fits_width, new_page,
 from streamlit.testing.v1 import AppTest
 
 from resa_lens.app.lab import jobs
-from resa_lens.app.lab.jobs import Worker
+from resa_lens.jobs.children import Worker
 from resa_lens.resources import data_path
 
 BUNDLED = data_path("workspace")
@@ -22,7 +22,7 @@ FEATURE = {"layer": "5", "feature": "490"}
 @pytest.fixture(scope="module")
 def worker():
     """One for all: loading the model takes seconds."""
-    made = Worker()
+    made = Worker(jobs.WORKER)
     yield made
     made.close()
 
@@ -37,7 +37,7 @@ def opened(open_page, monkeypatch, worker):
 
 
 def settled(app: AppTest) -> AppTest:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300  # a busy machine loads torch in a minute
     while any(button.label == "Stop" for button in app.button) and time.monotonic() < until:
         time.sleep(0.05)
         app.run()
