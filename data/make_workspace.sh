@@ -19,7 +19,7 @@ export RESA_LENS_WORKSPACE=$work HF_HUB_OFFLINE=1
 
 resa() { "$python" -m resa_lens "$@"; }
 saes=(--model tiny-reasoner --latents 1024 --tokens 200000)
-tuning=(--layer auto --learning-rate 1e-4 --limit 500)
+tuning=(--layer auto --learning-rate 1e-4 --rank 16 --limit 500)
 
 resa recommend-layers "${saes[@]}"
 resa falsify "${saes[@]}"

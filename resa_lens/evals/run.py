@@ -394,7 +394,7 @@ def write_samples(result: EvalResult, path: Path) -> None:
     table = pa.Table.from_pylist(result.samples, schema=SAMPLE_SCHEMA)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, compression="zstd")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ class Documents:
 
     def write(self, file: Path) -> None:
         """Write them all, a row group in memory at a time."""
-        with pq.ParquetWriter(file, DOCUMENT_SCHEMA) as writer:
+        with pq.ParquetWriter(file, DOCUMENT_SCHEMA, compression="zstd") as writer:
             for first in range(0, len(self), DOCUMENTS_AT_ONCE):
                 numbers = range(first, min(first + DOCUMENTS_AT_ONCE, len(self)))
                 columns = [numbers, *zip(*(self[number] for number in numbers), strict=True)]

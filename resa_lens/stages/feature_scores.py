@@ -188,7 +188,7 @@ def score_run(
         )
         draft.write(
             lambda target: pq.write_table(
-                table, target / "scores.parquet", row_group_size=SCORE_GROUP
+                table, target / "scores.parquet", row_group_size=SCORE_GROUP, compression="zstd"
             )
         )
 
