@@ -56,7 +56,7 @@ def working(app: AppTest) -> bool:
 
 
 def settled(app: AppTest) -> AppTest:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while working(app) and time.monotonic() < until:
         time.sleep(0.05)
         app.run()
