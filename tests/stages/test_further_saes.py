@@ -103,7 +103,8 @@ def trained(monkeypatch) -> list[str]:
 
 
 def stage_of(given: tuple) -> falsification._Falsification:
-    return falsification._stage(*given, falsification.PLAIN_TEXTS, True, True)
+    plain = falsification.PLAIN_TEXTS
+    return falsification._stage(*given, plain_texts=plain, other_seed=True, random_weights=True)
 
 
 def facts(run: FalsificationRun | None) -> dict[str, Any]:
