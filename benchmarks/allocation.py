@@ -63,6 +63,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from benchmarks.insertion_experiment.draws import records
+from benchmarks.shared import share
 from resa_lens.features.exclusive import count_features
 from resa_lens.models.activations import ordinary, special_ids, stream_activations
 from resa_lens.models.hookpoints import Hookpoint
@@ -267,17 +269,25 @@ def on_the_model(
 
 
 def run(work: Path, worlds: Sequence[str], seeds: Sequence[int]) -> None:
-    """Do the cells that are missing, seed by seed."""
+    """Do the cells that are missing, seed by seed.  Several processes share them."""
     torch.set_num_threads(1)
-    for seed in seeds:
-        for world in worlds:
-            for activation, aux in ARMS:
-                cell(work, world, activation, aux, seed)
+    if "real" in worlds:
+        share(work, {"tokens": lambda: real_tokens(work, load_model("tiny-reasoner"))})
+    share(work, {
+        name_of(*place): partial(cell, work, *place)
+        for seed in seeds for world in worlds for activation, aux in ARMS
+        for place in ((world, activation, aux, seed),)
+    })  # fmt: skip
+
+
+def name_of(world: str, activation: str, aux: str, seed: int) -> str:
+    """Return the name of a cell and of its files."""
+    return f"{world}-{activation.replace(' ', '-')}-{aux}-{seed}"
 
 
 def cell(work: Path, world: str, activation: str, aux: str, seed: int) -> None:
     """Train and measure one SAE, unless that was done."""
-    name = f"{world}-{activation.replace(' ', '-')}-{aux}-{seed}"
+    name = name_of(world, activation, aux, seed)
     file = work / f"{name}.json"
     if file.exists():
         return

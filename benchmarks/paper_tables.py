@@ -4,7 +4,8 @@
     python -m benchmarks.paper_tables collect --work FOLDER
     python -m benchmarks.paper_tables analyse
 
-Resumable; about a minute of one core a cell, 20 scores a draw.
+Resumable; about a minute of one core a cell, 20 scores a draw.  Equal processes on one folder share
+the draws.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from benchmarks.insertion_experiment.draws import (
     trained_sae,
     with_adapter,
 )
+from benchmarks.shared import share
 from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.models.host import Model, load_model
 from resa_lens.saes.baselines import pca
@@ -192,12 +194,15 @@ def scored(model: Model) -> dict[str, Any]:
 
 
 def run(work: Path, draws: Sequence[int]) -> None:
-    """Do what is missing, a draw after the other."""
+    """Do what is missing; a draw is a job that one of several processes does."""
     torch.set_num_threads(1)
-    for seed in draws:
+
+    def cells(seed: int) -> None:
         tables = Tables(seed, work / f"draw-{seed}")
         for name in ("750", *CELLS, *SCORED):
             tables.cell(name)
+
+    share(work, {f"draw-{seed}": partial(cells, seed) for seed in draws})
 
 
 def stored_draws(place: Path) -> dict[int, dict[str, Any]]:

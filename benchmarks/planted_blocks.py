@@ -51,7 +51,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ from torch import Tensor
 
 from benchmarks.insertion_experiment.draws import answers, damaged, questions, records
 from benchmarks.lora_gradients import lora_gradients
+from benchmarks.shared import share
 from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.features.config import RULES
@@ -262,23 +263,26 @@ def tables_of(name: str) -> tuple[str, ...]:
 
 
 def run(work: Path, only: Sequence[int]) -> None:
-    """Do what is missing: the first set's cheap tables and insertion, the second set, causal."""
+    """Do what is missing: the first set's cheap tables and insertion, the second set, causal.
+
+    Several processes share the draws of each.
+    """
     torch.set_num_threads(1)
+    share(work, {"saes": lambda: source_saes(work)})
     coders, source = source_saes(work), load_model("tiny-reasoner")
-    draws = [
-        Draw(name, seed, block, work / f"draw-{seed}", coders, source)
-        for name, blocks in DRAWS.items()
-        for seed, block in blocks.items()
-        if not only or seed in only
-    ]
+
+    def tables(name: str, seed: int, block: int, group: Sequence[str]) -> None:
+        draw = Draw(name, seed, block, work / f"draw-{seed}", coders, source)
+        for table in group:
+            draw.table(table)
+
     for name, group in (
         ("four sd", TABLES), ("four sd", DEAR[:1]), ("every block", TABLES), ("four sd", DEAR[1:]),
     ):  # fmt: skip
-        for draw in (draw for draw in draws if draw.name == name):
-            for table in group:
-                draw.table(table)
-            # No draw's model is needed beside the next one's.
-            vars(draw).pop("target", None)
+        share(work, {
+            f"{group[0]}-{seed}": partial(tables, name, seed, block, group)
+            for seed, block in DRAWS[name].items() if not only or seed in only
+        })  # fmt: skip
 
 
 def collect(work: Path, into: Path) -> None:

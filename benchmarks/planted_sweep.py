@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from benchmarks.insertion_experiment.draws import (
     records,
     with_adapter,
 )
+from benchmarks.shared import share
 from resa_lens.evals.insertion import evaluate_inserted
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import load_model
@@ -98,22 +99,27 @@ def scored(model: Any) -> dict[str, Any]:
 
 
 def run(work: Path, seeds: list[int]) -> None:
-    """Do what is missing: the SAE arm of every draw first."""
+    """Do what is missing: the SAE arm of every draw first.  Several processes share the cells."""
     torch.set_num_threads(1)
+    share(work, {"saes": lambda: planted.source_saes(work)})
     coders, source = planted.source_saes(work), load_model("tiny-reasoner")
     draws = [
         planted.Draw("four sd", seed, DRAWS[seed], work / f"draw-{seed}", coders, source)
         for seed in seeds
     ]
-    for draw in draws:
-        draw.stored("sweep-base", lambda draw=draw: scored(fresh_target(draw)))
+
+    def base(draw: planted.Draw) -> None:
+        draw.stored("sweep-base", lambda: scored(fresh_target(draw)))
+
+    def tuned(draw: planted.Draw, point: Hookpoint, arm: str) -> None:
+        draw.stored(f"sweep-{arm}-{point.layer}", lambda: cell(draw, point, arm))
+
+    share(work, {f"sweep-base-{draw.seed}": partial(base, draw) for draw in draws})
     for arm in ARMS:
-        for draw in draws:
-            for point in planted.POINTS:
-                began = time.monotonic()
-                name = f"sweep-{arm}-{point.layer}"
-                draw.stored(name, lambda d=draw, p=point, a=arm: cell(d, p, a))
-                print(f"{name} of {draw.seed}: {time.monotonic() - began:.0f} s", flush=True)
+        share(work, {
+            f"sweep-{arm}-{point.layer}-{draw.seed}": partial(tuned, draw, point, arm)
+            for draw in draws for point in planted.POINTS
+        })  # fmt: skip
 
 
 def collect(work: Path, into: Path) -> None:

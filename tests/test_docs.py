@@ -77,7 +77,7 @@ NOT_RUN: dict[str, str] = {
     r"hf .*|python -c import datasets.*": "needs a network; its options are checked",
     r"\.venv-vllm/bin/resa-lens .*": "vllm has an environment of its own; parsed (recorded tests)",
     r"(resa-lens|streamlit run) app.*": "serves until stopped; the browser tests walk it",
-    r"resa-lens sweep .*--(join|ray).*": "several workers: tests/jobs and tests/stages",
+    r"resa-lens (sweep|falsify) .*--(join|ray).*": "several workers: tests/jobs and tests/stages",
     r"python -m benchmarks\.many_jobs .*": "a minute; its figures stand in docs/log.md",
     r"resa-lens demo$": "the demo fixture runs it; the full budget stands in docs/log.md",
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from benchmarks.shared import share
 from resa_lens.evals.config import EvalConfig, GenerationConfig
 from resa_lens.evals.engines.hf import HFEngine
 from resa_lens.evals.grading import is_correct
@@ -419,27 +420,27 @@ def answers(result: Any) -> dict[str, Any]:
     }
 
 
-def plan(draws: list[int], cells: str) -> Iterator[tuple[int, str]]:
-    """Yield the work: A, B and C of every draw before anything else of any."""
-    for group in [[c for c in cells if c in PRIMARY], *[[c] for c in cells if c not in PRIMARY]]:
-        for draw in draws:
-            yield from ((draw, cell) for cell in group)
+def plan(cells: str) -> list[str]:
+    """Return the groups of cells in their order: A, B and C of every draw before anything else."""
+    groups = ["".join(c for c in cells if c in PRIMARY), *[c for c in cells if c not in PRIMARY]]
+    return [group for group in groups if group]
 
 
 def run(work: Path, draws: list[int], cells: str) -> None:
-    """Do what is missing."""
+    """Do what is missing.  Several processes share the draws of each group of cells."""
     torch.set_num_threads(1)
-    by_seed = {seed: Draw(seed, work / f"draw-{seed}") for seed in draws}
-    for folder in (draw.folder for draw in by_seed.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-    for number, (seed, cell) in enumerate(plan(draws, cells)):
-        if (by_seed[seed].folder / f"{cell}.json").exists():
-            continue
-        by_seed[seed].cell(cell)
-        if number and all(
-            (by_seed[s].folder / f"{c}.json").exists() for s in draws for c in PRIMARY
-        ):
-            for draw in by_seed.values():
-                draw.insertion()
+
+    def score(seed: int, group: str) -> None:
         # Models and samples of a draw are not needed beside those of the next one.
-        by_seed[seed] = Draw(seed, by_seed[seed].folder)
+        draw = Draw(seed, work / f"draw-{seed}")
+        draw.folder.mkdir(parents=True, exist_ok=True)
+        for cell in group:
+            draw.cell(cell)
+
+    def insert(seed: int) -> None:
+        Draw(seed, work / f"draw-{seed}").insertion()
+
+    for group in plan(cells):
+        share(work, {f"{group}-{seed}": partial(score, seed, group) for seed in draws})
+        if all((work / f"draw-{seed}" / f"{c}.json").exists() for seed in draws for c in PRIMARY):
+            share(work, {f"insertion-{seed}": partial(insert, seed) for seed in draws})

@@ -18,10 +18,10 @@ from pathlib import Path
 from resa_lens import claims
 from resa_lens.artifacts import kinds as kinds  # registers them
 from resa_lens.artifacts.artifact import KINDS, Artifact, Kind
-from resa_lens.artifacts.manifest import MANIFEST, SHOWN, Manifest, read_manifest, sealed
+from resa_lens.artifacts.manifest import LARGEST, MANIFEST, SHOWN, Manifest, read_manifest, sealed
 from resa_lens.artifacts.walk import Walk
 from resa_lens.errors import BadInputError, DamagedError
-from resa_lens.files import write_json
+from resa_lens.files import read_regular, write_json
 from resa_lens.hashes import file_hash
 from resa_lens.machine.meters import peak_memory_mb
 from resa_lens.publishing import TEMPORARY, filled
@@ -124,7 +124,11 @@ class Workspace:
         others = (folder for folder in Walk(self.root).folders(kind) if folder != preferred)
         # By name first: a folder that a person has renamed is the exception.
         for folder in (preferred, *sorted(others, key=lambda f: not f.name.endswith(mark))):
+            named = folder == preferred or folder.name.endswith(mark)
             try:
+                # Of the others most are neither parsed nor checked.
+                if not named and identity.encode() not in read_regular(folder / MANIFEST, LARGEST):
+                    continue
                 artifact = self.read(folder)
             except DamagedError as error:
                 damaged = damaged or (error if folder.name.endswith(mark) else None)

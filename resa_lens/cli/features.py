@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from resa_lens.cli.common import Outcome
@@ -10,6 +11,7 @@ from resa_lens.cli.groups import (
     AtLayers,
     Counting,
     Generating,
+    ManyMachines,
     MemoryLimit,
     OnData,
     Planned,
@@ -112,7 +114,7 @@ def activity(args: Activity) -> Outcome:
 
 
 @options("Tests")
-class Falsify(Planned, Counting, WithSaesAt):
+class Falsify(ManyMachines, Planned, Counting, WithSaesAt):
     """How hard the counted features are tried."""
 
     rule: Rule | None = setting(
@@ -132,14 +134,16 @@ def falsify(args: Falsify) -> Outcome:
 
     What does it depend on: the tag, the prompt's words, their order, the wording, the delimiter's
     spelling, the SAE? Needs SAEs of the model, of another seed and of a random-weights model; what
-    is missing is trained.
+    is missing is trained, each set a job: several processes share them.
 
     Example: resa-lens falsify --model tiny-reasoner --json
     """
     from resa_lens.features.battery import error_rates
     from resa_lens.features.stimuli import PLAIN_TEXTS
     from resa_lens.stages.counts import count_run
-    from resa_lens.stages.falsification import falsify_run, read_plain_texts
+    from resa_lens.stages.falsification import falsify_join, falsify_run, read_plain_texts
+    from resa_lens.stages.job_stage import in_turn
+    from resa_lens.stages.reports.jobs import share as share_report
 
     plain = read_plain_texts(args.plain_texts) if args.plain_texts else PLAIN_TEXTS
     ctx, model = args.load()
@@ -152,19 +156,28 @@ def falsify(args: Falsify) -> Outcome:
             **args.pick("other_seed", "random_weights"),
         )  # fmt: skip
         return plan.to_dict(), plan_report(plan)
-    saes = args.find(ctx, model)
+    saes = in_turn(ctx, lambda: args.find(ctx, model))
+    assert saes is not None
     counts = count_run(ctx, model, saes, args.count, args.scope(model))
-    run = falsify_run(
-        ctx, model, saes, counts, args.tests, plain_texts=plain,
-        **args.pick("other_seed", "random_weights"),
-    )  # fmt: skip
-    values = {
+    tests = args.pick("other_seed", "random_weights")
+    values, lines = {}, []
+    if args.join:
+        share = falsify_join(ctx, model, saes, counts, args.tests, plain_texts=plain, **tests)
+        values, lines = {"joined": share.to_dict()}, [share_report(share, "verdicts")]
+        run = share.run
+    else:
+        run = falsify_run(
+            ctx, model, saes, counts, args.tests, plain_texts=plain, cluster=args.cluster(), **tests
+        )
+    if run is None:
+        return values, lines
+    values |= {
         "features": [f for f in run.features if args.rule is None or args.rule in f["rules"]],
         "summary": run.summary, "trials": run.trials, "skipped": run.skipped,
         "battery": error_rates(),
         "model": model.name, "site": args.sae.site, "folder": str(run.artifact.path),
     }  # fmt: skip
-    return values, reports.verdicts_of(values, model.slug, model.n_layers)
+    return values, chain(lines, reports.verdicts_of(values, model.slug, model.n_layers))
 
 
 @options("Scores")

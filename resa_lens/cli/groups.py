@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from resa_lens.cli.options import check_layer_options, options, part, running
-from resa_lens.config import setting
+from resa_lens.config import goes_with, setting
+from resa_lens.errors import BadInputError
 from resa_lens.evals.config import EvalConfig, GenerationConfig, TextEngine
 from resa_lens.features.config import CountConfig, Rule
 from resa_lens.files import check_path, check_workspace
+from resa_lens.jobs.cluster import Cluster, check_ray
 from resa_lens.models.bounds import check_shapes
 from resa_lens.models.hookpoints import check_layers, parse_layers
 from resa_lens.processes import is_silent_rank
@@ -303,6 +305,41 @@ class Planned:
     plan: bool = setting(
         False, "Only say what it will take, from a short trial: time, memory, disk."
     )
+
+
+@options("Many machines")
+class ManyMachines(Run):
+    """A list of independent jobs, which other processes may share."""
+
+    join: bool = setting(
+        False, "Work on it as one of several equal workers: leave when others are at all that is "
+        "left; the last one writes the result.",
+    )  # fmt: skip
+    ray: str | None = setting(
+        None, "Let Ray do the jobs: its address (host:port or auto), or local.", metavar="ADDRESS"
+    )
+    gpus_per_job: float | None = setting(
+        None, "Of --ray; may be a part of one. One where the cluster has any.", min=0, max=64
+    )
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError where options of many machines contradict each other."""
+        if self.join and self.ray is not None:
+            raise BadInputError(f"--join and --ray {self.ray}: give one")
+        if self.force and (self.join or self.ray is not None):
+            raise BadInputError(
+                f"--force with --{'join' if self.join else 'ray'}: workers would make anew what "
+                "others have just done; remove the result's folder, or give --force alone"
+            )
+        goes_with(self, "gpus_per_job", "ray")
+        if self.ray is not None:
+            check_ray(self.ray)
+
+    def cluster(self) -> Cluster | None:
+        """Return the Ray cluster that does the jobs, if one does."""
+        if self.ray is None:
+            return None
+        return Cluster(self.ray, self.threads or 1, self.gpus_per_job)
 
 
 @options("Machine")

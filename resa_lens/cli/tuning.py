@@ -8,13 +8,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from resa_lens.cli.common import Outcome
-from resa_lens.cli.groups import AtLayers, Planned, Ruled, Tuning
+from resa_lens.cli.groups import AtLayers, ManyMachines, Planned, Ruled, Tuning
 from resa_lens.cli.options import command, options, part
-from resa_lens.config import goes_with, setting
-from resa_lens.errors import BadInputError
+from resa_lens.config import setting
 from resa_lens.evals.config import EvalConfig
 from resa_lens.files import check_path
-from resa_lens.jobs.cluster import Cluster, check_ray
 from resa_lens.models.hookpoints import check_layer, check_layers, parse_layers
 from resa_lens.stages.reports import tuning as reports
 from resa_lens.stages.reports.plans import plan as plan_report
@@ -110,7 +108,7 @@ def tune(args: Tune) -> Outcome:
 
 
 @options("Sweep")
-class Sweep(Planned, AtLayers, Ruled, Tuning):
+class Sweep(ManyMachines, Planned, AtLayers, Ruled, Tuning):
     """Which layers, seeds and controls are tuned."""
 
     seeds: int = setting(
@@ -128,35 +126,6 @@ class Sweep(Planned, AtLayers, Ruled, Tuning):
         "activations, for the selectors gradient-probe and activation-change.",
     )  # fmt: skip
     asking: EvalConfig = part(EvalConfig, "limit levels", "Questions", limit=500)
-    join: bool = setting(
-        False, "Work on it as one of several equal workers: leave when others are at all that is "
-        "left; the last one writes the sweep.",
-    )  # fmt: skip
-    ray: str | None = setting(
-        None, "Let Ray do the jobs: its address (host:port or auto), or local.", metavar="ADDRESS"
-    )
-    gpus_per_job: float | None = setting(
-        None, "Of --ray; may be a part of one. One where the cluster has any.", min=0, max=64
-    )
-
-    def __post_init__(self) -> None:
-        """Raise BadInputError where options of many machines contradict each other."""
-        if self.join and self.ray is not None:
-            raise BadInputError(f"--join and --ray {self.ray}: give one")
-        if self.force and (self.join or self.ray is not None):
-            raise BadInputError(
-                f"--force with --{'join' if self.join else 'ray'}: workers would make anew what "
-                "others have just done; remove the sweep's folder, or give --force alone"
-            )
-        goes_with(self, "gpus_per_job", "ray")
-        if self.ray is not None:
-            check_ray(self.ray)
-
-    def cluster(self) -> Cluster | None:
-        """Return the Ray cluster that does the jobs, if one does."""
-        if self.ray is None:
-            return None
-        return Cluster(self.ray, self.threads or 1, self.gpus_per_job)
 
     def config(self, n_layers: int) -> SweepConfig:
         """Return the configuration of the sweep over a model of so many layers."""
@@ -188,6 +157,7 @@ def sweep(args: Sweep) -> Outcome:
     """
     ctx = args.context()
     from resa_lens.stages.adapters import questions_of
+    from resa_lens.stages.reports.jobs import share as share_report
     from resa_lens.stages.sweep import sweep_join, sweep_run
     from resa_lens.stages.sweep_jobs import jobs_of
 
@@ -203,8 +173,8 @@ def sweep(args: Sweep) -> Outcome:
     ctx.reporter.note(f"{len(jobs_of(config, n_layers))} tunings, each scored")
     if args.join:
         share = sweep_join(ctx, config)
-        values = {"joined": {"jobs": share.jobs, "left": share.left}}
-        run, lines = share.run, [reports.share(share)]
+        values = {"joined": share.to_dict()}
+        run, lines = share.run, [share_report(share, "sweep")]
     else:
         values, lines = {}, []
         run = sweep_run(ctx, config, cluster=args.cluster())

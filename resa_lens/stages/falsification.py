@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.kinds.falsification import Falsification
-from resa_lens.artifacts.stage import Context, Draft
-from resa_lens.errors import BadInputError
+from resa_lens.artifacts.stage import Context, Draft, Stage
+from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.features.battery import in_words
 from resa_lens.features.counterparts import Counterpart, counterparts
 from resa_lens.features.exclusive import FeatureCounts, count_features
@@ -27,23 +29,27 @@ from resa_lens.features.falsify import (
 from resa_lens.features.responses import Responses, respond
 from resa_lens.features.stimuli import PLAIN_TEXTS, Trial, trials
 from resa_lens.features.words import STANDS, VERDICTS, WORDS, occurring
-from resa_lens.files import named_path
+from resa_lens.files import named_path, read_json
 from resa_lens.hashes import digest
+from resa_lens.jobs.cluster import Cluster
 from resa_lens.machine.limits import size_mb
 from resa_lens.models.hookpoints import Hookpoint, describe_layer
 from resa_lens.models.host import Model
-from resa_lens.saes.baselines import random_weights_model
-from resa_lens.saes.train import SaeConfig
+from resa_lens.progress import SILENT, Advance
 from resa_lens.stages.counts import CountRun
-from resa_lens.stages.sae_training import train_run
+from resa_lens.stages.further_saes import (
+    MATCHED,
+    OTHER_SEED,
+    RANDOM_WEIGHTS,
+    FurtherSaes,
+    RemoteSaes,
+)
+from resa_lens.stages.job_stage import JobStage, Share, worker_context
 from resa_lens.stages.saes import SaeRun, in_groups
 from resa_lens.stages.stability import seed_runs
 from resa_lens.texts import corpora
-from resa_lens.texts.corpora import CorpusConfig
 
 PAGE = "verdicts.html"
-RANDOM_WEIGHTS = "matched"
-"""Weights drawn with the trained ones' mean and spread: activations of a trained model's size."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +77,64 @@ def falsify_run(
     plain_texts: Sequence[str] = PLAIN_TEXTS,
     other_seed: bool = True,
     random_weights: bool = True,
+    cluster: Cluster | None = None,
 ) -> FalsificationRun:
     """Give every counted feature its verdict, or read the finished run.
 
     The two further sets of SAEs are looked for in the workspace and trained where they are missing,
-    as the given SAEs were: they need a training that the workspace knows.
+    as the given SAEs were: they need a training that the workspace knows.  Each training is a job:
+    several processes share them, or a Ray cluster does them.
 
     Raises:
-        BadInputError: an SAE that does not fit the model, texts that cannot be used, or SAEs that
-            are missing and whose data were changed.
+        BadInputError: an SAE that does not fit the model, texts that cannot be used, SAEs that are
+            missing and whose data were changed, or no Ray cluster.
+        RunFailedError: SAEs could not be trained.
     """
-    features = counts.counts
+    with cluster.connected() if cluster else nullcontext():
+        stage = _stage(ctx, model, saes, counts, config, plain_texts, other_seed, random_weights)
+        return _read(stage.obtain(cluster))
+
+
+def falsify_join(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    counts: CountRun,
+    config: FalsifyConfig,
+    *,
+    plain_texts: Sequence[str] = PLAIN_TEXTS,
+    other_seed: bool = True,
+    random_weights: bool = True,
+) -> Share[FalsificationRun]:
+    """Train what no other worker of the same falsification is at; see `JobStage.join`.
+
+    Raises:
+        BadInputError: as `falsify_run`.
+        RunFailedError: as `falsify_run`.
+    """
+    stage = _stage(ctx, model, saes, counts, config, plain_texts, other_seed, random_weights)
+    share = stage.join()
+    return Share(share.jobs, share.left, _read(share.run) if share.run else None)
+
+
+def _read(artifact: Artifact) -> FalsificationRun:
+    stored = artifact.value("verdicts.json")
+    return FalsificationRun(artifact, **{**stored, "skipped": tuple(stored["skipped"])})
+
+
+def _stage(
+    ctx: Context,
+    model: Model,
+    saes: SaeRun,
+    counts: CountRun,
+    config: FalsifyConfig,
+    plain_texts: Sequence[str],
+    other_seed: bool,
+    random_weights: bool,
+) -> _Falsification:
+    """Name the verdicts, and the trainings that they need."""
     # Every layer, also where nothing is counted: the null has all of them too.
-    layers = [item.layer for item in features.layers]
+    layers = [item.layer for item in counts.counts.layers]
     training = saes.training()
     others = _other_seeds(ctx, model, saes, layers) if training and other_seed else {}
     next_seed = training[0].seed + 1 if training and other_seed else None
@@ -95,7 +146,7 @@ def falsify_run(
         config={
             "falsify": config,
             "other_seed": other_seed,
-            "random_weights": random_weights and RANDOM_WEIGHTS,
+            "random_weights": random_weights and MATCHED,
             # None where SAEs without their training go without the test.
             "seeds": [seed, ctx.seed if training and random_weights else None],
         },
@@ -103,52 +154,132 @@ def falsify_run(
         parents={"counts": counts.artifact.parent, "saes": saes.parent(layers)},
         noun="verdicts",
     )
+    trainings = {}
+    if training and any(union_of_rules(item) for item in counts.counts.layers):
+        sae, corpus = training
+        if seed is not None and seed not in others:
+            trainings[OTHER_SEED] = replace(sae, seed=seed), replace(corpus, seed=corpus.seed + 1)
+        if random_weights:
+            trainings[RANDOM_WEIGHTS] = training
+    further = FurtherSaes(ctx, model, tuple(layers), trainings)
+    left_out = [
+        f"{test}: these SAEs came without their training; give SAEs of this workspace"
+        for test, included in (("other seed", other_seed), ("random weights", random_weights))
+        if included and training is None
+    ]
+    return _Falsification(
+        ctx, stage, model, saes, counts, config, plain_texts,
+        None if seed is None else others.get(seed), further, tuple(left_out),
+    )  # fmt: skip
 
-    def work(draft: Draft) -> None:
-        # Encoders of one set at a time, and the model once more with random weights.
-        again = size_mb(model.folder) if training and random_weights else 0.0
-        draft.expect(sum(saes.size_mb(layers).values()) / 2 + again, 0)
-        texts = trials(
-            model,
-            features.config,
+
+@dataclass(frozen=True)
+class _Falsification(JobStage):
+    """Verdicts with everything opened that they are made from."""
+
+    ctx: Context
+    stage: Stage
+    model: Model
+    saes: SaeRun
+    counts: CountRun
+    config: FalsifyConfig
+    plain_texts: Sequence[str]
+    twin: SaeRun | None
+    """Another seed's SAEs that were there at the start."""
+    further: FurtherSaes
+    left_out: tuple[str, ...]
+    """Tests that cannot be made, each with its reason."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The trainings."""
+        return tuple(self.further.trainings)
+
+    def prepare(self, *, wait: bool) -> None:
+        """Raise BadInputError for unusable texts, or data that the given SAEs did not see.
+
+        Both show before hours of training.
+        """
+        _ = self.texts
+        _, corpus = next(iter(self.further.trainings.values()))
+        known = self.saes.artifact.manifest.hashes.get("data") if self.saes.artifact else None
+        if known not in (None, corpora.hash_records(corpora.read_records(corpus))):
+            raise BadInputError(
+                f"data {corpus.source!r} are not those that the SAEs in {self.saes.folder} were "
+                "trained on; put these back, or use --no-other-seed and --no-random-weights"
+            )
+
+    @cached_property
+    def texts(self) -> list[Trial]:
+        """The texts that features are tried on."""
+        config = self.config
+        return trials(
+            self.model,
+            self.counts.counts.config,
             texts=config.texts,
             shuffles=config.shuffles,
-            plain_texts=plain_texts,
+            plain_texts=self.plain_texts,
             seed=config.seed,
         )
+
+    def work(self) -> FurtherSaes:
+        """Return what trains SAEs in this process."""
+        return self.further
+
+    def remote(self) -> RemoteSaes:
+        """Return what trains SAEs in a worker of Ray."""
+        further = self.further
+        return RemoteSaes(
+            str(self.ctx.workspace.root),
+            self.model.name,
+            further.layers,
+            further.trainings,
+            worker_context(self.ctx),
+        )
+
+    def outcome(self, name: str) -> str | None:
+        """Say where a training's SAEs are."""
+        file = self.jobs.record(name)
+        return f"SAEs in {read_json(file)}" if file.exists() else None
+
+    def bar(self, by: str = "") -> AbstractContextManager[Advance]:
+        """Open a bar over the trainings of others; each of this process has one of its own."""
+        return super().bar(by) if by else SILENT.bar("", 0)
+
+    def tables(self, draft: Draft) -> None:
+        """Try the features of all SAEs, and fill the draft with their verdicts."""
+        for name, reason in self.jobs.failed().items():
+            raise RunFailedError(f"{name}: {reason}")
+        ctx, model, saes, config = self.ctx, self.model, self.saes, self.config
+        features, further = self.counts.counts, self.further
+        layers = list(further.layers)
+        # Encoders of one set at a time, and the model once more with random weights.
+        again = size_mb(model.folder) if RANDOM_WEIGHTS in self.names else 0.0
+        draft.expect(sum(saes.size_mb(layers).values()) / 2 + again, 0)
+        texts = self.texts
         tried = _try(ctx, model, saes, features, texts, "counted features")
         counted = any(union_of_rules(item) for item in features.layers)
         threshold = features.config.threshold
         twins = null = None
-        if counted and training and seed is not None:
-            sae, corpus = training
-            if seed in others:
-                run = others[seed]
-                ctx.reporter.note(f"another seed's SAEs: using {run.folder}")
-            else:
-                ctx.reporter.note(f"another seed's SAEs: none; training seed {seed}")
-                corpus = replace(corpus, seed=corpus.seed + 1)
-                run = _train(ctx, model, saes, layers, replace(sae, seed=seed), corpus)
+        if counted and (self.twin or OTHER_SEED in self.names):
+            if self.twin:
+                ctx.reporter.note(f"another seed's SAEs: using {self.twin.folder}")
+            run = self.twin or further.run(OTHER_SEED)
             draft.parents.append(run.relative)
             what = "features of another seed's SAEs"
             there = _try(ctx, model, run, features, texts, what, anew=True)
             twins = _counterparts(model, saes, run, tried, there)
-        if counted and training and random_weights:
-            host = random_weights_model(model, ctx.seed, weights=RANDOM_WEIGHTS)
-            ctx.reporter.note(f"SAEs of a model with random weights ({host.slug}), the null:")
-            run = _train(ctx, host, saes, layers, *training)
+        if RANDOM_WEIGHTS in self.names:
+            run = further.run(RANDOM_WEIGHTS)
             draft.parents.append(run.relative)
             what = "features of the random-weights model's SAEs"
+            host = further.host(RANDOM_WEIGHTS)
             there = _try(ctx, host, run, features, texts, what, anew=True)
             null = (
                 judge(there.responses, there.rules, config, threshold=threshold),
                 there.active,
             )
-        skipped = [
-            f"{test}: these SAEs came without their training; give SAEs of this workspace"
-            for test, included in (("other seed", other_seed), ("random weights", random_weights))
-            if counted and included and training is None
-        ]
+        skipped = list(self.left_out) if counted else []
         for reason in skipped:
             ctx.reporter.note(f"left out: {reason}")
         verdicts = judge(
@@ -169,7 +300,7 @@ def falsify_run(
             "n_layers": model.n_layers,
             "skipped": skipped,
         }
-        draft.settings = {"counts": counts.artifact.relative, "saes": saes.relative}
+        draft.settings = {"counts": self.counts.artifact.relative, "saes": saes.relative}
         draft.json("verdicts.json", content)
         draft.json("trials.json", [asdict(trial) for trial in texts])
         null_layers = None if null is None else [verdict.layer for verdict in null[0]]
@@ -178,10 +309,6 @@ def falsify_run(
                 target / PAGE, model, saes.site, content, layers, null_layers
             )
         )
-
-    artifact = stage.obtain(work)
-    stored = artifact.value("verdicts.json")
-    return FalsificationRun(artifact, **{**stored, "skipped": tuple(stored["skipped"])})
 
 
 def _write_page(
@@ -310,28 +437,6 @@ def _other_seeds(
     """Return the workspace's SAEs that differ from the given ones in their seed alone, by seed."""
     runs = [run for run in seed_runs(ctx, model, saes, layers) if run.folder != saes.folder]
     return {training[0].seed: run for run in runs if (training := run.training())}
-
-
-def _train(
-    ctx: Context,
-    model: Model,
-    saes: SaeRun,
-    layers: Sequence[int],
-    sae: SaeConfig,
-    corpus: CorpusConfig,
-) -> SaeRun:
-    """Train SAEs on the records that the given ones were trained on.
-
-    Raises:
-        BadInputError: the records were changed since.
-    """
-    known = saes.artifact.manifest.hashes.get("data") if saes.artifact else None
-    if known not in (None, corpora.hash_records(corpora.read_records(corpus))):
-        raise BadInputError(
-            f"data {corpus.source!r} are not those that the SAEs in {saes.folder} were trained on; "
-            "put these back, or use --no-other-seed and --no-random-weights"
-        )
-    return train_run(replace(ctx, force=False), model, layers, sae, corpus)
 
 
 def _at_layer(

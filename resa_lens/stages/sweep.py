@@ -7,34 +7,30 @@ command share the jobs: a job belongs to the process that has claimed it.
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 from resa_lens.artifacts.artifact import Artifact, Parent
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
 from resa_lens.artifacts.stage import Context, Draft, Stage
 from resa_lens.config import config_dict
-from resa_lens.errors import BadInputError, RunFailedError, TakenError
+from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.evals.compare import run_scores
 from resa_lens.evals.engines.choice import engine_part
 from resa_lens.evals.run import ask
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.config import RULES, CountConfig
-from resa_lens.files import run_lock
 from resa_lens.hashes import digest
-from resa_lens.jobs import joblist
-from resa_lens.jobs.cluster import Cluster, hand_out
-from resa_lens.jobs.joblist import JobList
+from resa_lens.jobs.cluster import Cluster
 from resa_lens.models.host import Model
 from resa_lens.stages.adapters import adapter_mb, elicitation_records, questions_of
 from resa_lens.stages.attribution import measure_effects
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.insertion import InsertionRun, gains, starting_point
+from resa_lens.stages.job_stage import JobStage, Share, in_turn
 from resa_lens.stages.layer_probes import measure_probes
 from resa_lens.stages.recommendation import sae_quality
 from resa_lens.stages.sae_training import saes_for
@@ -55,8 +51,6 @@ from resa_lens.stages.tune_job import with_sequence
 from resa_lens.stages.tuning import score_base
 from resa_lens.texts import corpora
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -69,18 +63,6 @@ class SweepRun:
     def page(self) -> Path:
         """The page that needs nothing else."""
         return self.artifact.path / PAGE
-
-
-@dataclass(frozen=True)
-class SweepShare:
-    """What one of several equal workers did of a sweep."""
-
-    jobs: list[str]
-    """Names of the jobs that it did."""
-    left: list[str]
-    """Jobs that other workers were at when it left."""
-    run: SweepRun | None
-    """The whole sweep; None where another worker writes it."""
 
 
 def sweep_run(ctx: Context, config: SweepConfig, *, cluster: Cluster | None = None) -> SweepRun:
@@ -98,34 +80,22 @@ def sweep_run(ctx: Context, config: SweepConfig, *, cluster: Cluster | None = No
     """
     # A cluster that cannot be reached shows before long work.
     with cluster.connected() if cluster else nullcontext():
-        plan = _plan(ctx, config)
-        if not plan.finished():
-            plan.prepare()
-            with plan.stage.as_begun():
-                plan.hand_out(cluster) if cluster else plan.share()
-        run = plan.gather()
-    assert run is not None
-    return run
+        return _read(_plan(ctx, config).obtain(cluster))
 
 
-def sweep_join(ctx: Context, config: SweepConfig) -> SweepShare:
-    """Do what no other worker of the same sweep is at, and leave when nothing is left to take.
-
-    The worker that ends last gathers the results.
+def sweep_join(ctx: Context, config: SweepConfig) -> Share[SweepRun]:
+    """Do what no other worker of the same sweep is at; see `JobStage.join`.
 
     Raises:
         BadInputError: as `sweep_run`.
         RunFailedError: as `sweep_run`.
     """
-    plan = _plan(ctx, config)
-    done: list[str] = []
-    if not plan.finished():
-        plan.prepare(wait=False)
-        with plan.stage.as_begun():
-            done = plan.share(stay=False)
-        if not plan.finished() and (left := plan.jobs.open()):
-            return SweepShare(done, left, None)
-    return SweepShare(done, [], plan.gather(wait=False))
+    share = _plan(ctx, config).join()
+    return Share(share.jobs, share.left, _read(share.run) if share.run else None)
+
+
+def _read(artifact: Artifact) -> SweepRun:
+    return SweepRun(artifact, artifact.read(SWEEP, SweepTables))
 
 
 def _plan(ctx: Context, config: SweepConfig) -> _Plan:
@@ -148,7 +118,7 @@ def _plan(ctx: Context, config: SweepConfig) -> _Plan:
     jobs = jobs_of(config, target.n_layers)
     layers = sorted({job.layer for job in jobs if job.layer is not None})
     site = shared.objective.site
-    saes = _in_turn(
+    saes = in_turn(
         ctx,
         lambda: saes_for(
             ctx,
@@ -207,7 +177,7 @@ def _plan(ctx: Context, config: SweepConfig) -> _Plan:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Plan(JobStage):
     """A sweep with everything opened that its jobs share."""
 
     ctx: Context
@@ -229,16 +199,12 @@ class _Plan:
         return sorted({job.layer for job in self.tunings if job.layer is not None})
 
     @property
-    def jobs(self) -> JobList:
-        """The tunings by name, and where they stand."""
-        return JobList(self.stage.work, tuple(job.name for job in self.tunings), self.finished)
+    def names(self) -> tuple[str, ...]:
+        """The names of the tunings."""
+        return tuple(job.name for job in self.tunings)
 
-    def finished(self) -> bool:
-        """Return whether the whole sweep is there: from before, or by another process since."""
-        artifact = self.stage.done(again=True)
-        return artifact is not None and self._will_do(artifact)
-
-    def _will_do(self, artifact: Artifact) -> bool:
+    def will_do(self, artifact: Artifact) -> bool:
+        """Return whether a finished sweep will do: one that misses no job that could be had."""
         # What failed is tried again, but not what has failed in another process just now.
         return not artifact.manifest.results["failed"] or artifact.manifest.created != self.before
 
@@ -256,82 +222,34 @@ class _Plan:
             self.layers, source=self.source, tasks=shared.eval_source,
         )  # fmt: skip
 
-    def prepare(self, *, wait: bool = True) -> None:
-        """Compare the jobs with the free disk, score the base model, and make room for the jobs.
-
-        Args:
-            wait: for another process that scores the base model now; else go on without.
-        """
-        ctx, shared, jobs = self.ctx, self.config.tune, self.jobs
-        if ctx.force:
-            # Not the claims of those who are at it.
-            jobs.retry(jobs.names)
-        # What failed is tried again.
-        jobs.retry(jobs.failed())
-        left = len(jobs.open())
+    def prepare(self, *, wait: bool) -> None:
+        """Compare the jobs with the free disk, and score the base model."""
+        ctx, shared = self.ctx, self.config.tune
+        left = len(self.jobs.open())
         adapters = left * adapter_mb(self.target, shared)
         self.stage.expect(0, adapters)
         every = replace(shared.evaluation, limit=None, levels=None)
         answers = answers_mb(ask(self.items, every, self.target.tokenizer), every)
         # The base model answers too.
         self.stage.expect(0, adapters + (left + 1) * answers, FEWER_ANSWERS)
-        _in_turn(ctx, self.base, wait=wait)
-        _in_turn(ctx, self.start, wait=wait)
-        self.stage.work.mkdir(parents=True, exist_ok=True)
+        in_turn(ctx, self.base, wait=wait)
+        in_turn(ctx, self.start, wait=wait)
 
-    def _work(self) -> Tunings:
+    def work(self) -> Tunings:
+        """Return what does a job in this process."""
         shared = self.config.tune
         return Tunings(self.ctx, shared, self.tunings, self.items, self.saes, self.jobs)
 
-    def share(self, *, stay: bool = True) -> list[str]:
-        """Do the jobs that nobody else is at; see `JobList.share`."""
-        jobs, work = self.jobs, self._work()
-        # Not metered: each job's own stages are.
-        with self.ctx.reporter.bar(f"sweep, {len(jobs.names)} tunings", len(jobs.names)) as bar:
-            done = jobs.share(work, stay=stay, advance=bar)
-        if self.finished():
-            self.ctx.reporter.note("sweep: done by another process")
-        return done
+    def remote(self) -> RemoteTunings:
+        """Return what does a job in a worker of Ray."""
+        return RemoteTunings.of(self.work())
 
-    def hand_out(self, cluster: Cluster) -> None:
-        """Let a Ray cluster do the jobs."""
-        jobs, note, n = self.jobs, self.ctx.reporter.note, len(self.tunings)
-        with self.ctx.reporter.bar(f"sweep, {n} tunings by Ray", n) as advance:
-            advance(n - len(jobs.open()))
-
-            def ended(name: str) -> None:
-                if scored := recorded(self.ctx, jobs.record(name)):
-                    results = scored[1].manifest.results
-                    accuracy = f"{100 * results['accuracy']:.1f} %, n = {results['n']}"
-                    note(f"{name}: {accuracy}; {n - len(jobs.open())} of {n}")
-                    advance(1)
-
-            hand_out(cluster, jobs, RemoteTunings.of(self._work()), ended)
-
-    def gather(self, *, wait: bool = True) -> SweepRun | None:
-        """Write what the finished jobs say, or read it.
-
-        Args:
-            wait: for another process that gathers now; else return None.
-        """
-
-        def gathered() -> Artifact | None:
-            with ExitStack() as stack:
-                if not self.finished():
-                    place = self.stage.work / "locks" / "tables"
-                    try:
-                        stack.enter_context(run_lock(place, "gathering the results"))
-                    except TakenError:
-                        if wait:
-                            raise
-                        return None
-                # Counts that another command is at are waited for in any case.
-                artifact = self.stage.obtain(self._tables, usable=self._will_do)
-                shutil.rmtree(self.stage.work, ignore_errors=True)
-                return artifact
-
-        artifact = _in_turn(self.ctx, gathered)
-        return SweepRun(artifact, artifact.read(SWEEP, SweepTables)) if artifact else None
+    def outcome(self, name: str) -> str | None:
+        """Say what a tuning scored."""
+        if (scored := recorded(self.ctx, self.jobs.record(name))) is None:
+            return None
+        results = scored[1].manifest.results
+        return f"{100 * results['accuracy']:.1f} %, n = {results['n']}"
 
     def results(self) -> dict[str, tuple[Artifact, Artifact]]:
         """Return adapter and evaluation of each finished job; what is damaged is made again."""
@@ -350,7 +268,8 @@ class _Plan:
             with self.stage.as_begun():
                 self.share()
 
-    def _tables(self, draft: Draft) -> None:
+    def tables(self, draft: Draft) -> None:
+        """Compute what the finished jobs say, and fill the draft with it."""
         base, start, done = self.base(), self.start(), self.results()
         _analyse(self, base, start, done, self.jobs.failed(), draft)
         draft.seconds = time.monotonic() - self.began
@@ -428,24 +347,6 @@ def _analyse(
         write_sweep_page(sweep, folder / PAGE, title, lead)
 
     draft.write(write)
-
-
-def _in_turn(ctx: Context, work: Callable[[], T], *, wait: bool = True) -> T | None:
-    """Do a piece of work that all jobs need, after another process that is at it.
-
-    Return None where another process is, and this one does not wait.
-    """
-    waiting = False
-    while True:
-        try:
-            return work()
-        except TakenError as error:
-            if not wait:
-                return None
-            if not waiting:
-                ctx.reporter.note(f"waiting: {error}")
-            waiting = True
-            time.sleep(joblist.WAIT_S)
 
 
 def _title(target: Model, source: Model, config: SweepConfig) -> str:

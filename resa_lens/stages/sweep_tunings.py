@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
@@ -21,6 +19,7 @@ from resa_lens.jobs.joblist import JobList
 from resa_lens.machine.plans import duration
 from resa_lens.progress import SILENT, Reporter
 from resa_lens.stages.adapters import adapter_run, questions_of
+from resa_lens.stages.job_stage import worker_context
 from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import SaeRun, sae_run
 from resa_lens.stages.sweep_jobs import Job
@@ -122,13 +121,11 @@ class RemoteTunings:
 
     @classmethod
     def of(cls, tunings: Tunings) -> RemoteTunings:
-        """Return the same jobs for a worker, which computes with as many threads."""
+        """Return the same jobs for a worker."""
         ctx = tunings.ctx
-        names = ("seed", "device", "dtype", "force", "deterministic", "command", "options")
-        context = {name: getattr(ctx, name) for name in names}
         return cls(
             str(ctx.workspace.root), str(tunings.board.folder), tunings.tune, tuple(tunings.jobs),
-            tunings.saes.relative, {**context, "threads": torch.get_num_threads()},
+            tunings.saes.relative, worker_context(ctx),
         )  # fmt: skip
 
     def __call__(self, name: str) -> list[list[str]]:

@@ -381,6 +381,23 @@ def test_an_artifact_is_looked_up_by_its_identity_wherever_it_lies(workspace):
     assert workspace.lookup(Saes, digest({"a": 2}), preferred) is None
 
 
+def test_of_other_artifacts_none_is_parsed_for_a_lookup(workspace, monkeypatch):
+    for i in range(8):
+        make(workspace, "saes", "m", f"run{i}", identity=digest({"a": i}), ingredients={"a": i})
+    folder = workspace.path("saes", "m", "run3")
+    read, folders = Workspace.read, []
+
+    def counting(self, folder):
+        folders.append(folder)
+        return read(self, folder)
+
+    monkeypatch.setattr(Workspace, "read", counting)
+    missing = workspace.path("saes", "m", "missing")
+    assert workspace.lookup(Saes, digest({"a": 9}), missing) is None
+    assert workspace.lookup(Saes, digest({"a": 3}), missing).path == folder
+    assert folders == [missing, missing, folder]
+
+
 def test_a_reader_beside_a_replacing_writer_always_finds_the_artifact(workspace):
     folder = make(workspace, "saes", "m", "run", text="0")
     script = (

@@ -26,8 +26,8 @@ from resa_lens.jobs.joblist import JobList
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed here")
 
 
-def refused(*options: str) -> str:
-    done = CliRunner().invoke(app, ["sweep", *options])
+def refused(*options: str, command: str = "sweep") -> str:
+    done = CliRunner().invoke(app, [command, *options])
     assert done.exit_code == 2
     return done.stderr
 
@@ -55,6 +55,7 @@ def any_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
 
 
+@pytest.mark.parametrize("command", ["sweep", "falsify"])
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -68,8 +69,8 @@ def any_ray(monkeypatch):
         (("--ray", "local", "--gpus-per-job", "-1"), "--gpus-per-job -1"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(any_ray, options, text):
-    assert text in refused(*options)
+def test_options_that_contradict_each_other_are_refused(any_ray, command, options, text):
+    assert text in refused(*options, command=command)
 
 
 WORK = """

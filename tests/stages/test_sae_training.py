@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.features.exclusive import CountConfig
+from resa_lens.models.host import Model
 from resa_lens.saes.coder import Coder
 from resa_lens.saes.formats import load_coder, save_coder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages import sae_training
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.sae_training import train_run
+from resa_lens.stages.saes import sae_run
+from resa_lens.stages.stability import seed_runs
 from resa_lens.texts.corpora import CorpusConfig
 
 QUICK = ["--layers", "3,6", "--tokens", "4096", "--latents", "256"]
@@ -208,3 +214,31 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     sae_training._link(str(tmp_path / "a"), str(tmp_path / "c"))
     assert (tmp_path / "a").stat().st_nlink == 2
     assert (tmp_path / "c").read_bytes() == b"weights"
+
+
+@pytest.mark.slow
+def test_seeds_that_are_trained_side_by_side_are_those_of_one_command(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, tiny: Model
+) -> None:
+    """A training of one seed is an independent job: equal terminals need nothing else."""
+    workspace = tmp_path / "shared"
+    crew = [
+        subprocess.Popen(
+            [sys.executable, "-m", "resa_lens", "train-saes", *QUICK, "--seed", seed, "--no-report",
+             "--json", "--workspace", str(workspace)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for seed in ("0", "1")
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=200) for process in crew]
+    assert [process.returncode for process in crew] == [0, 0], ended
+    both = run(workspace, "train-saes", *QUICK, "--seeds", "2", "--no-report")
+    assert both["tokens"] == json.loads(ended[0][0])["tokens"]
+    names = [[Path(folder).name for folder in r["seeds"]] for r in (both, trained[1])]
+    assert names[0] == names[1]
+    assert len(list(workspace.glob("saes/*/*/manifest.json"))) == 2
+    # What `stability` and `falsify` take as the same SAEs of other seeds.
+    saes = sae_run(Workspace(workspace).artifacts(Saes)[0], "mlp_out")
+    alike = seed_runs(Context(Workspace(workspace)), tiny, saes, [3, 6])
+    assert [one.folder.name for one in alike] == names[0]

@@ -33,7 +33,6 @@ from resa_lens.stages import sweep_tunings
 from resa_lens.stages.scores import load_eval_items
 from resa_lens.stages.sweep import sweep_join, sweep_run
 from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
-from resa_lens.stages.sweep_tunings import RemoteTunings
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.loop import TuneConfig
@@ -196,7 +195,7 @@ def test_one_job_in_a_worker_of_its_own_is_that_of_the_sweep(ctx, tmp_path):
     """What Ray's workers are told is enough, and makes the same artifacts."""
     asked = config(seeds=1, controls=("cot-free",), layers=(4,))
     plan = sweeps._plan(ctx, asked)
-    remote = pickle.loads(pickle.dumps(RemoteTunings.of(plan._work())))
+    remote = pickle.loads(pickle.dumps(plan.remote()))
     assert len(pickle.dumps(remote)) < 20_000
     apart = {name: remote(name) for name in plan.jobs.names}
     made = sweep_run(ctx, asked).sweep

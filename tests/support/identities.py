@@ -14,6 +14,7 @@ import pytest
 
 from resa_lens.artifacts.stage import Context, Stage
 from resa_lens.artifacts.workspace import Workspace
+from resa_lens.stages.job_stage import JobStage
 from resa_lens.stages.saes import SaeRun
 from resa_lens.texts import corpora
 
@@ -30,6 +31,7 @@ def identity_of(stage: Callable[..., Any], *args: Any, **options: Any) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "obtain", obtain)
+        patch.setattr(JobStage, "obtain", lambda self, *_: obtain(self.stage))
         try:
             stage(*args, **options)
         except _Asked as asked:

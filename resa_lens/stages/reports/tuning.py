@@ -9,7 +9,7 @@ from resa_lens.figures.grids import table
 from resa_lens.models.hookpoints import describe_layer
 
 if TYPE_CHECKING:
-    from resa_lens.stages.sweep import SweepRun, SweepShare
+    from resa_lens.stages.sweep import SweepRun
     from resa_lens.stages.tuning import Tuned
 
 
@@ -23,17 +23,6 @@ def tuned(result: Tuned, preset: str, control: str | None) -> Iterator[Any]:
     title = f"{result.model.slug}, {where}, preset {preset}"
     yield table(title, "", "accuracy", "95 % interval", "n", rows=score_rows(result))
     yield f"adapter: {result.adapter.folder}"
-
-
-def share(share: SweepShare) -> str:
-    """Say what a worker that joined a sweep did, and what it left."""
-    several = len(share.jobs)
-    text = f"joined: {several} job{'' if several == 1 else 's'} done here"
-    if share.jobs:
-        text += f" ({', '.join(share.jobs[:5])}{', ...' if several > 5 else ''})"
-    if share.left:
-        return f"{text}; other workers are at the last {len(share.left)}"
-    return text if share.run else f"{text}; another worker writes the sweep"
 
 
 def sweep(run: SweepRun) -> Iterator[Any]:

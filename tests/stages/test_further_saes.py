@@ -1,0 +1,310 @@
+"""The trainings of a falsification are jobs: equal workers share them, and Ray may do them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resa_lens import claims
+from resa_lens.artifacts.stage import Context
+from resa_lens.artifacts.workspace import Workspace
+from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.features.exclusive import CountConfig
+from resa_lens.features.falsify import FalsifyConfig
+from resa_lens.files import run_lock
+from resa_lens.jobs import joblist
+from resa_lens.jobs.cluster import Cluster
+from resa_lens.progress import Reporter
+from resa_lens.saes.train import SaeConfig
+from resa_lens.stages import falsification, further_saes, job_stage
+from resa_lens.stages.counts import count_run
+from resa_lens.stages.falsification import FalsificationRun, falsify_join, falsify_run
+from resa_lens.stages.further_saes import OTHER_SEED, RANDOM_WEIGHTS
+from resa_lens.stages.sae_training import train_run
+from resa_lens.stages.saes import find_saes
+from resa_lens.texts.corpora import CorpusConfig
+
+LAYERS = [4]
+SAE = SaeConfig(latents=512, k=16, tokens=8192)
+FEW = FalsifyConfig(texts=4, shuffles=3)
+BOTH = [OTHER_SEED, RANDOM_WEIGHTS]
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def opened(place: Path, tiny) -> Context:
+    ctx = Context(Workspace(place), Notes())
+    ctx.models["tiny-reasoner|"] = tiny
+    return ctx
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny) -> Path:
+    """SAEs with counted features, and nothing beside them."""
+    place = tmp_path_factory.mktemp("prepared") / "workspace"
+    ctx = opened(place, tiny)
+    saes = train_run(ctx, tiny, LAYERS, SAE, CorpusConfig())
+    counts = count_run(ctx, tiny, saes, CountConfig(), LAYERS)
+    assert any(counts.counts.layers[0].features.values()), "nothing is counted: shows nothing"
+    return place
+
+
+@pytest.fixture(scope="module")
+def alone(prepared, tmp_path_factory, tiny) -> FalsificationRun:
+    """What one process comes to."""
+    return falsify_run(*ingredients(prepared, tmp_path_factory.mktemp("alone") / "w", tiny))
+
+
+def ingredients(prepared: Path, place: Path, tiny) -> tuple:
+    """Return the arguments of `falsify_run` in a copy of the prepared workspace."""
+    if not place.exists():
+        shutil.copytree(prepared, place)
+    ctx = opened(place, tiny)
+    saes = find_saes(ctx, tiny, SAE, CorpusConfig(), LAYERS)
+    assert saes is not None
+    return ctx, tiny, saes, count_run(ctx, tiny, saes, CountConfig(), LAYERS), FEW
+
+
+@pytest.fixture
+def given(prepared, tmp_path, tiny) -> tuple:
+    return ingredients(prepared, tmp_path / "w", tiny)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The models on which SAEs are trained from now on."""
+    names, plain = [], further_saes.train_run
+
+    def train(ctx, model, *args):
+        run = plain(ctx, model, *args)
+        names.extend([model.name] * run.fresh)
+        return run
+
+    monkeypatch.setattr(further_saes, "train_run", train)
+    return names
+
+
+def stage_of(given: tuple) -> falsification._Falsification:
+    plain = falsification.PLAIN_TEXTS
+    return falsification._stage(*given, plain_texts=plain, other_seed=True, random_weights=True)
+
+
+def facts(run: FalsificationRun | None) -> dict[str, Any]:
+    """Return all that does not depend on where and when."""
+    assert run is not None
+    manifest = run.artifact.manifest
+    files = {name: digest for name, digest in manifest.files.items() if name.endswith(".json")}
+    return {
+        "features": run.features, "summary": run.summary, "trials": run.trials,
+        "skipped": run.skipped, "identity": manifest.identity, "parents": manifest.parents,
+        "files": files, "names": sorted(manifest.files),
+    }  # fmt: skip
+
+
+def test_a_worker_that_joins_trains_what_no_other_is_at_and_the_last_one_judges(
+    given, alone, trained, monkeypatch
+):
+    monkeypatch.setattr(joblist, "WAIT_S", 0.01)
+    stage = stage_of(given).stage
+    with run_lock(stage.work / "locks" / OTHER_SEED):
+        first = falsify_join(*given)
+    assert (first.jobs, first.left, first.run) == ([RANDOM_WEIGHTS], [OTHER_SEED], None)
+    assert not stage.folder.exists()
+    last = falsify_join(*given)
+    assert (last.jobs, last.left) == ([OTHER_SEED], [])
+    assert facts(last.run) == facts(alone)
+    assert len(trained) == 2
+    assert not stage.work.exists()
+    # Nothing is left to do: nobody waits, and nothing is trained.
+    late = falsify_join(*given)
+    assert (late.jobs, late.left) == ([], [])
+    assert facts(late.run) == facts(alone)
+    assert len(trained) == 2
+
+
+def test_saes_that_are_there_are_not_trained_and_another_workers_verdicts_not_waited_for(
+    given, alone, trained
+):
+    falsify_run(*given)
+    shutil.rmtree(given[0].workspace.path("falsified"))
+    assert len(trained) == 2
+    stage = stage_of(given)
+    assert stage.names == (RANDOM_WEIGHTS,)
+    with run_lock(stage.stage.work / "locks" / "tables"):
+        share = falsify_join(*given)
+    assert (share.left, share.run) == ([], None)
+    assert facts(falsify_join(*given).run) == facts(alone)
+    assert len(trained) == 2
+
+
+def test_without_jobs_no_folder_is_made_for_them(given, monkeypatch):
+    stages: list[Path] = []
+    plain = job_stage.JobStage.gather
+
+    def gather(stage, **options):
+        stages.append(stage.stage.work)
+        assert not stages[-1].exists()
+        return plain(stage, **options)
+
+    monkeypatch.setattr(job_stage.JobStage, "gather", gather)
+    share = falsify_join(*given, other_seed=False, random_weights=False)
+    assert stages
+    assert (share.jobs, share.left) == ([], [])
+    assert share.run is not None
+
+
+def test_a_training_that_fails_is_named_and_tried_again(given, alone, monkeypatch):
+    plain = further_saes.train_run
+
+    def fails(ctx, model, *args):
+        if "random" in model.name:
+            raise RunFailedError("the loss is nan")
+        return plain(ctx, model, *args)
+
+    monkeypatch.setattr(further_saes, "train_run", fails)
+    with pytest.raises(RunFailedError, match="random-weights: the loss is nan"):
+        falsify_run(*given)
+    monkeypatch.setattr(further_saes, "train_run", plain)
+    assert facts(falsify_run(*given)) == facts(alone)
+
+
+def test_texts_that_cannot_be_used_are_refused_before_any_training(given, trained):
+    with pytest.raises(BadInputError, match="plain"):
+        falsify_run(*given, plain_texts=["one alone"])
+    assert trained == []
+    assert not given[0].workspace.path("falsified").exists()
+
+
+def test_what_a_worker_of_ray_is_told_is_enough(given, alone, monkeypatch):
+    """Without Ray: each job is done by what is left of it in a pickle."""
+    ended: list[str] = []
+
+    def hand_out(cluster, jobs, work, notify):
+        packed = pickle.dumps(work)
+        assert len(packed) < 20_000
+        for name in jobs.open():
+            assert jobs.do(name, pickle.loads(packed)) == "done"
+            ended.append(name)
+            notify(name)
+
+    monkeypatch.setattr(job_stage, "hand_out", hand_out)
+    monkeypatch.setattr(Cluster, "connected", lambda _: nullcontext())
+    ctx = given[0]
+    assert facts(falsify_run(*given, cluster=Cluster())) == facts(alone)
+    assert ended == BOTH
+    for number, name in enumerate(BOTH, 1):
+        assert any(
+            line.startswith(f"{name}: SAEs in saes/") and line.endswith(f"{number} of 2")
+            for line in ctx.reporter.lines
+        )
+    # The driver has found them.
+    assert sum("SAEs: done before" in line for line in ctx.reporter.lines) == 2
+
+
+COMMAND = (
+    "falsify", "--join", "--layers", "4", "--latents", "512", "--k", "16", "--tokens", "8192",
+    "--texts", "4", "--shuffles", "3", "--json",
+)  # fmt: skip
+
+
+@contextmanager
+def workers(place: Path, n: int) -> Iterator[list[subprocess.Popen]]:
+    """Start equal workers; none outlives the test."""
+    crew = [
+        subprocess.Popen(
+            [sys.executable, "-m", "resa_lens", *COMMAND, "--workspace", str(place)], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(n)
+    ]  # fmt: skip
+    try:
+        yield crew
+    finally:
+        for process in crew:
+            process.kill()
+            process.communicate()
+
+
+def at_work(place: Path) -> dict[int, str]:
+    """The trainings that are under way, by the process that is at each."""
+    owners = {}
+    for claim in place.glob("falsified/*/.work-*/locks/*/claim-*"):
+        with suppress(FileNotFoundError):
+            if owner := claims.read(claim)[1]:
+                owners[owner.process] = claim.parent.name
+    return owners
+
+
+def trainings(place: Path) -> int:
+    return len(list(place.glob("saes/*/*/manifest.json")))
+
+
+def ended_as(place: Path, out: str, alone: FalsificationRun) -> bool:
+    """Whether a worker's verdicts are those of one process."""
+    value = json.loads(out)
+    whole = {"features": alone.features, "summary": alone.summary, "trials": alone.trials}
+    identities = {
+        json.loads(file.read_text())["identity"]
+        for file in place.glob("falsified/*/*/manifest.json")
+    }
+    return (
+        {key: value[key] for key in whole} == json.loads(json.dumps(whole))
+        and identities == {alone.artifact.manifest.identity}
+        and not list(place.glob("falsified/*/.work-*"))
+    )
+
+
+@pytest.mark.slow
+def test_two_workers_train_each_control_once_and_come_to_what_one_process_does(
+    prepared, alone, tmp_path
+):
+    place = tmp_path / "w"
+    shutil.copytree(prepared, place)
+    with workers(place, 2) as crew:
+        ended = [process.communicate(timeout=300) for process in crew]
+        assert [process.returncode for process in crew] == [0, 0], ended
+    values = [json.loads(out) for out, _ in ended]
+    assert sorted(name for value in values for name in value["joined"]["jobs"]) == BOTH
+    assert trainings(place) == 3
+    assert any("features" in v and ended_as(place, out, alone)
+               for v, (out, _) in zip(values, ended, strict=True))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_worker_takes_over_the_training_of_one_that_is_killed_in_it(prepared, alone, tmp_path):
+    place = tmp_path / "w"
+    shutil.copytree(prepared, place)
+    with workers(place, 2) as crew:
+        deadline = time.monotonic() + 200
+        while len(busy := at_work(place)) < 2:
+            assert time.monotonic() < deadline
+            assert all(p.poll() is None for p in crew), [p.communicate() for p in crew if p.poll()]
+            time.sleep(0.005)
+        assert sorted(busy.values()) == BOTH
+        killed, other = crew
+        assert killed.pid in busy
+        killed.send_signal(signal.SIGKILL)
+        out, err = other.communicate(timeout=300)
+        assert other.returncode == 0, err
+    assert sorted(json.loads(out)["joined"]["jobs"]) == BOTH
+    assert trainings(place) == 3
+    assert ended_as(place, out, alone)
