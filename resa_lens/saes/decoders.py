@@ -107,7 +107,7 @@ class Decoder:
             for start in range(first, last, step):
                 block = raw[: min(step, last - start)]
                 # Not mapped into memory: a file that shrinks meanwhile would end the process.
-                view, done = memoryview(block).cast("B"), 0
+                view, done = block.data.cast("B"), 0
                 while done < len(view):
                     place = self.start + start * width + done
                     if not (read := _read(self.file, descriptor, view[done:], place)):

@@ -25,7 +25,7 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.decoders import Decoder, open_decoder, weights_file
 from resa_lens.stats.directions import chance_bound
 
-SAME, ADJACENT, OTHERS, RECORDED = "this SAE", "adjacent layers", "other SAEs", "recorded matches"
+SAME, ADJACENT, OTHERS = "this SAE", "adjacent layers", "other SAEs of this layer"
 """Where a feature's neighbours are looked for."""
 PER_PLACE = {SAME: 4, ADJACENT: 2, OTHERS: 2}
 """Features of one decoder."""
@@ -44,26 +44,60 @@ OpenTable = Callable[[Artifact, str], Groups]
 
 
 @dataclass(frozen=True)
+class Location:
+    """One SAE: a layer of SAEs of the workspace."""
+
+    saes: str
+    """Workspace-relative path of the SAEs."""
+    artifact: Artifact | None
+    """None where the workspace does not have them."""
+    layer: int
+    """0-based."""
+
+    @property
+    def folder(self) -> Path:
+        """The SAE's folder.
+
+        Raises:
+            BadInputError: the workspace does not have it.
+        """
+        if self.artifact is None:
+            raise BadInputError(f"the SAEs {self.saes} are not in this workspace")
+        return self.artifact.path / Hookpoint(self.layer, self.artifact.results.site).sparsify
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder, opened.
+
+        Raises:
+            BadInputError: missing, damaged, changed or of a layout that cannot be read here.
+        """
+        decoder = open_decoder(self.folder)
+        if self.artifact and decoder.file.stat().st_size <= CHECKED_BYTES:
+            self.artifact.file(str(decoder.file.relative_to(self.artifact.path)))
+        return decoder
+
+    @property
+    def file(self) -> Path | None:
+        """The file with its weights; None where there is none."""
+        try:
+            return weights_file(self.folder)
+        except BadInputError:
+            return None
+
+
+@dataclass(frozen=True)
 class Place:
     """One decoder in which the neighbours of a feature are looked for."""
 
     group: str
     """SAME, ADJACENT or OTHERS."""
     name: str
-    """What tells it from the others of its group."""
-    own: Artifact
-    """The feature's SAEs."""
-    layer: int
-    """The feature's, 0-based."""
-    saes: Artifact
-    """Those that are looked in."""
-    other_layer: int
-    """0-based."""
-
-    @property
-    def folders(self) -> tuple[Path, Path]:
-        """Folder of the feature's SAE, and of the one that is looked in."""
-        return _folder(self.own, self.layer), _folder(self.saes, self.other_layer)
+    """Which of the OTHERS it is; empty in the feature's own SAEs."""
+    own: Location
+    """The feature's."""
+    other: Location
+    """Where is looked."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +128,6 @@ class Similarity:
 class Profile:
     """What an activity run says of a feature, in short."""
 
-    run: str
-    """Workspace-relative path of the activity run."""
     tokens: tuple[str, ...]
     """At which it fires most often; of older runs those that it raises most."""
     histogram: tuple[int, ...]
@@ -109,16 +141,18 @@ class Neighbour:
     """A feature that is near another."""
 
     name: str
-    """Which SAE, layer or model it is in."""
+    """Which SAE or model it is in; empty for the SAEs of the feature that it is near to."""
     layer: int
     """0-based."""
     feature: int
     similarities: tuple[Similarity, ...]
+    run: str
+    """Workspace-relative path of its activity run; empty where none was measured."""
     profile: Profile | None
     """None where its activity was not measured, or it never fired."""
 
 
-def places(listing: Listing, saes: Artifact, layer: int) -> tuple[list[Place], int]:
+def places(listing: Listing, saes: str, layer: int) -> tuple[list[Place], int]:
     """Return the decoders in which a feature's neighbours can be looked for.
 
     Those are its own, the next ones below and above it in its run, and those of up to `MOST_SAES`
@@ -127,33 +161,42 @@ def places(listing: Listing, saes: Artifact, layer: int) -> tuple[list[Place], i
 
     Args:
         listing: the workspace.
-        saes: the feature's SAEs.
+        saes: workspace-relative path of the feature's SAEs.
         layer: the feature's, 0-based.
 
     Returns:
         The decoders, and how many other SAEs are left out.
     """
-    layers = _layers(saes)
-    below, above = (side for side in ([n for n in layers if n < layer], layers))
-    near = [*below[-1:], *[n for n in above if n > layer][:1]]
+    own = _location(listing, saes, layer)
+    artifact, same = own.artifact, Place(SAME, "", own, own)
+    if artifact is None:
+        return [same], 0
+    layers = _layers(artifact)
+    below, above = [n for n in layers if n < layer], [n for n in layers if n > layer]
     others = [
         other
-        for other in listing.of(Saes, saes.weights)
-        if saes.weights
-        and other.relative != saes.relative
-        and other.results.site == saes.results.site
+        for other in listing.of(Saes, artifact.weights)
+        if artifact.weights
+        and other.relative != saes
+        and other.results.site == artifact.results.site
         and layer in _layers(other)
     ]
-    size = saes.settings.sae.latents
+    size = artifact.settings.sae.latents
     others.sort(key=lambda other: (other.settings.sae.latents != size, other.settings.sae.seed))
+    adjacent = [*below[-1:], *above[:1]]
     return [
-        Place(SAME, f"layer {layer}", saes, layer, saes, layer),
-        *(Place(ADJACENT, f"layer {n}", saes, layer, saes, n) for n in near),
+        same,
+        *(Place(ADJACENT, "", own, Location(saes, artifact, n)) for n in adjacent),
         *(
-            Place(OTHERS, _name(other, size), saes, layer, other, layer)
+            Place(OTHERS, _name(other, size), own, Location(other.relative, other, layer))
             for other in others[:MOST_SAES]
         ),
     ], len(others[MOST_SAES:])
+
+
+def _location(listing: Listing, saes: str, layer: int) -> Location:
+    known = listing.at(saes)
+    return Location(saes, known if known and known.kind is Saes else None, layer)
 
 
 def _layers(saes: Artifact) -> list[int]:
@@ -166,22 +209,6 @@ def _name(saes: Artifact, latents: int) -> str:
     return f"{width}seed {training.seed} ({short_id(saes)})"
 
 
-def _folder(saes: Artifact, layer: int) -> Path:
-    return saes.path / Hookpoint(layer, saes.results.site).sparsify
-
-
-def _decoder(saes: Artifact, layer: int) -> Decoder:
-    """Open a decoder of SAEs of the workspace.
-
-    Raises:
-        BadInputError: missing, damaged, changed or of a layout that cannot be read here.
-    """
-    decoder = open_decoder(_folder(saes, layer))
-    if decoder.file.stat().st_size <= CHECKED_BYTES:
-        saes.file(str(decoder.file.relative_to(saes.path)))
-    return decoder
-
-
 def nearest(
     place: Place, feature: int, known: Sequence[tuple[int, float]] | None = None
 ) -> Ranking:
@@ -189,28 +216,25 @@ def nearest(
 
     Args:
         place: the decoder.
-        feature: of its own SAE at `place.layer`.
+        feature: of its own SAE.
         known: of its own SAE the neighbours that a table keeps, with their cosines: then the
             decoder gives the bound alone, and they stand without it where it cannot be read.
 
     Raises:
         BadInputError: an SAE is missing or damaged, or has another width.
     """
-    own = place.group == SAME
+    own, count = place.group == SAME, PER_PLACE[place.group]
+    cosines = tuple(known or ())[:count]
     try:
-        decoder = _decoder(place.saes, place.other_layer)
+        decoder = place.other.decoder
     except BadInputError as error:
-        if known:
-            return Ranking(tuple(known)[: PER_PLACE[place.group]], None, str(error))
+        if cosines:
+            return Ranking(cosines, None, str(error))
         raise
-    chance = chance_bound(max(1, decoder.d_sae - own), decoder.d_in)
-    cosines = list(known or ())
     if not cosines:
-        direction = (decoder if own else _decoder(place.own, place.layer)).row(feature)
-        cosines = decoder.nearest(
-            direction, PER_PLACE[place.group], without=feature if own else None
-        )
-    return Ranking(tuple(cosines)[: PER_PLACE[place.group]], chance)
+        direction = (decoder if own else place.own.decoder).row(feature)
+        cosines = tuple(decoder.nearest(direction, count, without=feature if own else None))
+    return Ranking(cosines, chance_bound(max(1, decoder.d_sae - own), decoder.d_in))
 
 
 def neighbours(
@@ -228,15 +252,14 @@ def neighbours(
         BadInputError: the table of the activity is missing or damaged.
     """
     features = [feature for feature, _ in ranking.cosines]
-    profiles = _profiles(
-        listing, place.saes.relative, place.other_layer, features, open_table or _open
-    )
+    run, profiles = _profiles(listing, place.other, features, open_table or _open)
     return [
         Neighbour(
             place.name,
-            place.other_layer,
+            place.other.layer,
             feature,
             (Similarity("cosine", cosine, ranking.chance),),
+            run,
             profiles.get(feature),
         )
         for feature, cosine in ranking.cosines
@@ -288,7 +311,7 @@ def _matches(
     similarities: dict[int, list[Similarity]] = {}
     summary = run.read("matches.json", AllMatches).root
     totals = next((row for row in summary if row.layer == layer), None)
-    there = run.settings.saes[1 - side]
+    there = _location(listing, run.settings.saes[1 - side], layer)
     for measure in ("cosine", "correlation"):
         mine = pc.field(own.format(measure)) == feature
         other = f"{measure}_match" if side == 0 else "feature"
@@ -302,16 +325,15 @@ def _matches(
             similarities.setdefault(row[other], []).append(
                 Similarity(measure, row[measure], chance)
             )
-    profiles = _profiles(listing, there, layer, list(similarities), open_table)
+    activity, profiles = _profiles(listing, there, list(similarities), open_table)
     models = run.results.models
     model = models[1 - side] if len(models) == 2 else ""
-    kept = listing.at(there)
-    seed = f", seed {kept.settings.sae.seed}" if kept and kept.kind is Saes else ""
-    name = f"{model}{seed}, layer {layer}" + ("" if side == 0 else "; this is its match")
+    seed = f", seed {there.artifact.settings.sae.seed}" if there.artifact else ""
+    name = f"{'matched from' if side else 'match in'} {model}{seed}"
     return [
         (
             max(one.value for one in alike),
-            Neighbour(name, layer, other, tuple(alike), profiles.get(other)),
+            Neighbour(name, layer, other, tuple(alike), activity, profiles.get(other)),
         )
         for other, alike in similarities.items()
     ]
@@ -322,11 +344,8 @@ def _recorded_bound(listing: Listing, run: Artifact, layer: int) -> float | None
 
     Matches are one to one in small SAEs: their chance is below that of the nearest.
     """
-    saes = listing.at(run.settings.saes[1])
-    if saes is None or saes.kind is not Saes:
-        return None
     try:
-        decoder = _decoder(saes, layer)
+        decoder = _location(listing, run.settings.saes[1], layer).decoder
     except BadInputError:
         return None
     return chance_bound(decoder.d_sae, decoder.d_in)
@@ -337,13 +356,16 @@ def _open(artifact: Artifact, name: str) -> Groups:
 
 
 def _profiles(
-    listing: Listing, saes: str, layer: int, features: Sequence[int], open_table: OpenTable
-) -> dict[int, Profile]:
-    """Return what the newest activity run of SAEs that has the layer says of some features."""
-    runs = (run for run in listing.of(Activity) if saes in run.manifest.parents)
+    listing: Listing, location: Location, features: Sequence[int], open_table: OpenTable
+) -> tuple[str, dict[int, Profile]]:
+    """Return what the newest activity run of an SAE says of some features, and the run's path."""
+    runs = (run for run in listing.of(Activity) if location.saes in run.manifest.parents)
+    layer = location.layer
     run = next((r for r in runs if layer in [row.layer for row in r.results.layers]), None)
-    if run is None or not features:
-        return {}
+    if run is None:
+        return "", {}
+    if not features:
+        return run.relative, {}
     groups = open_table(run, FEATURES)
     wide = ("layer", "feature", "histogram", "fires_on", "top_tokens")
     names = [name for name in wide if name in groups.schema.names]
@@ -353,19 +375,7 @@ def _profiles(
     for row in groups.read(groups.of(layer, features), names).filter(mine).to_pylist():
         tokens = row.get("fires_on") or row.get("top_tokens") or ()
         counts = tuple(count or 0 for count in row["histogram"] or ())
-        if len(counts) + 1 != len(edges):
-            counts = ()
         words = tuple(token or "" for token in tokens[:TOKENS])
-        profiles[row["feature"]] = Profile(run.relative, words, counts, edges)
-    return profiles
-
-
-def states(place: Place) -> list[Path]:
-    """Return the files that a ranking is read from: another state of one is another ranking."""
-    files = []
-    for folder in place.folders:
-        try:
-            files.append(weights_file(folder))
-        except BadInputError:
-            files.append(folder)
-    return files
+        whole = len(counts) + 1 == len(edges)
+        profiles[row["feature"]] = Profile(words, counts if whole else (), edges)
+    return run.relative, profiles

@@ -232,7 +232,7 @@ def test_without_a_lens_the_command_prints_it(workspace, features):
     app = features(workspace, layer="0", feature="7")
     line = "resa-lens activity --model synthetic --show 0:7 --layers 0,1,2"
     assert line in commands(app)
-    assert "keep no neighbours" in texts(app)
+    assert "has no sae.safetensors" in texts(app)
 
 
 def test_the_lens_stands_over_the_whole_vocabulary(workspace, features):

@@ -272,8 +272,8 @@ def test_a_link_goes_to_the_layers_neighbours_and_back_to_the_layer(made, featur
     app = features(made, layer="2", feature="100")
     app.button(key="to-next").click().run()
     assert app.query_params["feature"] == "101"
-    near = app.button(key="near-0")
-    wanted = near.label.split()[0]
+    near = app.button(key="near-this SAE-0")
+    wanted = near.label.split()[1]
     near.click().run()
     assert app.query_params["feature"] == wanted
     assert app.subheader[0].value.startswith(f"Feature {wanted}, layer 2")

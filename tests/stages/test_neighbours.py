@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def workspace(planted, tmp_path):
 
 def near(root, group):
     listing = scan(root)
-    some, _ = places(listing, listing.at(SAES), LAYER)
+    some, _ = places(listing, SAES, LAYER)
     return [
         neighbours(listing, place, nearest(place, FEATURE))
         for place in some
@@ -74,7 +73,7 @@ def test_the_counterpart_in_another_seed_is_the_planted_one(planted):
     # And what is none stays below what chance gives.
     assert second.similarities[0].value < cosine.chance < 0.7 < cosine.value
     assert cosine.chance == chance_bound(SIZE.latents, D_IN)
-    assert first.profile.run == TWIN_ACTIVITY
+    assert first.run == TWIN_ACTIVITY
     assert first.profile.tokens
     assert len(first.profile.edges) == len(first.profile.histogram) + 1
     assert state(root) == before
@@ -92,13 +91,13 @@ def test_neighbours_are_those_of_torch(planted):
             assert [n.feature for n in listed] == best.indices.tolist()
             values = [n.similarities[0].value for n in listed]
             assert values == pytest.approx(best.values.tolist(), abs=1e-5)
-            assert {(n.layer, n.profile.run) for n in listed} == {(layer, ACTIVITY)}
+            assert {(n.layer, n.run) for n in listed} == {(layer, ACTIVITY)}
 
 
 def test_random_directions_stay_below_the_bound(planted):
     """The planted decoders are random: of 100 features 95 have no neighbour above the bound."""
     listing = scan(planted[0])
-    same = places(listing, listing.at(SAES), LAYER)[0][0]
+    same = places(listing, SAES, LAYER)[0][0]
     above = [
         ranking.cosines[0][1] > ranking.chance
         for ranking in (nearest(same, feature) for feature in range(200))
@@ -111,7 +110,7 @@ def test_matches_are_read_from_either_side(planted):
     listed, notes = recorded(listing, SAES, LAYER, FEATURE)
     assert notes == []
     by_name = {(n.name, n.feature): n.similarities for n in listed}
-    there, back = "cousin, layer 1", "cousin, layer 1; this is its match"
+    there, back = "match in cousin", "matched from cousin"
     assert {key: [s.measure for s in alike] for key, alike in by_name.items()} == {
         (there, FEATURE + 1): ["cosine"],
         (there, FEATURE): ["correlation"],
@@ -125,7 +124,10 @@ def test_matches_are_read_from_either_side(planted):
     assert all(n.profile is None for n in listed)
     # Layers that were not matched, and the cousin's own features.
     assert recorded(listing, SAES, 0, FEATURE) == ([], [])
-    assert {n.name.split(",")[0] for n in recorded(listing, COUSIN, LAYER, 3)[0]} == {"synthetic"}
+    assert {n.name for n in recorded(listing, COUSIN, LAYER, 3)[0]} == {
+        "match in synthetic, seed 0",
+        "matched from synthetic, seed 0",
+    }
 
 
 def test_many_matches_are_cut_with_their_number(workspace, monkeypatch):
@@ -144,7 +146,7 @@ def test_a_damaged_sae_is_said_and_the_others_stand(workspace):
     # A table's neighbours stand without the decoder, and say why they have no bound.
     shutil.rmtree(workspace / SAES / "layers.1.mlp")
     listing = scan(workspace)
-    same = places(listing, listing.at(SAES), LAYER)[0][0]
+    same = places(listing, SAES, LAYER)[0][0]
     ranking = nearest(same, FEATURE, [(9, 0.5)])
     assert (ranking.cosines, ranking.chance) == (((9, 0.5),), None)
     assert "has no sae.safetensors" in ranking.note
@@ -165,7 +167,7 @@ def test_other_models_sites_and_widths_are_no_other_seeds(workspace):
 
     def others():
         listing = scan(workspace)
-        some, left_out = places(listing, listing.at(SAES), LAYER)
+        some, left_out = places(listing, SAES, LAYER)
         return [p.name.partition(" (")[0] for p in some if p.group == OTHERS], left_out
 
     assert others() == (["seed 1"], 0)
@@ -190,9 +192,9 @@ def test_a_changed_byte_of_a_small_sae_is_noticed(tmp_path):
     listing = scan(root)
     (saes,) = listing.artifacts
     layer = saes.results.layers[0].layer
-    same = places(listing, saes, layer)[0][0]
+    same = places(listing, saes.relative, layer)[0][0]
     assert nearest(same, 3).cosines
-    file = next(Path(folder, "sae.safetensors") for folder in same.folders)
+    file = same.own.folder / "sae.safetensors"
     whole = bytearray(file.read_bytes())
     whole[-9] ^= 1
     file.write_bytes(bytes(whole))
@@ -208,7 +210,7 @@ def test_a_decoder_of_the_size_that_the_issue_names_is_read_within_a_second(tmp_
         folder = root / SAES / f"layers.{layer}.mlp"
         write_decoder(folder, torch.randn(65_536, 1536).bfloat16())
     listing = scan(root)
-    other = places(listing, listing.at(SAES), 0)[0][1]
+    other = places(listing, SAES, 0)[0][1]
     seconds = []
     for _ in range(3):
         began = time.process_time()

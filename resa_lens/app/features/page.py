@@ -100,12 +100,13 @@ def _place(source: Source) -> tuple[int, int] | None:
     return readable(place_of, text, source)
 
 
-def _open(layer: int, feature: int) -> None:
-    """Put a feature into the address; a callback."""
+def _open(layer: int, feature: int, run: str = "") -> None:
+    """Put a feature into the address, of another run where it is named; a callback."""
     if "feature" not in st.query_params:
         st.session_state[_BACK] = st.query_params.get("layer")
     # Both at once: they are one step of the browser's history.
-    st.query_params.update({"layer": str(layer), "feature": str(feature)})
+    other = {"run": run} if run else {}
+    st.query_params.update({**other, "layer": str(layer), "feature": str(feature)})
 
 
 def _back() -> None:
