@@ -211,10 +211,9 @@ def paged(total: int, size: int, key: str) -> slice:
         st.session_state[key] = 1
     if pages == 1 and key not in st.query_params:
         return slice(0, total)
-    with st.container(horizontal=True, vertical_alignment="center"):
-        page = int(st.pagination(pages, max_visible_pages=5, **links.bound(key)))
-        rows = slice((page - 1) * size, min(page * size, total))
-        st.text(f"rows {rows.start + 1:,} to {rows.stop:,} of {total:,}")
+    page = int(st.pagination(pages, max_visible_pages=5, **links.bound(key)))
+    rows = slice((page - 1) * size, min(page * size, total))
+    st.text(f"rows {rows.start + 1:,} to {rows.stop:,} of {total:,}")
     return rows
 
 
