@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import streamlit as st
 
@@ -20,8 +19,12 @@ _WIDTH = 171  # pixels of a card: four in a row on a desk, two on a phone
 
 
 def _state(place: Place) -> tuple[object, ...]:
-    files = [where.file or Path() for where in (place.own, place.other)]
-    return place.group, *((str(file), data.state(file)) for file in files)
+    both = place.own, place.other
+    states = [data.state(where.file) if where.file else 0 for where in both]
+    names = [
+        (where.saes, where.layer, str(where.artifact and where.artifact.path)) for where in both
+    ]
+    return place.group, *names, *states
 
 
 @st.cache_resource(show_spinner=False, max_entries=500, hash_funcs={Place: _state})

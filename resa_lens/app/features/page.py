@@ -364,7 +364,8 @@ def _rows(source: Source, selection: Selection, query: Query) -> None:
         chosen = state["selection"] if state else {}
         numbers = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
         if numbers and numbers[0] < len(rows):
-            _open(*map(int, rows[["layer", "feature"]].iloc[numbers[0]]))
+            row = rows.iloc[numbers[0]]
+            _open(int(row["layer"]), int(row["feature"]))
 
     st.caption("Click a row to open its feature, or choose it by Shift and the space bar.")
     table(
