@@ -103,9 +103,22 @@ def check(key: str, options: Collection[str], what: str) -> str | None:
     return f"The address names {what} {value!r:.80}, which is not in this workspace."
 
 
-def bound(key: str) -> dict[str, Any]:
-    """Return a widget's key, so that its value stands in the address and outlives its page."""
-    return {"key": key, "bind": "query-params", "persist_state": "session"}
+def bound(key: str, pages: str = "") -> dict[str, Any]:
+    """Return a widget's key, so that its value stands in the address and outlives its page.
+
+    Args:
+        key: of the widget and in the address.
+        pages: key of `widgets.paged`, of a table that the widget filters: a change goes back to its
+            first page.
+    """
+    how = {"key": key, "bind": "query-params", "persist_state": "session"}
+    return {**how, "on_change": first_page, "args": (pages,)} if pages else how
+
+
+def first_page(key: str) -> None:
+    """Go back to the first page of a table; a callback."""
+    if st.session_state.get(key, 1) != 1:
+        st.session_state[key] = 1
 
 
 def choice(

@@ -6,6 +6,7 @@ they are.
 
 from __future__ import annotations
 
+import math
 import mimetypes
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,6 +187,34 @@ def table(
             key=f"download-{name}",
         )
     return selection
+
+
+def paged(total: int, size: int, key: str) -> slice:
+    """Draw the pages of a long table where there are several, and return the rows in sight.
+
+    The page's number stands in the address; one that is none is said, and the first page shown.
+
+    Args:
+        total: rows of the table.
+        size: rows of a page.
+        key: of the widget and in the address.
+    """
+    pages, text = max(1, math.ceil(total / size)), st.query_params.get(key, "1")
+    try:  # as streamlit reads it, who also takes spaces and digits of other scripts
+        number = int(text[:20])
+    except ValueError:
+        number = 0
+    if not 1 <= number <= pages:
+        problem(f"The address names page {text!r:.40}; there is 1 to {pages:,}.")
+    # What is left of the rows may have fewer pages than the one that was open.
+    if int(st.session_state.get(key, 1)) > pages:
+        st.session_state[key] = 1
+    if pages == 1 and key not in st.query_params:
+        return slice(0, total)
+    page = int(st.pagination(pages, max_visible_pages=5, **links.bound(key)))
+    rows = slice((page - 1) * size, min(page * size, total))
+    st.text(f"rows {rows.start + 1:,} to {rows.stop:,} of {total:,}")
+    return rows
 
 
 def share_columns(

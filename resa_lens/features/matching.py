@@ -20,8 +20,9 @@ from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.features.evidence import Ints, Mask, shape_of
-from resa_lens.saes.stability import THRESHOLD, best_pairs, null_share
+from resa_lens.saes.stability import THRESHOLD, best_pairs
 from resa_lens.stats import Floats, Interval, wilson_interval
+from resa_lens.stats.directions import null_share
 
 HUNGARIAN = 4096
 """Latents of the larger SAE up to which directions are matched one to one; the work grows with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 import plotly.graph_objects as go
 
 from resa_lens.features.words import SILENT, UNDETERMINED
+from resa_lens.figures import tokens
 from resa_lens.figures.plots import (
     BLUE,
     GREEN,
@@ -38,6 +40,18 @@ TRIALS = {
 
 
 FIRES, SILENT_THERE = "fires there", "silent there"
+
+
+_CARD_STYLE = (
+    "<style>.near{font-size:.8rem;overflow-wrap:anywhere}.near .where{opacity:.7}"
+    ".near .value{font-weight:600}"
+    ".near .tokens{font-size:.8rem;line-height:1.7}.near .scale{position:relative;height:6px;"
+    "margin:3px 0 6px;border-radius:3px;background:rgba(128,128,128,.25)}.near .scale div{height:"
+    "6px;border-radius:3px}.near .scale .chance{position:absolute;top:-3px;height:12px;width:2px;"
+    "background:currentColor}.near .bars{display:flex;align-items:flex-end;height:32px;gap:1px;"
+    "margin-top:4px}.near .bars div{flex:1;min-height:1px;max-width:12px;background:"
+    "rgba(230,120,0,.8)}</style>"
+)
 
 
 def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figure:
@@ -71,6 +85,51 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
         figure, "Activation where it fires", "activation, log scale", "tokens", legend=False
     )
     return drawn.update_layout(hovermode="closest", height=320)
+
+
+def similarity_card(
+    where: str,
+    similarities: Sequence[tuple[str, float, float | None]],
+    words: Sequence[str],
+    counts: Sequence[int],
+    edges: Sequence[float],
+) -> str:
+    """Return how near a feature is to another, beside chance, and what it responds to, as HTML.
+
+    Args:
+        where: which layer, SAE or model it is in.
+        similarities: measure, value from -1 to 1, and what chance gives; None where unknown.
+        words: tokens at which it fires.
+        counts: tokens in each bin of activation; empty bins at both ends are left out.
+        edges: of the bins, one more than there are bins; equal steps on a log axis, or nearly so.
+    """
+    parts = [f'<div class="where">{html.escape(tokens.plain(where), quote=True)}</div>']
+    for measure, value, chance in similarities:
+        above = chance is not None and value > chance
+        mark = (
+            "" if chance is None else f'<div class="chance" style="left:{_percent(chance)}"></div>'
+        )
+        null = "unknown" if chance is None else f"{chance:.2f}"
+        parts.append(
+            f'<div><span class="value">{measure} {value:.2f}</span>, chance {null}</div>'
+            f'<div class="scale"><div style="width:{_percent(value)};'
+            f'background:{ORANGE if above else GREY}"></div>{mark}</div>'
+        )
+    filled = [place for place, count in enumerate(counts) if count]
+    if words:
+        parts.append(tokens.chips(words, [0.0] * len(words), form=""))
+    if filled:
+        kept, top = range(filled[0], filled[-1] + 1), max(counts)
+        bars = "".join(
+            f'<div style="height:{100 * counts[place] / top:.0f}%"></div>' for place in kept
+        )
+        note = f"activation {edges[filled[0]]:.3g} to {edges[filled[-1] + 1]:.3g}, log scale"
+        parts.append(f'<div class="bars" title="{note}">{bars}</div>')
+    return f'{_CARD_STYLE}<div class="near">{"".join(parts)}</div>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(1.0, max(0.0, share)):.0f}%"
 
 
 def lens_figure(counts: Sequence[int], low: float, high: float) -> go.Figure:

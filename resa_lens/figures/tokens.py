@@ -76,13 +76,14 @@ def chips(tokens: Sequence[str], values: Sequence[float], form: str = ".2f") -> 
     Args:
         tokens: their texts; spaces and line ends are marked.
         values: a number each; the farthest from 0 has the strongest colour.
-        form: of the numbers, as of `format`.
+        form: of the numbers, as of `format`; without it none are shown.
     """
     top = max((abs(value) for value in values), default=0.0) or 1.0
     parts = [
         f'<span class="chip" style="background:'
         f'{_shade(_WARM if value > 0 else _COLD, abs(value) / top)}">'
-        f'{html.escape(visible(token), quote=True)} <span class="said">{value:{form}}</span></span>'
+        f"{html.escape(visible(token), quote=True)}"
+        + (f' <span class="said">{value:{form}}</span></span>' if form else "</span>")
         for token, value in zip(tokens, values, strict=True)
     ]
     return _block(" ", parts)

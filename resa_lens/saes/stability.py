@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from scipy import special
 from torch import Tensor
 
 from resa_lens.errors import BadInputError
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.stats import Interval, wilson_interval
+from resa_lens.stats.directions import null_share
 
 THRESHOLD = 0.7
 BLOCK_BYTES = 32 * 2**20
@@ -131,17 +131,6 @@ def best_cosines(
     """Return each row's largest cosine with a row of the other; a row of zeros has none (0)."""
     of_a, of_b = best_pairs(a, b)
     return of_a.cosines, of_b.cosines
-
-
-def null_share(count: int, d: int, threshold: float) -> float:
-    """Return P(a random unit direction has a cosine above the threshold with one of `count`).
-
-    For two directions uniform on the sphere the squared cosine is Beta(1/2, (d - 1)/2).
-    """
-    if d < 2:
-        return 1 - 0.5**count
-    one = 0.5 * float(special.betainc((d - 1) / 2, 0.5, 1 - threshold**2))
-    return float(-special.expm1(count * special.log1p(-one)))
 
 
 def _compare(point: Hookpoint, a: SparseCoder, b: SparseCoder, threshold: float) -> Stability:

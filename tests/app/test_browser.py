@@ -270,3 +270,29 @@ def test_report_in_a_browser(demo, tmp_path):
             assert shot.stat().st_size > 50_000
             assert wrong == []
             page.close()
+
+
+@pytest.mark.slow
+def test_a_tables_page_survives_a_feature_and_the_browsers_back(tmp_path):
+    with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
+        page, wrong = new_page(opened, 1280, 800)
+        open_at(page, url, "features?rule=every+feature", "rows 1 to 200 of")
+        page.get_by_label("Page 2", exact=True).click()
+        page.get_by_text("rows 201 to 400 of").wait_for(timeout=60_000)
+        settled(page)
+        assert "page=2" in page.url
+        page.get_by_test_id("stDataFrame").first.click(position={"x": 12, "y": 52})
+        page.get_by_text("Neighbours and counterparts").wait_for(timeout=60_000)
+        settled(page)
+        # What streamlit drops from the address when the filters leave the page is a step, too.
+        for _ in range(2):
+            page.go_back()
+            page.wait_for_timeout(1000)
+            settled(page)
+        page.get_by_text("rows 201 to 400 of").wait_for(timeout=60_000)
+        # And a filter begins anew.
+        page.get_by_test_id("stExpander").first.click()
+        page.get_by_text("In reverse").click()
+        page.get_by_text("rows 1 to 200 of").wait_for(timeout=60_000)
+        page.wait_for_url(re.compile(r"^(?!.*page=2)"), timeout=20_000)
+        assert wrong == []

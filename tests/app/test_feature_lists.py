@@ -53,7 +53,6 @@ def test_a_list_is_shown_in_its_order_whatever_the_filters_are_by_default(made, 
 
 def test_the_next_feature_is_the_lists_and_back_is_the_list(made, features):
     app = features(made, list="2:20,0:7")
-    assert app.session_state["features-order"] == [(2, 20), (0, 7)]
     app.query_params["layer"], app.query_params["feature"] = "2", "20"
     app.run()
     assert "Next feature in the list" in app.button(key="to-next").help

@@ -24,7 +24,7 @@ from synthetic_workspace import (
     write_workspace,
 )
 
-from resa_lens.app.features.table import Query, select
+from resa_lens.app.features.table import Query, page_of
 from resa_lens.artifacts.feature_tables import ADDED
 from resa_lens.artifacts.kinds.effects import features_key
 from resa_lens.artifacts.notes import VARIABLE, read_notes
@@ -227,12 +227,12 @@ def test_without_a_lens_the_command_prints_it(workspace, features):
     pq.write_table(table, file)
     assert set(shown(features(workspace))["raises"]) == {""}
     # What has no lens raises nothing that could be found.
-    found = select(source_of(workspace), Query(find=PLANTED.token))
-    assert list(found.shown["found in"]) == ["examples"]
+    rows = page_of(source_of(workspace), Query(find=PLANTED.token))
+    assert list(rows["found in"]) == ["examples"]
     app = features(workspace, layer="0", feature="7")
     line = "resa-lens activity --model synthetic --show 0:7 --layers 0,1,2"
     assert line in commands(app)
-    assert "keep no neighbours" in texts(app)
+    assert "has no sae.safetensors" in texts(app)
 
 
 def test_the_lens_stands_over_the_whole_vocabulary(workspace, features):

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from app_driver import clickable_markup, edit, marked_up, state, texts
-from features_driver import SMALL, commands, pairs, shown, source_of
+from features_driver import SMALL, commands, listed, pairs, shown, source_of
 from synthetic_workspace import (
     ACTIVITY,
     COUNTS,
@@ -24,7 +24,7 @@ from synthetic_workspace import (
 from resa_lens.app.features import data as features_data
 from resa_lens.app.features import search as features_search
 from resa_lens.app.features import table as features_table
-from resa_lens.app.features.table import Query, as_csv, select
+from resa_lens.app.features.table import Query, as_csv, page_of, select
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
 
@@ -147,7 +147,9 @@ def test_the_first_rows_are_the_first_of_all(made, truth, order, reverse):
     values = found.columns[order][found.index]
     steps = values[1:] - values[:-1]
     assert (steps >= 0).all() if reverse else (steps <= 0).all()
-    assert len(found.shown) == features_table.PAGE < found.matching == len(truth)
+    assert found.matching == len(truth)
+    page = page_of(source_of(made), Query(order=order, reverse=reverse), 200)
+    assert pairs(page) == listed(found)[200 : 200 + features_table.PAGE]
     if order != "thoughts":
         ends = truth[order].min() if reverse else truth[order].max()
         assert values[0] == pytest.approx(ends, rel=1e-6)
@@ -155,7 +157,8 @@ def test_the_first_rows_are_the_first_of_all(made, truth, order, reverse):
 
 def test_says_how_many_are_shown_and_lets_all_be_downloaded(made, features, truth):
     app = features(made, rule="every feature")
-    assert "4,500 of 4,500 features match; the first 1,000 of them are below." in texts(app)
+    assert "4,500 of 4,500 features match." in texts(app)
+    assert "rows 1 to 200 of 4,500" in texts(app)
     keys = {button.key for button in app.get("download_button")}
     assert {"download-features", "download-all-features"} <= keys
     whole = as_csv(select(source_of(made), Query(order="density")))
@@ -171,20 +174,21 @@ def test_text_is_found_over_tokens_and_in_examples(made):
     (row,) = [r for r in features_data.examples(source, 2, 70) if r["rank"] == 0]
     spread = "".join(row["tokens"][2:5]).upper()
     found = select(source, Query(layer=2, find=spread))
-    assert (2, 70) in found.order
-    assert dict(zip(found.shown["feature"], found.shown["found in"], strict=True))[70] == "examples"
-    planted = select(source, Query(find=PLANTED.token))
-    assert list(planted.shown["found in"]) == ["both"]
+    assert (2, 70) in listed(found)
+    page = page_of(source, Query(layer=2, find=spread))
+    assert dict(zip(page["feature"], page["found in"], strict=True))[70] == "examples"
+    assert list(page_of(source, Query(find=PLANTED.token))["found in"]) == ["both"]
     # The tokens that are raised are no text: nothing is found over two of them.
     raised = features_data.activity(source, 2, 70).row["top_tokens"]
     over = select(source, Query(layer=2, find=raised[0] + raised[1]))
-    assert (2, 70) not in over.order
+    assert (2, 70) not in listed(over)
 
 
 def test_many_layers_are_searched_in_what_they_raise_alone(made, monkeypatch):
     monkeypatch.setattr(features_search, "TEXT_GROUPS", 1)
-    found = select(source_of(made), Query(find="zebra", reverse=True))
-    assert list(found.shown["found in"]) == ["raises"]
+    query = Query(find="zebra", reverse=True)
+    found = select(source_of(made), query)
+    assert list(page_of(source_of(made), query)["found in"]) == ["raises"]
     assert any("choose a layer" in note for note in found.notes)
 
 
@@ -216,6 +220,63 @@ def test_numbering_is_shown_and_the_address_stays_0_based(made, features):
     assert set(shown(app)["layer (1-based)"]) == {3}
     app.selectbox(key="features-layer").set_value(-1).run()
     assert "layer" not in app.query_params
+
+
+# Its pages ------------------------------------------------------------------------------------
+
+
+def test_a_long_table_is_paged_by_the_address(made, features):
+    whole = listed(select(source_of(made), Query()))
+    app = features(made, rule="every feature", sort="layer and feature", page="3")
+    assert "rows 401 to 600 of 4,500" in texts(app)
+    assert pairs(shown(app)) == whole[400:600]
+    # The last page is short, and its rows open their own features.
+    app = features(made, rule="every feature", sort="layer and feature", page="23")
+    assert "rows 4,401 to 4,500 of 4,500" in texts(app)
+    assert pairs(shown(app)) == whole[4400:]
+    # A feature has its neighbours in the whole list: the next page's first one, too.
+    layer, feature = whole[199]
+    app = features(made, rule="every feature", sort="layer and feature", page="1")
+    app.text_input(key="features-open").set_value(f"{layer}:{feature}").run()
+    app.button(key="to-next").click().run()
+    assert (app.query_params["layer"], app.query_params["feature"]) == tuple(map(str, whole[200]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda app: app.selectbox(key="verdict").set_value("not tested"),
+        lambda app: app.selectbox(key="features-layer").set_value(1),
+        lambda app: app.toggle(key="reverse").set_value(True),
+        lambda app: app.text_input(key="find").set_value("word1"),
+    ],
+)
+def test_a_filter_goes_back_to_the_first_page(made, features, change):
+    app = features(made, rule="every feature", page="4")
+    assert "rows 601 to 800 of" in texts(app)
+    change(app).run()
+    assert "rows 1 to 200 of" in texts(app)
+    assert "cannot be shown" not in marked_up(app)
+
+
+@pytest.mark.parametrize(
+    "page", ["0", "-1", "24", "x", "", "1.5", "9" * 5000, "<img src=x>", "1e3"]
+)
+def test_a_page_that_is_none_is_said(made, features, page):
+    app = features(made, rule="every feature", page=page)
+    assert "The address names page" in texts(app)
+    assert "there is 1 to 23" in texts(app)
+    assert "rows 1 to 200 of 4,500" in texts(app)
+    app.toggle(key="reverse").set_value(True).run()
+    assert "The address names page" not in texts(app)
+
+
+def test_a_short_table_has_no_pages(made, features):
+    app = features(made)
+    assert "rows 1 to" not in texts(app)
+    app = features(made, page="7")
+    assert "The address names page '7'; there is 1 to 1." in texts(app)
+    assert len(shown(app)) > 1
 
 
 # Going about ----------------------------------------------------------------------------------
@@ -272,8 +333,8 @@ def test_a_link_goes_to_the_layers_neighbours_and_back_to_the_layer(made, featur
     app = features(made, layer="2", feature="100")
     app.button(key="to-next").click().run()
     assert app.query_params["feature"] == "101"
-    near = app.button(key="near-0")
-    wanted = near.label.split()[0]
+    near = app.button(key="near-this SAE-0")
+    wanted = near.label.split()[1]
     near.click().run()
     assert app.query_params["feature"] == wanted
     assert app.subheader[0].value.startswith(f"Feature {wanted}, layer 2")

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import pytest
 import streamlit as st
 from app_driver import texts
+from features_driver import listed
 from synthetic_workspace import PLANTED, Size, write_workspace
 
 from resa_lens.app import data
 from resa_lens.app.features import data as features_data
-from resa_lens.app.features.table import PAGE, THINKING, Query, neighbours, select
+from resa_lens.app.features.table import PAGE, THINKING, Query, neighbours, page_of, select
 
 LIMIT = 1.0
 """CPU seconds of a click."""
@@ -63,12 +64,12 @@ def test_a_layer_is_filtered_sorted_and_searched_within_a_second(large):
         wide = query == Query()
         # All layers at once are 1.7 million rows: usable, and kept once they are read.
         limit = 3.0 if wide else LIMIT
-        assert best(lambda q=query: select(source, q), limit) < limit, query
+        assert best(lambda q=query: page_of(source, q), limit) < limit, query
         found = select(source, query)
-        assert 0 < len(found.shown) <= PAGE, query
+        assert 0 < len(page_of(source, query)) <= PAGE, query
         layers = size.layers if query.layer is None else 1
         assert found.total == layers * size.latents
-    (only,) = select(source, Query(verdict="survives")).order
+    (only,) = listed(select(source, Query(verdict="survives")))
     assert only == (PLANTED.layer, PLANTED.feature)
 
 
@@ -80,7 +81,7 @@ def test_all_layers_are_filtered_within_a_second_once_they_are_read(large):
         began = time.process_time()
         found = select(source, query)
         assert time.process_time() - began < 2 * LIMIT, query
-        assert len(found.shown) == PAGE < found.matching
+        assert len(page_of(source, query)) == PAGE < found.matching
 
 
 def test_one_feature_is_read_within_a_second(large):
@@ -96,7 +97,7 @@ def test_one_feature_is_read_within_a_second(large):
         rows = features_data.opened(source.scores[0], features_data.SCORES).find(layer, feature)
         assert [row["score"] for row in rows] == list(size.scores)
         features_data.verdict_of(source, layer, feature)
-        assert neighbours(source, layer, feature, ())[1] == (layer, feature + 1)
+        assert neighbours(source, layer, feature)[1] == (layer, feature + 1)
 
     assert best(read) < LIMIT
     # A row group of each table, and no more.

@@ -22,8 +22,8 @@ from resa_lens.features.matching import (
     match_directions,
     null_mean,
 )
-from resa_lens.saes.stability import null_share
 from resa_lens.stats import wilson_interval
+from resa_lens.stats.directions import null_share
 
 
 def unit(count: int, d: int, seed: int) -> torch.Tensor:

@@ -9,8 +9,9 @@ from resa_lens.errors import BadInputError
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.saes import stability
 from resa_lens.saes.coder import SparseCoder, new_coder
-from resa_lens.saes.stability import best_cosines, decoder_stability, null_share
+from resa_lens.saes.stability import best_cosines, decoder_stability
 from resa_lens.stats import wilson_interval
+from resa_lens.stats.directions import null_share
 
 POINT = Hookpoint(1)
 

@@ -38,7 +38,7 @@ def _script(page: str) -> None:
     main(page)
 
 
-def run_page(page: str, **query: str) -> AppTest:
+def run_page(page: str, /, **query: str) -> AppTest:
     """Open a page of the workspace that RESA_LENS_WORKSPACE names, with an address' query."""
     app = AppTest.from_function(_script, default_timeout=60, kwargs={"page": page})
     for key, value in query.items():

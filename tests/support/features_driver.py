@@ -35,3 +35,9 @@ def source_row(root, layer: int, feature: int) -> dict:
 
 def pairs(frame) -> list[tuple[int, int]]:
     return list(zip(frame.iloc[:, 0], frame["feature"], strict=True))
+
+
+def listed(selection) -> list[tuple[int, int]]:
+    """Layer and feature of every row that matches, in order."""
+    rows = selection.rows.iloc[selection.index]
+    return list(zip(rows["layer"].tolist(), rows["feature"].tolist(), strict=True))

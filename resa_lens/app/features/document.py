@@ -17,8 +17,9 @@ from resa_lens.errors import BadInputError
 from resa_lens.figures import tokens
 from resa_lens.texts.prompts import PHASES
 
-Go = Callable[[int, int], None]
-"""Opens the page of a layer's feature; a callback."""
+Go = Callable[..., None]
+"""Opens the page of a layer's feature, of another run where a third argument names it; a callback.
+"""
 _CHOSEN = "document-place"
 
 

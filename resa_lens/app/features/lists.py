@@ -17,6 +17,8 @@ from resa_lens.figures.tokens import plain
 
 LIST = "list"
 """Key in the address: LAYER:FEATURE by commas, layers 0-based."""
+PAGES = "page"
+"""Key in the address of the table's pages."""
 MOST = 200
 """Features in one address: with numbers of five digits it has two thousand characters, which every
 browser and every mail program takes."""
@@ -89,6 +91,7 @@ def about(listed: Listed) -> None:
 
 def _leave() -> None:
     """Take the list out of the address; a callback."""
+    links.first_page(PAGES)
     if LIST in st.query_params:
         del st.query_params[LIST]
 

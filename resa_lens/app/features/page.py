@@ -25,10 +25,11 @@ from resa_lens.app.features.table import (
     as_csv,
     counted_at_all,
     neighbours,
+    page_of,
     score_names,
     select,
 )
-from resa_lens.app.widgets import download, missing, part, problem, problems, readable, table
+from resa_lens.app.widgets import download, missing, paged, part, problem, problems, readable, table
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.errors import BadInputError
@@ -100,12 +101,13 @@ def _place(source: Source) -> tuple[int, int] | None:
     return readable(place_of, text, source)
 
 
-def _open(layer: int, feature: int) -> None:
-    """Put a feature into the address; a callback."""
+def _open(layer: int, feature: int, run: str = "") -> None:
+    """Put a feature into the address, of another run where it is named; a callback."""
     if "feature" not in st.query_params:
         st.session_state[_BACK] = st.query_params.get("layer")
     # Both at once: they are one step of the browser's history.
-    st.query_params.update({"layer": str(layer), "feature": str(feature)})
+    other = {"run": run} if run else {}
+    st.query_params.update({**other, "layer": str(layer), "feature": str(feature)})
 
 
 def _back() -> None:
@@ -126,17 +128,18 @@ def _set_layer(layer: str | None) -> None:
 
 
 def _navigation(source: Source, place: tuple[int, int]) -> None:
-    order = st.session_state.get(_ORDER, ())
-    where = "in the list" if place in order else "of this layer"
-    around: tuple[tuple[int, int] | None, tuple[int, int] | None] = None, None
+    run, query = st.session_state.get(_ORDER, ("", None))
+    before = after = None
+    listed = False
     # What is wrong with the table is said below.
     with contextlib.suppress(BadInputError):
-        around = neighbours(source, *place, order)
+        before, after, listed = neighbours(source, *place, query if run == source.key else None)
+    where = "in the list" if listed else "of this layer"
     with st.container(horizontal=True, vertical_alignment="center"):
         st.button("Back to the list", icon=":material/arrow_back:", on_click=_back, key="to-list")
         for name, icon, to, key in (
-            ("Previous", ":material/chevron_left:", around[0], "P"),
-            ("Next", ":material/chevron_right:", around[1], "N"),
+            ("Previous", ":material/chevron_left:", before, "P"),
+            ("Next", ":material/chevron_right:", after, "N"),
         ):
             st.button(
                 name,
@@ -163,16 +166,15 @@ def _table(listing: Listing, source: Source) -> None:
             lists.about(listed)
         query = _query(source, listed.places if listed else ())
         selection = select(source, query)
-        st.session_state[_ORDER] = selection.order
+        st.session_state[_ORDER] = source.key, query
         notes.listed(source, query.find, _open)
-        more = f"; the first {PAGE:,} of them are below" if selection.matching > PAGE else ""
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.text(f"{selection.matching:,} of {selection.total:,} features match{more}.")
+            st.text(f"{selection.matching:,} of {selection.total:,} features match.")
             lists.offer(source, selection)
         for note in selection.notes:
             st.caption(note)
         if selection.matching:
-            _rows(selection, query)
+            _rows(source, selection, query)
         else:
             _no_match(listing, source, query)
 
@@ -194,7 +196,7 @@ def _about(listing: Listing, source: Source) -> None:
 
 
 def _choice(label: str, options: Sequence[str], key: str, **how: Any) -> str:
-    return str(st.selectbox(label, options, width=170, **how, **links.bound(key)))
+    return str(st.selectbox(label, options, width=170, **how, **links.bound(key, lists.PAGES)))
 
 
 def _query(source: Source, only: tuple[tuple[int, int], ...]) -> Query:
@@ -231,7 +233,7 @@ def _query(source: Source, only: tuple[tuple[int, int], ...]) -> Query:
             placeholder="for example therefore",
             help="In the tokens that a feature raises (its logit lens), in the text around its "
             "strongest activations, and in your labels.",
-            **links.bound("find"),
+            **links.bound("find", lists.PAGES),
         )
         st.text_input(
             "Open LAYER:FEATURE",
@@ -280,6 +282,7 @@ def _layer_filter(source: Source, layer: int | None) -> None:
 
 def _layer_picked() -> None:
     layer = st.session_state[_LAYER]
+    links.first_page(lists.PAGES)
     _set_layer(None if layer == ALL else str(layer))
 
 
@@ -307,18 +310,18 @@ def _more(source: Source, rule: str, *, listed: bool) -> dict[str, Any]:
             disabled=score == NO_SCORE,
             help="q below 0.05: the p-value of its permutation null, corrected for all features "
             "that were tested.",
-            **links.bound("significant"),
+            **links.bound("significant", lists.PAGES),
         )
         order = _choice(
             "Sort by", (AUTO, *ORDERS), "sort", format_func=lambda n: str(ORDERS.get(n, n))
         )
-        reverse = st.toggle("In reverse", **links.bound("reverse"))
+        reverse = st.toggle("In reverse", **links.bound("reverse", lists.PAGES))
         low, high = st.select_slider(
             "Density, share of tokens",
             DENSITIES,
             value=(DENSITIES[0], DENSITIES[-1]),
             width=170,
-            **links.bound("density"),
+            **links.bound("density", lists.PAGES),
         )
     scored = score != NO_SCORE
     if order == AUTO:
@@ -348,19 +351,21 @@ def _no_match(listing: Listing, source: Source, query: Query) -> None:
         st.caption("Widen a filter to see more.")
 
 
-def _rows(selection: Selection, query: Query) -> None:
+def _rows(source: Source, selection: Selection, query: Query) -> None:
     """The table; a row that is chosen opens its feature."""
     shift = int(links.one_based())
-    visible = selection.shown.assign(layer=selection.shown["layer"] + shift)
+    rows = page_of(source, query, paged(selection.matching, PAGE, lists.PAGES).start)
+    visible = rows.assign(layer=rows["layer"] + shift)
     column = "layer (1-based)" if shift else "layer (0-based)"
     visible = visible.rename(columns={"layer": column, "score": query.score or "score"})
 
     def picked() -> None:
         state: Any = st.session_state.get(_TABLE)
         chosen = state["selection"] if state else {}
-        rows = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
-        if rows and rows[0] < len(selection.order):
-            _open(*selection.order[rows[0]])
+        numbers = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
+        if numbers and numbers[0] < len(rows):
+            row = rows.iloc[numbers[0]]
+            _open(int(row["layer"]), int(row["feature"]))
 
     st.caption("Click a row to open its feature, or choose it by Shift and the space bar.")
     table(

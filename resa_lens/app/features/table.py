@@ -30,8 +30,8 @@ from resa_lens.figures.plots import VERDICT_COLOURS
 from resa_lens.texts.prompts import PHASES
 
 Array = NDArray[Any]
-PAGE = 1000
-"""Rows that are shown."""
+PAGE = 200
+"""Rows of a page."""
 VERDICTS = tuple(VERDICT_COLOURS)
 UNTESTED = "not tested"
 EVERY, THINKING = "every feature", "twice as dense in thoughts"
@@ -78,8 +78,6 @@ ORDERS = {
 class Selection:
     """The rows that match."""
 
-    shown: pd.DataFrame
-    """The first `PAGE` of them."""
     total: int
     """Features at these layers."""
     rows: pd.DataFrame
@@ -98,12 +96,6 @@ class Selection:
     def matching(self) -> int:
         """How many match."""
         return self.index.size
-
-    @property
-    def order(self) -> list[tuple[int, int]]:
-        """Layer and feature of each row shown."""
-        first = self.rows.iloc[self.index[:PAGE]]
-        return list(zip(first["layer"].tolist(), first["feature"].tolist(), strict=True))
 
 
 def score_names(source: Source) -> dict[str, tuple[Artifact, str]]:
@@ -144,7 +136,18 @@ def select(source: Source, query: Query) -> Selection:
         index = index[where > 0]
     index = index[_order(rows.iloc[index], query, only)].astype(np.int32)
     total = _total(source, query.layer) + silent if only is None else len(rows)
-    return Selection(_shown(source, rows.iloc[index[:PAGE]]), total, rows, index, notes)
+    return Selection(total, rows, index, notes)
+
+
+@st.cache_resource(show_spinner=False, max_entries=24, hash_funcs=HASHES)
+def page_of(source: Source, query: Query, first: int = 0) -> pd.DataFrame:
+    """Return up to `PAGE` of the rows that match, from the first, as a person reads them.
+
+    Raises:
+        BadInputError: a file is missing or damaged.
+    """
+    selection = select(source, query)
+    return _readable(source, selection.rows.iloc[selection.index[first : first + PAGE]])
 
 
 def _kept(rows: pd.DataFrame, query: Query) -> NDArray[np.bool_]:
@@ -315,7 +318,7 @@ def _unique(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[~rows.index.duplicated()]
 
 
-def _shown(source: Source, rows: pd.DataFrame) -> pd.DataFrame:
+def _readable(source: Source, rows: pd.DataFrame) -> pd.DataFrame:
     """Some rows as a person reads them."""
     strictest = [
         next((rule for bit, rule in enumerate(RULES) if value >> bit & 1), "")
@@ -379,20 +382,31 @@ def counted_at_all(source: Source) -> bool:
 
 
 def neighbours(
-    source: Source, layer: int, feature: int, order: Sequence[tuple[int, int]]
-) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """Return the features before and after one: in a list that holds it, else of its layer.
+    source: Source, layer: int, feature: int, query: Query | None = None
+) -> tuple[tuple[int, int] | None, tuple[int, int] | None, bool]:
+    """Return the features before and after one, and whether they are of a list that has it.
+
+    Args:
+        source: the runs.
+        layer: 0-based.
+        feature: of that layer.
+        query: of the list; without one, or where it does not have the feature, they are those of
+            its layer.
 
     Raises:
         BadInputError: the table is missing or damaged.
     """
-    if (layer, feature) in order:
-        place = order.index((layer, feature))
-        before = order[place - 1] if place else None
-        return before, order[place + 1] if place + 1 < len(order) else None
-    numbers = _read(source, layer, None).index.to_numpy() & 0xFFFFFFFF
-    lower, higher = numbers[numbers < feature], numbers[numbers > feature]
-    return (
-        (layer, int(lower.max())) if lower.size else None,
-        (layer, int(higher.min())) if higher.size else None,
+    key, keys = (layer << 32) | feature, np.zeros(0, np.int64)
+    if query is not None:
+        selection = select(source, query)
+        keys = selection.rows.index.to_numpy()[selection.index]
+    listed = bool((keys == key).any())
+    if not listed:
+        near = _read(source, layer, None).index.to_numpy()
+        keys = np.insert(near[near != key], np.searchsorted(near, key), key)
+    place = int(np.flatnonzero(keys == key)[0])
+    before, after = (
+        (int(keys[n]) >> 32, int(keys[n]) & 0xFFFFFFFF) if 0 <= n < keys.size else None
+        for n in (place - 1, place + 1)
     )
+    return before, after, listed

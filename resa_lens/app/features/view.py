@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens.app import links
-from resa_lens.app.features import evidence, examples, lens, notes
+from resa_lens.app.features import cards, evidence, examples, lens, notes
 from resa_lens.app.features.data import (
     Activity,
     Source,
@@ -59,11 +59,13 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
         readable(_activations, figures, source)
         with part("What it raises and lowers"):
             lens.show(listing, source, figures)
-        with part("Nearest features"):
-            _nearest(layer, figures, go)
+    near = st.container()
     notes.box(source, layer, feature)
     evidence.show(listing, source, layer, feature)
     _address(source, layer, feature)
+    # The rest of the page does not wait for decoders.
+    with near, part("Neighbours and counterparts"):
+        cards.show(listing, source, layer, feature, figures, go)
 
 
 def _about(source: Source, layer: int, feature: int, figures: Activity | None) -> None:
@@ -179,28 +181,6 @@ def _firing_tokens(listing: Listing, source: Source, figures: Activity) -> None:
         for word, share, mean in zip(words, shares, row["fires_on_mean"], strict=True)
     ]
     table(rows, "firing_tokens", "Table of tokens")
-
-
-def _nearest(layer: int, figures: Activity, go: Go) -> None:
-    near = list(
-        zip(figures.row["nearest"] or [], figures.row["nearest_cosines"] or [], strict=False)
-    )
-    if not near:
-        st.text("The tables keep no neighbours of it.")
-        return
-    st.caption("By the cosine of the decoder directions, in the same SAE.")
-    with st.container(horizontal=True):
-        # No links: one that leads to the page it stands on leaves the address as it was.
-        for place, (other, cosine) in enumerate(near):
-            st.button(
-                f"{other} ({cosine:.2f})",
-                on_click=go,
-                args=(layer, other),
-                key=f"near-{place}",
-                type="tertiary",
-                icon=":material/hub:",
-                help=f"Open feature {other}",
-            )
 
 
 def _address(source: Source, layer: int, feature: int) -> None:

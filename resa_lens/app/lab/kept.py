@@ -12,7 +12,7 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from resa_lens.app.lab import data as lab_data
-from resa_lens.app.widgets import table
+from resa_lens.app.widgets import paged, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.listing import Listing
 from resa_lens.figures import tokens
@@ -118,14 +118,15 @@ def _text(text: Text, number: int, place: dict[str, str], layer: int, feature: i
 
 
 def _differing(left: Mean, right: Mean, chosen: Sequence[int], where: str) -> None:
-    order = np.argsort(-np.abs(left - right), kind="stable")[:DIFFERING]
+    order = np.argsort(-np.abs(left - right), kind="stable")
     order = order[left[order] != right[order]]
     if not order.size:
         st.text(f"{where}: every feature has the same mean in both.")
         return
+    st.text(f"{where}: features whose mean over the tokens differs most")
+    order = order[paged(order.size, DIFFERING, "differing_page")]
     frame = pd.DataFrame({"feature": order, "left": left[order], "right": right[order]})
     names = {"left": f"mean in {chosen[0]}", "right": f"mean in {chosen[1]}"}
-    st.text(f"{where}: features whose mean over the tokens differs most")
 
     def picked() -> None:
         state: Any = st.session_state.get(_ROWS)

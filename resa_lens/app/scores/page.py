@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from resa_lens.app.scores.data import Filter, Run
 from resa_lens.app.widgets import (
     apart,
     figure,
+    paged,
     part,
     problem,
     problems,
@@ -39,7 +39,7 @@ LETTERS = "ABCDEFG"
 """What the chosen runs are called in figures and tables; as many as `plots` has colours for."""
 MARGIN = 2.0
 """Points: runs that differ by less count as equally good."""
-PER_PAGE = 10
+PER_PAGE, PAGES = 10, "sample_page"
 ANSWERS, SCORES, DIFFERENCE, ALL = "Answers", "Accuracy", "Difference by group", "All runs"
 EVERYTHING = "Everything"
 """Views of the page; the last is long, for printing and searching."""
@@ -296,15 +296,10 @@ def _samples(listing: Listing, runs: Mapping[str, Run]) -> None:
         if all(one.rows is None for one in both):
             _without_texts(own, places.tolist(), kinds)
             return
-        pages = math.ceil(places.size / PER_PAGE)
-        # A filter may leave fewer pages than the one that is open.
-        if int(st.session_state.get("sample_page", 1)) > pages:
-            st.session_state["sample_page"] = pages
         # What flipped is what a reader came for.
         flipped = np.isin(kinds[places], (scores_data.GAINED, scores_data.LOST))
         places = places[np.argsort(~flipped, kind="stable")]
-        page = int(st.pagination(pages, max_visible_pages=5, **links.bound("sample_page")))
-        page_places = places[(page - 1) * PER_PAGE : page * PER_PAGE].tolist()
+        page_places = places[paged(places.size, PER_PAGE, PAGES)].tolist()
         st.text(f"{places.size} of {len(kinds)} questions; {PER_PAGE} a page")
         texts = [_texts(run, own[letter], page_places) for letter, run in pair.items()]
         for number, place in enumerate(page_places):
@@ -312,9 +307,7 @@ def _samples(listing: Listing, runs: Mapping[str, Run]) -> None:
 
 
 def _filter(labels: Mapping[str, str], pair: Sequence[Answers]) -> Filter:
-    def widget(key: str) -> dict[str, Any]:
-        return {**links.bound(key), "on_change": _first_page}
-
+    widget = partial(links.bound, pages=PAGES)
     kind = st.segmented_control(
         "Show", list(labels), format_func=labels.__getitem__, **widget("flips")
     )
@@ -332,11 +325,6 @@ def _filter(labels: Mapping[str, str], pair: Sequence[Answers]) -> Filter:
             **widget("search"),
         )
     return Filter(kind, tuple(groups), tuple(levels), str(text or "").strip())
-
-
-def _first_page() -> None:
-    if st.session_state.get("sample_page", 1) != 1:
-        st.session_state["sample_page"] = 1
 
 
 def _without_texts(own: Mapping[str, Answers], places: Sequence[int], kinds: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pyarrow as pa
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, Field, RootModel
 
 from resa_lens.artifacts.artifact import Artifact, Kind
 
@@ -31,6 +31,13 @@ class Results(BaseModel):
     """Share of features with a match, by 0-based layer and kind of match."""
 
 
+class Settings(BaseModel):
+    """Configuration of the manifest."""
+
+    saes: list[str] = Field(default_factory=list)
+    """Paths of the SAEs whose features are looked for, and of those in which they are."""
+
+
 class MatchShare(BaseModel):
     """How many features have a match, beside what the null gives."""
 
@@ -38,6 +45,8 @@ class MatchShare(BaseModel):
     n: int
     ci: tuple[float, float]
     null_share: float
+    null_mean: float | None = None
+    """Of the matches that chance gives, their mean."""
 
 
 class LayerMatches(BaseModel):
@@ -45,6 +54,8 @@ class LayerMatches(BaseModel):
 
     layer: int
     threshold: float
+    latents: tuple[int, int] | None = None
+    """Of the two SAEs."""
     cosine: MatchShare | None
     """None across widths, with the reason."""
     cosine_reason: str | None
@@ -65,6 +76,7 @@ class Matches(Kind):
     command = ("match-features",)
     lighter = "Fewer --text-tokens or --layers take less memory."
     Results = Results
+    Settings = Settings
     files = {  # noqa: RUF012 - declared once, never changed
         "matches.parquet": MATCH_SCHEMA,
         "matches.json": AllMatches,
