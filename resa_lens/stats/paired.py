@@ -47,10 +47,12 @@ def mcnemar_exact(b_only: int, a_only: int) -> float:
     """McNemar's exact two-sided p-value from the questions that only one of two runs solved."""
     if b_only < 0 or a_only < 0:
         raise BadInputError(f"counts {b_only} and {a_only}: discordant pairs cannot be negative")
-    if b_only + a_only == 0:
-        return 1.0
-    tail = float(scipy.special.bdtr(min(b_only, a_only), b_only + a_only, 0.5))
-    return min(1.0, 2 * tail)
+    n = b_only + a_only
+    tail = term = 1
+    for count in range(min(b_only, a_only)):
+        term = term * (n - count) // (count + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
 
 
 @dataclass(frozen=True)
