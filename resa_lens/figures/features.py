@@ -6,8 +6,11 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from resa_lens.features.words import SILENT, UNDETERMINED
 from resa_lens.figures import tokens
@@ -85,6 +88,29 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
         figure, "Activation where it fires", "activation, log scale", "tokens", legend=False
     )
     return drawn.update_layout(hovermode="closest", height=320)
+
+
+def densities_figure(densities: NDArray[Any]) -> go.Figure:
+    """Features by their density, in quarters of a decade; those that never fire are left out."""
+    exponents = np.log10(densities[densities > 0])
+    counts, edges = np.histogram(exponents, bins=np.arange(-7, 0.01, 0.25))
+    filled = np.flatnonzero(counts)
+    near = slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0)
+    figure = go.Figure(
+        go.Bar(
+            x=10 ** (edges[:-1] + 0.125)[near],
+            y=counts[near],
+            width=(10 ** edges[1:] - 10 ** edges[:-1])[near] * 0.96,
+            marker={"color": ORANGE},
+            hovertemplate="about %{x:.2g}: %{y} features<extra></extra>",
+        )
+    )
+    figure.update_xaxes(type="log")
+    drawn = _layout(
+        figure, "The features of this list by density", "density, share of tokens (log scale)",
+        "features", legend=False,
+    )  # fmt: skip
+    return drawn.update_layout(height=280)
 
 
 def similarity_card(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from resa_lens.figures.features import activation_figure, phases_figure, trials_figure
+from resa_lens.figures.features import (
+    activation_figure,
+    densities_figure,
+    phases_figure,
+    trials_figure,
+)
 
 EDGES = [0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0]
 
@@ -53,3 +59,12 @@ def test_trials_fire_or_are_silent_by_their_intervals():
     assert list(silent.y) == ["plain text, no tags", "other tags in their places"]
     assert list(unsure.y) == ["the prompt's words shuffled", "other prompts for the same"]
     assert list(unsure.x) == [27.5, 62.5]
+
+
+def test_densities_stand_in_quarters_of_a_decade():
+    bars = densities_figure(np.array([0.0, 0.011, 0.012, 0.15, 0.9, np.nan])).data[0]
+    assert list(bars.y) == [2, 0, 0, 0, 1, 0, 0, 1]
+    assert bars.x[0] == pytest.approx(10**-1.875)
+    # Bars touch: each is as wide as its quarter.
+    assert bars.width[0] == pytest.approx(0.96 * (10**-1.75 - 10**-2))
+    assert not list(densities_figure(np.zeros(3)).data[0].y)

@@ -29,11 +29,22 @@ from resa_lens.app.features.table import (
     score_names,
     select,
 )
-from resa_lens.app.widgets import download, missing, paged, part, problem, problems, readable, table
+from resa_lens.app.widgets import (
+    download,
+    figure,
+    missing,
+    paged,
+    part,
+    problem,
+    problems,
+    readable,
+    table,
+)
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.listing import Listing, name_of
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import WORDS
+from resa_lens.figures.features import densities_figure
 from resa_lens.figures.plots import RULE_NAMES
 from resa_lens.figures.tokens import plain
 from resa_lens.models.hookpoints import describe_layer, parse_layer
@@ -389,3 +400,6 @@ def _rows(source: Source, selection: Selection, query: Query) -> None:
     if selection.matching > PAGE:
         label = f"Download all {selection.matching:,} that match"
         download(label, lambda: as_csv(selection), "features_all.csv", key="download-all-features")
+    if source.activity is not None:
+        densities = selection.columns["density"][selection.index]
+        figure(densities_figure(densities), "figure-densities")
