@@ -275,7 +275,7 @@ def test_three_gaussians(demo, execute):
     assert drawn(executed) == 4 + 4
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_three_gaussians_without_a_workspace(tmp_path, execute):
     missing = tmp_path / "nothing-here"
     executed = execute(GAUSSIANS, missing)
@@ -357,7 +357,7 @@ def test_anatomy_of_a_counted_feature(written, execute):
     assert quiet(executed)
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_anatomy_where_nothing_is_counted(written, execute):
     """The strict rule counts nothing on the bundled model; no other takes its place."""
     executed = execute(ANATOMY, written, considered='("all",)', limit="8")
