@@ -93,7 +93,8 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
 def densities_figure(densities: NDArray[Any]) -> go.Figure:
     """Features by their density, in quarters of a decade; those that never fire are left out."""
     exponents = np.log10(densities[densities > 0])
-    counts, edges = np.histogram(exponents, bins=np.arange(-7, 0.01, 0.25))
+    least = np.floor(exponents.min(initial=-1.0))
+    counts, edges = np.histogram(exponents, bins=np.arange(least, 0.01, 0.25))
     filled = np.flatnonzero(counts)
     near = slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0)
     figure = go.Figure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,8 @@ def paired_bootstrap(
 
 def mcnemar_exact(b_only: int, a_only: int) -> float:
     """McNemar's exact two-sided p-value from the questions that only one of two runs solved."""
+    # Whole numbers of Python: those of NumPy overflow below.
+    b_only, a_only = operator.index(b_only), operator.index(a_only)
     if b_only < 0 or a_only < 0:
         raise BadInputError(f"counts {b_only} and {a_only}: discordant pairs cannot be negative")
     n = b_only + a_only

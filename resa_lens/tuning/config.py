@@ -44,7 +44,9 @@ class TuneConfig(Config):
         False, "Compute activations again on the way back: less memory, more time."
     )
     compile: Literal["auto", "on", "off"] = execution(
-        "auto", "Compile the KL's passes over the vocabulary (torch.compile); auto: on a GPU."
+        "auto",
+        "Compile the KL's passes over the vocabulary (torch.compile), the same but for the last "
+        "digits; auto: on a GPU. Never with --deterministic.",
     )
     checkpoint_every: int | None = setting(
         None, "Keep the adapter after every so many updates, as step-<update>.", min=1

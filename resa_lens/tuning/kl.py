@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -132,7 +131,7 @@ def chunked_kl(
         head: frozen: no gradient goes to its weights.
         reduction: "mean" over tokens, or the "sum" a sequence.
         logit_bytes: largest piece of one side's logits in float32; see `piece_bytes`.
-        slopes: what takes a piece's logits; see `compiled_slopes`.
+        slopes: what takes a piece's logits, by default the plain way; see `CompiledSlopes`.
     """
     grad = torch.is_grad_enabled()
     vocab = head.weight.shape[0]
@@ -233,28 +232,57 @@ def _slopes(a: Tensor, b: Tensor, p_needs: bool, q_needs: bool) -> Tensor:
     return kl.sum()
 
 
-@cache
-def compiled_slopes(device: str) -> tuple[Slopes | None, str]:
-    """Compile what takes a piece's logits, so that it reads them thrice and not a dozen times.
+class CompiledSlopes:
+    """Takes a piece's logits compiled: they are read thrice, and not a dozen times.
 
-    A compiler that is installed says little: it is tried, and held to the plain way.
+    That a compiler is installed says little, and each shape has kernels of its own.  So the first
+    piece of each shape goes both ways: its result is the plain one, and the compiled one is held to
+    it.  From the first failure on all goes the plain way.
 
-    Returns:
-        The compiled function, or None and why there is none on this device.
+    Args:
+        note: called once with why there is nothing compiled.
     """
-    compiled = torch.compile(_slopes)
-    generator = torch.Generator().manual_seed(0)
-    sides = torch.randn(2, 3, 1000, generator=generator).to(device)
-    plain, ours = sides.clone(), sides.clone()
-    try:
-        total = compiled(ours[0], ours[1], True, True)
-    except Exception as error:  # noqa: BLE001 - compilers raise what they like
-        text = " ".join(str(error).split()) or "no reason given"
-        return None, f"{type(error).__name__}: {text[:160]}"
-    expected = _slopes(plain[0], plain[1], True, True)
-    if not all(
-        torch.allclose(one, other, rtol=COMPILED_RTOL, atol=1e-6)
-        for one, other in ((total, expected), (ours, plain))
-    ):
-        return None, "what it compiles is wrong on this machine"
-    return compiled, ""
+
+    def __init__(self, note: Callable[[str], None] = lambda text: None) -> None:
+        self.note = note
+        self.failure: str | None = None
+        self._compiled: Slopes | None = None
+        self._known: set[tuple[object, ...]] = set()
+
+    def __call__(self, y_p: Tensor, y_q: Tensor, p_needs: bool, q_needs: bool) -> Tensor:
+        """Do as `_kl_and_slopes` does."""
+        shape = (*y_p.shape, p_needs, q_needs)
+        if self.failure is None and self._compiled is not None and shape in self._known:
+            return self._compiled(y_p, y_q, p_needs, q_needs)
+        tried = None if self.failure else self._try(y_p, y_q, p_needs, q_needs)
+        total = _kl_and_slopes(y_p, y_q, p_needs, q_needs)
+        if tried is not None:
+            sides = [(y, ours) for y, ours, needs in
+                     ((y_p, tried[1], p_needs), (y_q, tried[2], q_needs)) if needs]  # fmt: skip
+            if all(_alike(one, other) for one, other in ((total, tried[0]), *sides)):
+                self._known.add(shape)
+            else:
+                self._fail("what it compiles is wrong on this machine")
+        return total
+
+    def _try(
+        self, y_p: Tensor, y_q: Tensor, p_needs: bool, q_needs: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        try:
+            self._compiled = self._compiled or torch.compile(_slopes)
+            # Copies: one that fails half way has changed what it was given.
+            ours_p, ours_q = y_p.clone(), y_q.clone()
+            return self._compiled(ours_p, ours_q, p_needs, q_needs), ours_p, ours_q
+        except Exception as error:  # noqa: BLE001 - compilers raise what they like
+            text = " ".join(str(error).split()) or "no reason given"
+            self._fail(f"{type(error).__name__}: {text[:160]}")
+            return None
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        self.note(f"KL as it stands, not compiled: {reason}")
+
+
+def _alike(plain: Tensor, ours: Tensor) -> bool:
+    """Whether two results differ by no more than `COMPILED_RTOL` of the largest."""
+    return bool((plain - ours).abs().max() <= COMPILED_RTOL * plain.abs().max() + 1e-12)

@@ -24,8 +24,8 @@ from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.tuning.kl import (
     HEAD_INPUT,
+    CompiledSlopes,
     chunked_kl,
-    compiled_slopes,
     find_head,
     keep_head_input,
 )
@@ -100,11 +100,7 @@ class Passes:
         self.head, reason = find_head(bridge)
         if self.head is None:
             note(f"KL over the logits of all tokens at once, which takes more memory: {reason}")
-        self.slopes = None
-        if compiled and self.head is not None:
-            self.slopes, reason = compiled_slopes(str(self.head.weight.device))
-            if self.slopes is None:
-                note(f"KL as it stands, not compiled: {reason}")
+        self.slopes = CompiledSlopes(note) if compiled else None
         self.shared = shared_block(objective, point, peft) if self._blocks_give_tensors() else None
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         """The context in which a block of the current pass is computed again."""

@@ -26,9 +26,9 @@ from resa_lens.tuning.kl import (
     COMPILED_RTOL,
     HEAD_INPUT,
     LOGIT_BYTES,
+    CompiledSlopes,
     Head,
     chunked_kl,
-    compiled_slopes,
     find_head,
     keep_head_input,
     piece_bytes,
@@ -212,39 +212,62 @@ def test_a_piece_has_a_thousand_tokens_on_a_card_that_can_hold_them() -> None:
 @pytest.mark.slow  # a compiler takes half a minute
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler: torch.compile needs gcc")
 def test_the_compiled_way_gives_the_same_loss_and_gradients() -> None:
-    slopes, reason = compiled_slopes("cpu")
-    assert slopes is not None, reason
-    made = head(softcap=3.0)
+    notes: list[str] = []
+    slopes, made = CompiledSlopes(notes.append), head(softcap=3.0)
     for needs in ((True, True), (False, True)):
-        both = []
-        for way in (slopes, None):
-            p, q = (x.clone().requires_grad_(n) for x, n in zip(sides(), needs, strict=True))
-            # Seven rows a piece: the last one is shorter.
-            loss = chunked_kl(p, q, made, logit_bytes=4 * 300 * 7, slopes=way)
-            loss.backward()
-            both.append((loss.item(), p.grad, q.grad))
-        (ours, *our_grads), (plain, *plain_grads) = both
-        assert ours == pytest.approx(plain, rel=COMPILED_RTOL)
-        for a, b in zip(our_grads, plain_grads, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or worst(a, b) < COMPILED_RTOL
+        # Twice: the first piece of each shape goes both ways.  The last of seven rows is shorter.
+        for _ in range(2):
+            both = []
+            for way in (slopes, None):
+                p, q = (x.clone().requires_grad_(n) for x, n in zip(sides(), needs, strict=True))
+                loss = chunked_kl(p, q, made, logit_bytes=4 * 300 * 7, slopes=way)
+                loss.backward()
+                both.append((loss.item(), p.grad, q.grad))
+            (ours, *our_grads), (plain, *plain_grads) = both
+            assert ours == pytest.approx(plain, rel=COMPILED_RTOL)
+            for a, b in zip(our_grads, plain_grads, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or worst(a, b) < COMPILED_RTOL
+    assert (slopes.failure, notes) == (None, [])
+
+
+def loss_and_gradients(slopes: Any) -> list[torch.Tensor]:
+    p, q = (x.clone().requires_grad_() for x in sides())
+    loss = chunked_kl(p, q, head(), logit_bytes=4 * 300 * 7, slopes=slopes)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in (p, q) if x.grad is not None)]
 
 
 def test_a_compiler_that_fails_or_errs_leaves_the_plain_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def no_compiler(function: Any) -> Any:
-        def compiled(*args: Any) -> Any:
-            raise RuntimeError("no C++\ncompiler")
+    def none(function: Any) -> Any:
+        raise RuntimeError("not on\nthis Python")
+
+    def fails_at_a_shape(function: Any) -> Any:
+        def compiled(a: torch.Tensor, b: torch.Tensor, *needs: bool) -> torch.Tensor:
+            if len(a) == 1:  # the last piece alone
+                a += 1.0
+                raise RuntimeError("out of resource")
+            return function(a, b, *needs)
 
         return compiled
 
     def wrong(function: Any) -> Any:
         return lambda *args: function(*args) * 1.01
 
-    for compiler, why in ((no_compiler, "no C++ compiler"), (wrong, "is wrong on this machine")):
+    plain = loss_and_gradients(None)
+    for compiler, why in (
+        (none, "not on this Python"),
+        (fails_at_a_shape, "out of resource"),
+        (wrong, "is wrong on this machine"),
+    ):
         monkeypatch.setattr(torch, "compile", compiler)
-        slopes, reason = compiled_slopes.__wrapped__("cpu")
-        assert slopes is None
-        assert why in reason
-        assert "\n" not in reason
+        notes: list[str] = []
+        slopes = CompiledSlopes(notes.append)
+        for _ in range(3):
+            for ours, expected in zip(loss_and_gradients(slopes), plain, strict=True):
+                torch.testing.assert_close(ours, expected)
+        assert len(notes) == 1
+        assert why in notes[0]
+        assert "\n" not in notes[0]
