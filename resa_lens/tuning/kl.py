@@ -254,12 +254,12 @@ class CompiledSlopes:
         shape = (*y_p.shape, p_needs, q_needs)
         if self.failure is None and self._compiled is not None and shape in self._known:
             return self._compiled(y_p, y_q, p_needs, q_needs)
-        tried = None if self.failure else self._try(y_p, y_q, p_needs, q_needs)
+        trial = None if self.failure else self._try(y_p, y_q, p_needs, q_needs)
         total = _kl_and_slopes(y_p, y_q, p_needs, q_needs)
-        if tried is not None:
+        if trial is not None:
             sides = [(y, ours) for y, ours, needs in
-                     ((y_p, tried[1], p_needs), (y_q, tried[2], q_needs)) if needs]  # fmt: skip
-            if all(_alike(one, other) for one, other in ((total, tried[0]), *sides)):
+                     ((y_p, trial[1], p_needs), (y_q, trial[2], q_needs)) if needs]  # fmt: skip
+            if all(_alike(one, other) for one, other in ((total, trial[0]), *sides)):
                 self._known.add(shape)
             else:
                 self._fail("what it compiles is wrong on this machine")

@@ -275,8 +275,8 @@ def test_bad_input(call):
 
 def test_mcnemar_counts_whole_numbers_of_any_kind():
     # 40 against 60 of 100: the binomial tail twice, which SciPy gives too.
-    expected = 2 * scipy.stats.binom.cdf(40, 100, 0.5)
+    expected = 2 * reference.binom.cdf(40, 100, 0.5)
     assert stats.mcnemar_exact(40, 60) == pytest.approx(expected, rel=1e-12)
-    assert stats.mcnemar_exact(np.int64(40), np.int64(60)) == stats.mcnemar_exact(40, 60)
+    assert stats.mcnemar_exact(*np.array([40, 60])) == stats.mcnemar_exact(40, 60)
     assert stats.mcnemar_exact(1, 5) == 2 * 7 / 64
     assert stats.mcnemar_exact(0, 0) == stats.mcnemar_exact(3, 3) == 1.0
