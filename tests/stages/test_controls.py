@@ -19,6 +19,7 @@ from resa_lens.evals.grading import is_correct
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
 from resa_lens.progress import Reporter
+from resa_lens.saes import checkpoint
 from resa_lens.saes.baselines import substitute
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.train import SaeConfig
@@ -102,9 +103,16 @@ def test_each_matched_control_says_two_equal_fvus(
 
 
 def test_a_stopped_tuning_goes_on_with_the_same_noise(
-    ctx: Context, tiny: Model, coder: SparseCoder, run: SaeRun, tmp_path: Path
+    ctx: Context,
+    tiny: Model,
+    coder: SparseCoder,
+    run: SaeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = put(ctx, tiny, coder, run, "noise")
+    # A state is kept after each update, however long a busy disk takes.
+    monkeypatch.setattr(checkpoint, "UNNOTICED_S", 10**9)
 
     def tuned(folder: Path | None, stop_at: int | None = None) -> tuple[int, dict[str, Any]]:
         def advance(done: int) -> None:

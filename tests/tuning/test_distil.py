@@ -15,6 +15,7 @@ from torch import Tensor
 from resa_lens.errors import BadInputError
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
+from resa_lens.saes import checkpoint
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.tuning.objective import Objective, preset
 from resa_lens.tuning.train import TuneConfig, tune
@@ -91,8 +92,11 @@ def test_accumulated_batches_are_one_larger_batch(small: Callable[[], Model]) ->
 
 
 def test_a_killed_distillation_goes_on_to_the_same_bits(
-    small: Callable[[], Model], tmp_path: Path
+    small: Callable[[], Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A state is kept after each update, however long a busy disk takes.
+    monkeypatch.setattr(checkpoint, "UNNOTICED_S", 10**9)
+
     def run(folder: Path | None, advance: Callable[[int], None] = lambda done: None) -> Any:
         return tune(
             small(), sae(), POINT, batches(STEPS), STEPS, preset("distil"), CONFIG,
