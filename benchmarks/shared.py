@@ -23,10 +23,21 @@ def share(work: Path, jobs: Mapping[str, Callable[[], Any]]) -> None:
     """
     board = JobList(work, tuple(jobs))
     board.retry(board.names)
+    own: dict[str, str] = {}
 
     def do(name: str) -> None:
-        jobs[name]()
+        own.pop(name, None)
+        try:
+            jobs[name]()
+        except RunFailedError as error:
+            own[name] = str(error)
+            raise
 
-    board.share(do)
-    for name, reason in board.failed().items():
-        raise RunFailedError(f"{name}: {reason}")
+    left = list(board.names)
+    while left:
+        board.share(do)
+        # A process that starts forgets how jobs ended: over is what was seen to be finished.
+        left = [name for name in left if not board.record(name).exists()]
+        for name, reason in {**board.failed(), **own}.items():
+            if name in left:
+                raise RunFailedError(f"{name}: {reason}")

@@ -16,6 +16,7 @@ from benchmarks import allocation, paper_tables, planted_blocks, planted_sweep
 from benchmarks.insertion_experiment import draws
 from benchmarks.shared import share
 from resa_lens.errors import RunFailedError
+from resa_lens.jobs.joblist import JobList
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +50,48 @@ def test_a_job_that_fails_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(RunFailedError, match="b: the loss is nan"):
         share(tmp_path, {"a": lambda: None, "b": fails})
+
+
+@pytest.fixture
+def starting(monkeypatch) -> list[str]:
+    """Between a look at the jobs and the next one another process starts, for a while."""
+    plain, starts = JobList.share, ["once", "twice"]
+
+    def look(board: JobList, work: Any) -> list[str]:
+        done = plain(board, work)
+        if starts:
+            starts.pop()
+            board.retry(board.names)
+        return done
+
+    monkeypatch.setattr(JobList, "share", look)
+    return starts
+
+
+def test_a_failure_that_a_starting_process_forgets_is_named_all_the_same(
+    tmp_path: Path, starting: list[str]
+) -> None:
+    def fails() -> None:
+        raise RunFailedError("the loss is nan")
+
+    with pytest.raises(RunFailedError, match="b: the loss is nan"):
+        share(tmp_path, {"a": lambda: None, "b": fails})
+
+
+def test_what_failed_in_another_process_and_is_forgotten_is_done_before_the_return(
+    tmp_path: Path, starting: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    plain = JobList.retry
+
+    def retry(board: JobList, names: Any) -> None:
+        plain(board, names)
+        if len(starting) == 2:
+            board.fail("b", "the disk of another host is full")
+
+    monkeypatch.setattr(JobList, "retry", retry)
+    share(tmp_path, {"a": lambda: None, "b": lambda: done.append("b")})
+    assert "b" in done
 
 
 WORKER = """

@@ -27,6 +27,8 @@ INSTALL = (
 )
 REACH_S = 10.0
 """Seconds that the head of a cluster may take to answer."""
+LONGEST_S = 300.0
+"""Between two looks at jobs that are taken, after a look that was long: the cluster was busy."""
 LOCAL = "local"
 """In place of an address: a cluster of this machine alone, for this command."""
 
@@ -116,15 +118,23 @@ def hand_out(
         # A fresh process for every job: it leaves no memory of a GPU behind.
         task = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_calls=1)(_do)
         while (left := jobs.open()) and not jobs.closed():
+            outcomes, began = set(), time.monotonic()
             tasks = {task.remote(str(jobs.folder), name, work): name for name in left}
-            outcomes = set()
             while tasks:
                 ready = ray.wait(list(tasks), num_returns=1)[0][0]
                 name = tasks.pop(ready)
                 outcomes.add(_outcome(ray, ready, jobs, name))
                 ended(name)
             if outcomes == {"taken"}:
-                time.sleep(joblist.WAIT_S)
+                time.sleep(pause(time.monotonic() - began))
+
+
+def pause(seconds: float) -> float:
+    """Return how long to wait after a look at jobs that all were taken, which took `seconds`.
+
+    A look starts a process for each and opens a model there, so the pause is the longer part.
+    """
+    return max(joblist.WAIT_S, min(2 * seconds, LONGEST_S))
 
 
 def _do(folder: str, name: str, work: Work) -> str:

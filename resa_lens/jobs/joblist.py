@@ -104,7 +104,7 @@ class JobList:
         Args:
             work: does a job.
             stay: return when every job is over; else as soon as all that are left are at other
-                processes that show that they live.
+                processes that show that they live, whether at the job or at the work inside it.
             advance: called with the number of jobs that are newly over.
 
         Raises:
@@ -126,10 +126,12 @@ class JobList:
             living = 0
             for name in fresh or left:
                 alive = False if fresh else self._is_at_work(name)
-                living += alive is True
-                if alive is False and self.do(name, work) == "done":
+                # Taken: a live process is at the job, or another command at the work inside it.
+                outcome = self.do(name, work) if alive is False else None
+                if outcome == "done":
                     mine.append(name)
                     break
+                living += alive is True or outcome == "taken"
             else:
                 if fresh:
                     continue

@@ -234,7 +234,7 @@ class _Falsification(JobStage):
             self.model.name,
             further.layers,
             further.trainings,
-            worker_context(self.ctx),
+            worker_context(self.ctx, self.model),
         )
 
     def outcome(self, name: str) -> str | None:
@@ -245,6 +245,13 @@ class _Falsification(JobStage):
     def bar(self, by: str = "") -> AbstractContextManager[Advance]:
         """Open a bar over the trainings of others; each of this process has one of its own."""
         return super().bar(by) if by else SILENT.bar("", 0)
+
+    def _trained(self, name: str) -> SaeRun:
+        """Return the SAEs of a training: those that its record names, whoever trained them."""
+        file = self.jobs.record(name)
+        if file.exists() and (run := self.further.recorded(name, read_json(file))):
+            return run
+        return self.further.run(name)
 
     def tables(self, draft: Draft) -> None:
         """Try the features of all SAEs, and fill the draft with their verdicts."""
@@ -264,13 +271,13 @@ class _Falsification(JobStage):
         if counted and (self.twin or OTHER_SEED in self.names):
             if self.twin:
                 ctx.reporter.note(f"another seed's SAEs: using {self.twin.folder}")
-            run = self.twin or further.run(OTHER_SEED)
+            run = self.twin or self._trained(OTHER_SEED)
             draft.parents.append(run.relative)
             what = "features of another seed's SAEs"
             there = _try(ctx, model, run, features, texts, what, anew=True)
             twins = _counterparts(model, saes, run, tried, there)
         if RANDOM_WEIGHTS in self.names:
-            run = further.run(RANDOM_WEIGHTS)
+            run = self._trained(RANDOM_WEIGHTS)
             draft.parents.append(run.relative)
             what = "features of the random-weights model's SAEs"
             host = further.host(RANDOM_WEIGHTS)

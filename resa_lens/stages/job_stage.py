@@ -23,6 +23,7 @@ from resa_lens.files import run_lock
 from resa_lens.jobs import joblist
 from resa_lens.jobs.cluster import Cluster, hand_out
 from resa_lens.jobs.joblist import JobList, Work
+from resa_lens.models.host import Model
 from resa_lens.progress import Advance
 
 T = TypeVar("T")
@@ -193,10 +194,15 @@ class JobStage(ABC):
         return in_turn(self.ctx, gathered)
 
 
-def worker_context(ctx: Context) -> dict[str, Any]:
-    """Return the fields of a context for a worker of Ray, which computes with as many threads."""
-    names = ("seed", "device", "dtype", "force", "deterministic", "command", "options")
-    return {**{name: getattr(ctx, name) for name in names}, "threads": torch.get_num_threads()}
+def worker_context(ctx: Context, model: Model) -> dict[str, Any]:
+    """Return the fields of a context for a worker of Ray, which computes with as many threads.
+
+    Its device may be another one than this process's.  Its dtype is that of `model`, which was
+    opened here: dtype is part of an identity, and "auto" differs with the device.
+    """
+    names = ("seed", "device", "force", "deterministic", "command", "options")
+    fields = {name: getattr(ctx, name) for name in names}
+    return {**fields, "dtype": model.dtype, "threads": torch.get_num_threads()}
 
 
 def in_turn(ctx: Context, work: Callable[[], T], *, wait: bool = True) -> T | None:

@@ -67,7 +67,35 @@ def train_run(
         BadInputError: another process trains this run, or it cannot go on to the same bits here.
         RunFailedError: a loss that is not finite, or a full disk.
     """
-    job = sae_job(ctx, model, layers, config, corpus, source)
+    return train_job(
+        ctx,
+        sae_job(ctx, model, layers, config, corpus, source),
+        memory_limit_mb=memory_limit_mb,
+        world=world,
+        spread_layers=spread_layers,
+        report=report,
+    )
+
+
+def train_job(
+    ctx: Context,
+    job: SaeJob,
+    *,
+    title: str = "",
+    memory_limit_mb: float | None = None,
+    world: World = ALONE,
+    spread_layers: bool = False,
+    report: bool = False,
+) -> SaeRun:
+    """Do a training whose defaults are filled in, as `train_run` does.
+
+    `title` is said where it begins or goes on: not of a finished one, nor of another process's.
+
+    Raises:
+        BadInputError: as of `train_run`.
+        RunFailedError: as of `train_run`.
+    """
+    model = job.model
     stage = ctx.stage(
         Saes,
         model,
@@ -82,8 +110,10 @@ def train_run(
     def work(draft: Draft) -> None:
         nonlocal fresh
         fresh = True
+        if title:
+            ctx.reporter.note(title)
         with packed(model, job.corpus):
-            own = _own_thoughts(ctx, job, draft.work, world) if corpus.own_thoughts else job
+            own = _own_thoughts(ctx, job, draft.work, world) if job.corpus.own_thoughts else job
             _train_groups(ctx, own, draft, memory_limit_mb, world, spread_layers, report)
 
     artifact = stage.obtain(work, doing="training", world=world)

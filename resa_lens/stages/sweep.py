@@ -242,7 +242,7 @@ class _Plan(JobStage):
 
     def remote(self) -> RemoteTunings:
         """Return what does a job in a worker of Ray."""
-        return RemoteTunings.of(self.work())
+        return RemoteTunings.of(self.work(), self.target)
 
     def outcome(self, name: str) -> str | None:
         """Say what a tuning scored."""

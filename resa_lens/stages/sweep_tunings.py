@@ -17,6 +17,7 @@ from resa_lens.evals.tasks import EvalItem
 from resa_lens.files import read_json
 from resa_lens.jobs.joblist import JobList
 from resa_lens.machine.plans import duration
+from resa_lens.models.host import Model
 from resa_lens.progress import SILENT, Reporter
 from resa_lens.stages.adapters import adapter_run, questions_of
 from resa_lens.stages.job_stage import worker_context
@@ -120,12 +121,12 @@ class RemoteTunings:
     """Fields of `Context`."""
 
     @classmethod
-    def of(cls, tunings: Tunings) -> RemoteTunings:
-        """Return the same jobs for a worker."""
+    def of(cls, tunings: Tunings, target: Model) -> RemoteTunings:
+        """Return the same jobs for a worker; `target` is the model that is tuned."""
         ctx = tunings.ctx
         return cls(
             str(ctx.workspace.root), str(tunings.board.folder), tunings.tune, tuple(tunings.jobs),
-            tunings.saes.relative, worker_context(ctx),
+            tunings.saes.relative, worker_context(ctx, target),
         )  # fmt: skip
 
     def __call__(self, name: str) -> list[list[str]]:

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -71,6 +71,33 @@ def any_ray(monkeypatch):
 )
 def test_options_that_contradict_each_other_are_refused(any_ray, command, options, text):
     assert text in refused(*options, command=command)
+
+
+def test_a_look_at_taken_jobs_takes_less_time_than_the_pause_after_it(tmp_path, monkeypatch):
+    """Without Ray: to start a process takes 20 s, and the third look finds the job free."""
+    clock, pauses = [0.0], []
+
+    def remote(*_):
+        clock[0] += 20
+        if len(pauses) < 2:
+            return "taken"
+        jobs.fail("a", "no reason")
+        return "done"
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        cluster_resources=dict,
+        remote=lambda **_: lambda _: SimpleNamespace(remote=remote),
+        wait=lambda tasks, num_returns: (tasks, []),
+        get=str,
+    )
+    monkeypatch.setattr(cluster, "_import", lambda: fake)
+    monkeypatch.setattr(
+        cluster, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=pauses.append)
+    )
+    jobs = JobList(tmp_path, ("a",))
+    hand_out(Cluster(), jobs, str, lambda _: None)
+    assert pauses == [40.0, 40.0]
 
 
 WORK = """

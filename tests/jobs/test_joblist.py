@@ -237,6 +237,19 @@ def test_outcomes_of_one_job(tmp_path):
     assert jobs.do("a", taken) == "over"
 
 
+def test_a_worker_that_does_not_stay_leaves_work_that_another_command_is_at(tmp_path):
+    looks: list[int] = []
+    jobs = jobs_in(tmp_path, "a", "b", closed=lambda: len(looks) > 9 or looks.append(1) or False)
+
+    def work(name: str) -> None:
+        if name == "a":
+            raise TakenError("another command is training")
+
+    assert jobs.share(work, stay=False) == ["b"]
+    assert jobs.open() == ["a"]
+    assert len(looks) < 9
+
+
 def test_a_list_that_is_closed_meanwhile_begins_nothing(tmp_path):
     seen: list[str] = []
     # The one that gathers the results clears the folder: every job then looks open.

@@ -181,7 +181,7 @@ def test_data_changed_since_the_training_are_named(tmp_path, tiny):
 
 def test_the_other_seed_is_not_trained_twice(ctx, tiny, run, monkeypatch):
     saes, counts, _ = run
-    monkeypatch.setattr("resa_lens.stages.further_saes.train_run", None)
+    monkeypatch.setattr("resa_lens.stages.further_saes.train_job", None)
     ctx.force = True
     made = falsify_run(ctx, tiny, saes, counts, FEW, random_weights=False)
     assert any("another seed's SAEs: using" in line for line in ctx.reporter.lines)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ import pytest
 
 from resa_lens import claims
 from resa_lens.artifacts.stage import Context
-from resa_lens.artifacts.workspace import Workspace
-from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.artifacts.workspace import LOCK, Workspace
+from resa_lens.errors import BadInputError, RunFailedError, TakenError
 from resa_lens.features.exclusive import CountConfig
 from resa_lens.features.falsify import FalsifyConfig
 from resa_lens.files import run_lock
 from resa_lens.jobs import joblist
 from resa_lens.jobs.cluster import Cluster
+from resa_lens.models import host
 from resa_lens.progress import Reporter
 from resa_lens.saes.train import SaeConfig
-from resa_lens.stages import falsification, further_saes, job_stage
+from resa_lens.stages import falsification, further_saes, job_stage, sae_training
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.falsification import FalsificationRun, falsify_join, falsify_run
 from resa_lens.stages.further_saes import OTHER_SEED, RANDOM_WEIGHTS
@@ -91,14 +92,14 @@ def given(prepared, tmp_path, tiny) -> tuple:
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
     """The models on which SAEs are trained from now on."""
-    names, plain = [], further_saes.train_run
+    names, plain = [], further_saes.train_job
 
-    def train(ctx, model, *args):
-        run = plain(ctx, model, *args)
-        names.extend([model.name] * run.fresh)
+    def train(ctx, job, **options):
+        run = plain(ctx, job, **options)
+        names.extend([job.model.name] * run.fresh)
         return run
 
-    monkeypatch.setattr(further_saes, "train_run", train)
+    monkeypatch.setattr(further_saes, "train_job", train)
     return names
 
 
@@ -172,17 +173,17 @@ def test_without_jobs_no_folder_is_made_for_them(given, monkeypatch):
 
 
 def test_a_training_that_fails_is_named_and_tried_again(given, alone, monkeypatch):
-    plain = further_saes.train_run
+    plain = further_saes.train_job
 
-    def fails(ctx, model, *args):
-        if "random" in model.name:
+    def fails(ctx, job, **options):
+        if "random" in job.model.name:
             raise RunFailedError("the loss is nan")
-        return plain(ctx, model, *args)
+        return plain(ctx, job, **options)
 
-    monkeypatch.setattr(further_saes, "train_run", fails)
+    monkeypatch.setattr(further_saes, "train_job", fails)
     with pytest.raises(RunFailedError, match="random-weights: the loss is nan"):
         falsify_run(*given)
-    monkeypatch.setattr(further_saes, "train_run", plain)
+    monkeypatch.setattr(further_saes, "train_job", plain)
     assert facts(falsify_run(*given)) == facts(alone)
 
 
@@ -191,6 +192,81 @@ def test_texts_that_cannot_be_used_are_refused_before_any_training(given, traine
         falsify_run(*given, plain_texts=["one alone"])
     assert trained == []
     assert not given[0].workspace.path("falsified").exists()
+
+
+def training_lock(given: tuple, alone: FalsificationRun) -> AbstractContextManager[None]:
+    """Take the other seed's training itself, as `train-saes` does."""
+    ctx, _, saes, *_ = given
+    (relative,) = (
+        parent
+        for parent in alone.artifact.manifest.parents
+        if parent.startswith("saes/") and parent != saes.relative and "random" not in parent
+    )
+    folder = ctx.workspace.path(relative)
+    return run_lock(folder.with_name(f".work-{folder.name}") / LOCK)
+
+
+def test_a_worker_that_joins_leaves_a_training_to_another_command(given, alone):
+    with training_lock(given, alone):
+        share = falsify_join(*given, random_weights=False)
+    assert (share.jobs, share.left, share.run) == ([], [OTHER_SEED], None)
+    lines = given[0].reporter.lines
+    assert sum(line.startswith(f"{OTHER_SEED}: ") for line in lines) == 1
+    assert not any(line.startswith("another seed's SAEs") for line in lines)
+
+
+def test_a_look_at_a_training_of_another_command_reads_no_data_and_says_nothing_new(
+    given, alone, monkeypatch
+):
+    plain, jobs = further_saes.sae_job, []
+    monkeypatch.setattr(further_saes, "sae_job", lambda *args: jobs.append(args) or plain(*args))
+
+    def train(*_):
+        raise RunFailedError("far enough")
+
+    monkeypatch.setattr(sae_training, "_train_groups", train)
+    further = stage_of(given).further
+    with training_lock(given, alone):
+        for _ in range(3):
+            with pytest.raises(TakenError):
+                further(OTHER_SEED)
+    with pytest.raises(RunFailedError, match="far enough"):
+        further(OTHER_SEED)
+    assert len(jobs) == 1
+    lines = given[0].reporter.lines
+    assert sum(line.startswith(f"{OTHER_SEED}: ") for line in lines) == 1
+    assert sum(line.startswith("another seed's SAEs") for line in lines) == 1
+
+
+def test_workers_of_another_device_train_in_the_drivers_dtype_and_nothing_is_trained_twice(
+    given, alone, trained, monkeypatch
+):
+    """Without Ray or a GPU: "auto" resolves and random weights come out as on another device."""
+    plain, draw, names = host.choose_device, further_saes.random_weights_model, []
+
+    def choose(device, dtype):
+        return plain(device, "bfloat16" if dtype == "auto" else dtype)
+
+    def drawn(model, *args, **options):
+        made = draw(model, *args, **options)
+        made.weights_hash = "0" * 64
+        return made
+
+    def hand_out(cluster, jobs, work, notify):
+        packed = pickle.dumps(work)
+        with monkeypatch.context() as there:
+            there.setattr(host, "choose_device", choose)
+            there.setattr(further_saes, "random_weights_model", drawn)
+            for name in jobs.open():
+                assert jobs.do(name, pickle.loads(packed)) == "done"
+                names.append(json.loads(jobs.record(name).read_text()))
+
+    monkeypatch.setattr(job_stage, "hand_out", hand_out)
+    monkeypatch.setattr(Cluster, "connected", lambda _: nullcontext())
+    run = falsify_run(*given, cluster=Cluster())
+    assert len(trained) == 2
+    assert set(names) < set(run.artifact.manifest.parents)
+    assert (run.features, run.summary) == (alone.features, alone.summary)
 
 
 def test_what_a_worker_of_ray_is_told_is_enough(given, alone, monkeypatch):
@@ -215,8 +291,9 @@ def test_what_a_worker_of_ray_is_told_is_enough(given, alone, monkeypatch):
             line.startswith(f"{name}: SAEs in saes/") and line.endswith(f"{number} of 2")
             for line in ctx.reporter.lines
         )
-    # The driver has found them.
-    assert sum("SAEs: done before" in line for line in ctx.reporter.lines) == 2
+    # The driver opens them where the records say.
+    for name in BOTH:
+        assert any(line.startswith(f"{name}: using ") for line in ctx.reporter.lines)
 
 
 COMMAND = (
