@@ -201,14 +201,14 @@ def paged(total: int, size: int, key: str) -> slice:
     """
     pages, text = max(1, math.ceil(total / size)), st.query_params.get(key, "1")
     try:  # as streamlit reads it, who also takes spaces and digits of other scripts
-        number = int(text[:20])
+        number = int(st.session_state.get(key, text[:20]))
     except ValueError:
         number = 0
-    if not 1 <= number <= pages:
-        problem(f"The address names page {text!r:.40}; there is 1 to {pages:,}.")
     # What is left of the rows may have fewer pages than the one that was open.
-    if int(st.session_state.get(key, 1)) > pages:
+    if key in st.session_state and number > pages:
         st.session_state[key] = 1
+    elif not 1 <= number <= pages:
+        problem(f"The address names page {text!r:.40}; there is 1 to {pages:,}.")
     if pages == 1 and key not in st.query_params:
         return slice(0, total)
     page = int(st.pagination(pages, max_visible_pages=5, **links.bound(key)))

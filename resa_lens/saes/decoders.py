@@ -28,6 +28,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 BLOCK_BYTES = 8 * 2**20
 """Of the file that are read at once."""
 _HEADER = 64 * 2**20  # bytes of a header, at most
+_SQUARES = 1e-20, 1e30  # sums of squares that float32 holds with all that matters of them
 
 Rows = Float[np.ndarray, "row d_in"]
 
@@ -45,7 +46,7 @@ class Decoder:
     """Byte of the file at which the first row begins."""
 
     def row(self, latent: int) -> Float[np.ndarray, " d_in"]:
-        """Return the direction of one latent in float32, [d_in].
+        """Return the direction of one latent, [d_in] in float32, or in float64 as the file's.
 
         Raises:
             BadInputError: there is no such latent, the file cannot be read, or the direction is
@@ -80,13 +81,20 @@ class Decoder:
                 f"directions of widths {direction.size} and {self.d_in} have no cosine; "
                 "resa-lens match-features compares such SAEs by their activations"
             )
-        unit = direction / np.linalg.norm(direction)
-        cosines = np.empty(self.d_sae, np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is said below
+        unit = _scaled(direction.astype(np.float64)[None])[0]
+        unit /= np.linalg.norm(unit)
+        cosines = np.empty(self.d_sae)
+        # What is not finite is said below.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             for first, rows in self._blocks(0, self.d_sae):
-                norms = np.sqrt(np.vecdot(rows, rows))
-                # A row of zeros has no direction: its cosine is 0.
-                cosines[first : first + len(rows)] = (rows @ unit) / np.maximum(norms, 1e-12)
+                squares, part = np.vecdot(rows, rows), cosines[first : first + len(rows)]
+                part[:] = (rows @ unit.astype(rows.dtype)) / np.sqrt(squares)
+                # Of a longer or shorter row the squares overflow or vanish.
+                odd = ~((squares > _SQUARES[0]) & (squares < _SQUARES[1]))
+                if odd.any():
+                    block = _scaled(rows[odd].astype(np.float64))
+                    # A row of zeros has no direction: its cosine is 0.
+                    part[odd] = (block @ unit) / np.maximum(np.linalg.norm(block, axis=1), 1)
         if not np.isfinite(cosines).all():
             place = int(np.flatnonzero(~np.isfinite(cosines))[0])
             raise DamagedError(f"{self.file}: the direction of {place} is not finite")
@@ -98,7 +106,7 @@ class Decoder:
         return [(int(latent), float(cosines[latent])) for latent in best]
 
     def _blocks(self, first: int, last: int) -> Iterator[tuple[int, Rows]]:
-        """Yield the number of the first row of each block, and its rows in float32."""
+        """Yield the number of the first row of each block, and its rows in float32 or float64."""
         kind = np.dtype(DTYPES[self.dtype])
         width = self.d_in * kind.itemsize
         step = max(1, BLOCK_BYTES // width)
@@ -113,7 +121,7 @@ class Decoder:
                     if not (read := _read(self.file, descriptor, view[done:], place)):
                         raise DamagedError(f"{self.file} ends within its decoder")
                     done += read
-                yield start, _float32(block, self.dtype)
+                yield start, _floats(block, self.dtype)
 
 
 def _read(file: Path, descriptor: int, into: memoryview, place: int) -> int:
@@ -123,11 +131,16 @@ def _read(file: Path, descriptor: int, into: memoryview, place: int) -> int:
         raise DamagedError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _float32(rows: NDArray[Any], dtype: str) -> Rows:
+def _floats(rows: NDArray[Any], dtype: str) -> Rows:
     if dtype == "BF16":  # the upper half of a float32
         return (rows.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # infinite is said to be so
-        return rows.astype(np.float32, copy=False)
+    return rows.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+
+
+def _scaled(rows: Rows) -> Rows:
+    """Rows of the same directions whose largest entry is 1: no square overflows."""
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    return rows / np.where(largest == 0, 1, largest)
 
 
 def weights_file(folder: Path) -> Path:
@@ -163,10 +176,11 @@ def open_decoder(folder: Path) -> Decoder:
         dtype, (d_sae, d_in), (start, end) = (
             entry[key] for key in ("dtype", "shape", "data_offsets")
         )
-        dtype, *numbers = str(dtype), *map(int, (d_sae, d_in, start, end))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{file} names no matrix {TENSOR}; it is damaged") from error
-    d_sae, d_in, start, end = numbers
+    if any(type(number) is not int for number in (d_sae, d_in, start, end)):
+        raise DamagedError(f"{file}: the shape or place of {TENSOR} is none of whole numbers")
+    dtype = str(dtype)
     if dtype not in DTYPES:
         raise BadInputError(f"{file}: {TENSOR} is {dtype:.20}; {', '.join(DTYPES)} are readable")
     wide = np.dtype(DTYPES[dtype]).itemsize

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -238,8 +238,12 @@ def nearest(
 
 
 def neighbours(
-    listing: Listing, place: Place, ranking: Ranking, open_table: OpenTable | None = None
-) -> list[Neighbour]:
+    listing: Listing,
+    place: Place,
+    ranking: Ranking,
+    open_table: OpenTable | None = None,
+    viewed: str = "",
+) -> tuple[list[Neighbour], list[str]]:
     """Return the features of a ranking, each with what its activity run says.
 
     Args:
@@ -247,12 +251,15 @@ def neighbours(
         place: the decoder of the ranking.
         ranking: of `nearest`.
         open_table: opens a table; from its file by default.
+        viewed: path of the activity run that is preferred where it is of the same SAE; the newest
+            by default.
 
-    Raises:
-        BadInputError: the table of the activity is missing or damaged.
+    Returns:
+        The features, and a line where their activity cannot be read: then they have no profile.
     """
     features = [feature for feature, _ in ranking.cosines]
-    run, profiles = _profiles(listing, place.other, features, open_table or _open)
+    reader = _Profiles(listing, open_table or _open, viewed)
+    run, profiles = reader.of(place.other, features)
     return [
         Neighbour(
             place.name,
@@ -263,11 +270,16 @@ def neighbours(
             profiles.get(feature),
         )
         for feature, cosine in ranking.cosines
-    ]
+    ], reader.notes
 
 
 def recorded(
-    listing: Listing, saes: str, layer: int, feature: int, open_table: OpenTable | None = None
+    listing: Listing,
+    saes: str,
+    layer: int,
+    feature: int,
+    open_table: OpenTable | None = None,
+    viewed: str = "",
 ) -> tuple[list[Neighbour], list[str]]:
     """Return what `match-features` recorded of a feature, as the source of a match or its target.
 
@@ -277,12 +289,13 @@ def recorded(
         layer: 0-based.
         feature: of that layer.
         open_table: opens a table; from its file by default.
+        viewed: as of `neighbours`.
 
     Returns:
-        Up to `MOST_RECORDED` features, those of the largest value first, and a line for each record
+        Up to `MOST_RECORDED` features, those of the largest value first, and a line for each file
         that cannot be read and for what is left out.
     """
-    use = open_table or _open
+    reader = _Profiles(listing, open_table or _open, viewed)
     rows: list[tuple[float, Neighbour]] = []
     notes: list[str] = []
     for run in listing.of(Matches):
@@ -292,9 +305,10 @@ def recorded(
         try:
             for side in (0, 1):
                 if pair[side] == saes:
-                    rows += _matches(listing, run, side, layer, feature, use)
+                    rows += _matches(reader, run, side, layer, feature)
         except BadInputError as error:
             notes.append(str(error))
+    notes += dict.fromkeys(reader.notes)
     rows.sort(key=lambda row: -row[0])
     if left_out := len(rows[MOST_RECORDED:]):
         notes.append(f"{left_out} more recorded matches, of smaller values, are left out.")
@@ -302,10 +316,10 @@ def recorded(
 
 
 def _matches(
-    listing: Listing, run: Artifact, side: int, layer: int, feature: int, open_table: OpenTable
+    reader: _Profiles, run: Artifact, side: int, layer: int, feature: int
 ) -> list[tuple[float, Neighbour]]:
     """Return the features that a run matched with one, which is on this side of it."""
-    groups = open_table(run, "matches.parquet")
+    listing, groups = reader.listing, reader.open_table(run, "matches.parquet")
     own = "feature" if side == 0 else "{}_match"
     table = groups.read(groups.of(layer)).filter(pc.field("layer") == layer)
     similarities: dict[int, list[Similarity]] = {}
@@ -325,7 +339,7 @@ def _matches(
             similarities.setdefault(row[other], []).append(
                 Similarity(measure, row[measure], chance)
             )
-    activity, profiles = _profiles(listing, there, list(similarities), open_table)
+    activity, profiles = reader.of(there, list(similarities))
     models = run.results.models
     model = models[1 - side] if len(models) == 2 else ""
     seed = f", seed {there.artifact.settings.sae.seed}" if there.artifact else ""
@@ -355,27 +369,47 @@ def _open(artifact: Artifact, name: str) -> Groups:
     return open_groups(artifact.file(name), artifact.kind.files[name])
 
 
-def _profiles(
-    listing: Listing, location: Location, features: Sequence[int], open_table: OpenTable
-) -> tuple[str, dict[int, Profile]]:
-    """Return what the newest activity run of an SAE says of some features, and the run's path."""
-    runs = (run for run in listing.of(Activity) if location.saes in run.manifest.parents)
-    layer = location.layer
-    run = next((r for r in runs if layer in [row.layer for row in r.results.layers]), None)
-    if run is None:
-        return "", {}
-    if not features:
-        return run.relative, {}
-    groups = open_table(run, FEATURES)
-    wide = ("layer", "feature", "histogram", "fires_on", "top_tokens")
-    names = [name for name in wide if name in groups.schema.names]
-    mine = (pc.field("layer") == layer) & pc.field("feature").isin(list(features))
-    edges = tuple(edges_of(groups.schema, groups.file))
-    profiles = {}
-    for row in groups.read(groups.of(layer, features), names).filter(mine).to_pylist():
-        tokens = row.get("fires_on") or row.get("top_tokens") or ()
-        counts = tuple(count or 0 for count in row["histogram"] or ())
-        words = tuple(token or "" for token in tokens[:TOKENS])
-        whole = len(counts) + 1 == len(edges)
-        profiles[row["feature"]] = Profile(words, counts if whole else (), edges)
-    return run.relative, profiles
+@dataclass(frozen=True)
+class _Profiles:
+    """Reads what activity runs say of features."""
+
+    listing: Listing
+    open_table: OpenTable
+    viewed: str
+    """Path of the run that is preferred to newer ones."""
+    notes: list[str] = field(default_factory=list)
+    """A line for each table that could not be read."""
+
+    def of(self, location: Location, features: Sequence[int]) -> tuple[str, dict[int, Profile]]:
+        """Return the path of an SAE's activity run, and what it says of some features."""
+        runs = [
+            run
+            for run in self.listing.of(Activity)
+            if location.saes in run.manifest.parents
+            and location.layer in [row.layer for row in run.results.layers]
+        ]
+        runs.sort(key=lambda run: run.relative != self.viewed)  # else the newest stays first
+        if not runs:
+            return "", {}
+        try:
+            return runs[0].relative, self._read(runs[0], location.layer, features)
+        except BadInputError as error:
+            self.notes.append(str(error))
+            return runs[0].relative, {}
+
+    def _read(self, run: Artifact, layer: int, features: Sequence[int]) -> dict[int, Profile]:
+        if not features:
+            return {}
+        groups = self.open_table(run, FEATURES)
+        wide = ("layer", "feature", "histogram", "fires_on", "top_tokens")
+        names = [name for name in wide if name in groups.schema.names]
+        mine = (pc.field("layer") == layer) & pc.field("feature").isin(list(features))
+        edges = tuple(edges_of(groups.schema, groups.file))
+        profiles = {}
+        for row in groups.read(groups.of(layer, features), names).filter(mine).to_pylist():
+            tokens = row.get("fires_on") or row.get("top_tokens") or ()
+            counts = tuple(count or 0 for count in row["histogram"] or ())
+            words = tuple(token or "" for token in tokens[:TOKENS])
+            whole = len(counts) + 1 == len(edges)
+            profiles[row["feature"]] = Profile(words, counts if whole else (), edges)
+        return profiles

@@ -101,6 +101,28 @@ def test_a_damaged_sae_leaves_the_rest_and_says_why(workspace, feature):
     assert "Fires at" in said
 
 
+def test_cards_stay_with_the_run_that_is_viewed(workspace, feature):
+    older = ACTIVITY + "-older"
+    shutil.copytree(workspace / ACTIVITY, workspace / older)
+    created = {"created": "2020-01-01T00:00:00+00:00"}
+    edit(workspace / older / "manifest.json", lambda m: m.update(created))
+    app = feature(workspace, run=older)
+    app.button(key="near-adjacent layers-0").click().run()
+    assert (app.query_params["run"], app.query_params["layer"]) == (older, "0")
+
+
+def test_a_damaged_table_of_activity_is_said_once_below_the_cards(workspace, feature):
+    whole = cards(feature(workspace))
+    for run in (ACTIVITY, TWIN_ACTIVITY):
+        (workspace / run / "features.parquet").write_bytes(b"x")
+    app = feature(workspace)
+    assert list(cards(app)) == list(whole)
+    said = [text.value for text in app.text if "missing or damaged" in text.value]
+    # Of the run that is viewed the page says it above too; three of the decoders are of that run.
+    runs = [text.partition("/features.parquet")[0] for text in said]
+    assert runs == [str(workspace / run) for run in (ACTIVITY, ACTIVITY, TWIN_ACTIVITY)]
+
+
 def test_without_the_saes_the_tables_neighbours_stand(workspace, feature):
     shutil.rmtree(workspace / SAES)
     app = feature(workspace)

@@ -63,6 +63,25 @@ def test_a_dead_direction_is_near_to_nothing(tmp_path):
         decoder.nearest(np.ones(5, np.float32), 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (torch.float64, (1e200, 1e-200, 1e300, 5e-324)),
+        (torch.float32, (1e20, 1e-14, 1e37, 1e-40)),
+        (torch.bfloat16, (1e20, 1e-14, 1e37, 1e-38)),
+    ],
+    ids=str,
+)
+def test_the_length_of_a_row_changes_no_cosine(tmp_path, dtype, scales):
+    signs = torch.tensor([1.0, -1, 1, 0], dtype=torch.float64).repeat(16)
+    rows = torch.stack([signs * scale for scale in (1.0, *scales)] + [signs * 0]).to(dtype)
+    write_decoder(tmp_path, rows)
+    decoder = open_decoder(tmp_path)
+    for latent in range(5):
+        cosines = dict(decoder.nearest(decoder.row(latent), 6))
+        assert [cosines[n] for n in range(6)] == pytest.approx([1] * 5 + [0], abs=1e-6)
+
+
 def test_what_is_not_finite_is_said(tmp_path):
     rows = directions(10, 0)
     rows[4, 2] = torch.inf
@@ -94,6 +113,12 @@ def _header(file, change):
         (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[9])), "names no matrix"),
         (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[5, 5])), "is not that of its"),
         (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[-10, -64])), "is not that of"),
+        (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[float("inf"), 64])), "is none"),
+        (lambda f: _header(f, lambda h: h["W_dec"].update(shape=["10", 64])), "whole numbers"),
+        (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[10.9, 64])), "whole numbers"),
+        (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[True, 640])), "whole numbers"),
+        (lambda f: _header(f, lambda h: h["W_dec"].update(data_offsets=[None, 2560])), "whole"),
+        (lambda f: _header(f, lambda h: h["W_dec"].update(shape=[10**40, 64])), "is not that of"),
         (lambda f: _header(f, lambda h: h["W_dec"].update(dtype="F8_E4M3")), "is F8_E4M3; F64,"),
         (lambda f: _header(f, lambda h: h["W_dec"].update(dtype=["F32"])), "are readable"),
     ],

@@ -56,7 +56,7 @@ def near(root, group):
     listing = scan(root)
     some, _ = places(listing, SAES, LAYER)
     return [
-        neighbours(listing, place, nearest(place, FEATURE))
+        neighbours(listing, place, nearest(place, FEATURE))[0]
         for place in some
         if place.group == group
     ]
@@ -160,6 +160,69 @@ def test_a_record_that_cannot_be_read_is_a_line(workspace):
     assert len(listed) == 2
     assert len(notes) == 1
     assert "matches.parquet is missing or damaged" in notes[0]
+
+
+def _add_run(root, older, layer=None):
+    """Copy the activity run of the SAEs, as one that is older and of other documents."""
+    shutil.copytree(root / ACTIVITY, root / older)
+
+    def change(manifest):
+        manifest["created"] = "2020-01-01T00:00:00+00:00"
+        if layer is not None:
+            manifest["results"]["layers"] = [
+                row for row in manifest["results"]["layers"] if row["layer"] == layer
+            ]
+
+    edit(root / older / "manifest.json", change)
+
+
+def test_the_run_that_is_viewed_is_preferred_where_it_is_of_the_same_sae(workspace):
+    older = ACTIVITY + "-older"
+    _add_run(workspace, older, LAYER)
+    for name in ("there", "back"):  # a match within the SAEs themselves
+        file = next((workspace / "matches").rglob(name)) / "manifest.json"
+        edit(file, lambda m: m["config"].update(saes=[SAES, SAES]))
+    listing = scan(workspace)
+
+    def runs(viewed):
+        some, _ = places(listing, SAES, LAYER)
+        near = {}
+        for place in some:
+            listed, _ = neighbours(listing, place, nearest(place, FEATURE), viewed=viewed)
+            near[place.group, place.other.layer] = listed[0].run
+        near["recorded"] = recorded(listing, SAES, LAYER, FEATURE, viewed=viewed)[0][0].run
+        return near
+
+    newest = {
+        (SAME, 1): ACTIVITY,
+        (ADJACENT, 0): ACTIVITY,
+        (ADJACENT, 2): ACTIVITY,
+        (OTHERS, 1): TWIN_ACTIVITY,
+        "recorded": ACTIVITY,
+    }
+    assert runs("") == runs(ACTIVITY) == newest
+    # It measured one layer, and nothing of the twin.
+    assert runs(older) == {**newest, (SAME, 1): older, "recorded": older}
+
+
+def test_a_damaged_table_of_activity_takes_the_profiles_alone(workspace):
+    for run in (ACTIVITY, TWIN_ACTIVITY):
+        (workspace / run / "features.parquet").write_bytes(b"x")
+    for name, saes in (("there", [SAES, TWIN]), ("back", [TWIN, SAES])):
+        file = next((workspace / "matches").rglob(name)) / "manifest.json"
+        edit(file, lambda m, saes=saes: m["config"].update(saes=saes))
+    listing = scan(workspace)
+    same = places(listing, SAES, LAYER)[0][0]
+    ranking = nearest(same, FEATURE)
+    listed, notes = neighbours(listing, same, ranking)
+    assert [(n.feature, n.similarities[0].value) for n in listed] == list(ranking.cosines)
+    assert {(n.run, n.profile) for n in listed} == {(ACTIVITY, None)}
+    assert len(notes) == 1
+    assert "features.parquet is missing or damaged" in notes[0]
+    listed, notes = recorded(listing, SAES, LAYER, FEATURE)
+    assert [n.profile for n in listed] == [None] * 4
+    assert len(notes) == 1
+    assert TWIN_ACTIVITY in notes[0]
 
 
 def test_other_models_sites_and_widths_are_no_other_seeds(workspace):

@@ -13,7 +13,7 @@ from resa_lens.app.widgets import part
 from resa_lens.artifacts.listing import Listing
 from resa_lens.figures.features import similarity_card
 from resa_lens.stages import neighbours
-from resa_lens.stages.neighbours import Neighbour, Place, Ranking
+from resa_lens.stages.neighbours import Neighbour, Place, Profile, Ranking
 
 _WIDTH = 171  # pixels of a card: four in a row on a desk, two on a phone
 
@@ -21,9 +21,7 @@ _WIDTH = 171  # pixels of a card: four in a row on a desk, two on a phone
 def _state(place: Place) -> tuple[object, ...]:
     both = place.own, place.other
     states = [data.state(where.file) if where.file else 0 for where in both]
-    names = [
-        (where.saes, where.layer, str(where.artifact and where.artifact.path)) for where in both
-    ]
+    names = [(one.saes, one.layer, str(one.artifact and one.artifact.path)) for one in both]
     return place.group, *names, *states
 
 
@@ -46,6 +44,7 @@ def show(
     pairs = zip(row.get("nearest") or (), row.get("nearest_cosines") or (), strict=False)
     known = tuple(pair for pair in pairs if None not in pair)
     places, left_out = neighbours.places(listing, source.saes, layer)
+    unread: list[str] = []
     for group in (neighbours.SAME, neighbours.ADJACENT, neighbours.OTHERS):
         mine = [place for place in places if place.group == group]
         cards: list[Neighbour] = []
@@ -53,19 +52,19 @@ def show(
             st.markdown(f"**In {group}**")
         for place in mine:
             with part():
-                own = known if group == neighbours.SAME else ()
-                ranking = _ranking(place, feature, own)
-                cards += neighbours.neighbours(listing, place, ranking, opened)
+                ranking = _ranking(place, feature, known if group == neighbours.SAME else ())
+                near, lines = neighbours.neighbours(listing, place, ranking, opened, source.key)
+                cards, unread = cards + near, unread + lines
                 if ranking.note:
                     st.text(f"What chance gives is not known: {ranking.note}")
         _row(group, cards, go)
     if left_out:
         st.caption(f"{left_out} more SAEs of this layer are left out.")
-    cards, notes = neighbours.recorded(listing, source.saes, layer, feature, opened)
+    cards, notes = neighbours.recorded(listing, source.saes, layer, feature, opened, source.key)
     if cards or notes:
         st.markdown("**In recorded matches**")
     _row("recorded", cards, go)
-    for note in notes:
+    for note in dict.fromkeys((*unread, *notes)):
         st.text(note)
 
 
@@ -76,8 +75,9 @@ def _row(group: str, cards: Sequence[Neighbour], go: Go) -> None:
 
 
 def _card(card: Neighbour, key: str, go: Go) -> None:
-    where = f"layer {card.layer + int(links.one_based())}"
-    profile = card.profile
+    name = ", ".join(filter(None, (card.name, f"layer {card.layer + int(links.one_based())}")))
+    alike = [(one.measure, one.value, one.chance) for one in card.similarities]
+    profile = card.profile or Profile((), (), ())
     with st.container(border=True, width=_WIDTH, gap="xxsmall"):
         # No links: one that leads to the page it stands on leaves the address as it was.
         st.button(
@@ -85,12 +85,4 @@ def _card(card: Neighbour, key: str, go: Go) -> None:
             on_click=go, args=(card.layer, card.feature, card.run), disabled=not card.run,
             help="Open its page" if card.run else "Its activity was not measured",
         )  # fmt: skip
-        st.html(
-            similarity_card(
-                ", ".join(filter(None, (card.name, where))),
-                [(alike.measure, alike.value, alike.chance) for alike in card.similarities],
-                profile.tokens if profile else (),
-                profile.histogram if profile else (),
-                profile.edges if profile else (),
-            )
-        )
+        st.html(similarity_card(name, alike, profile.tokens, profile.histogram, profile.edges))

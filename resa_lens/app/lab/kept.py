@@ -11,6 +11,7 @@ import pandas as pd
 import streamlit as st
 from numpy.typing import NDArray
 
+from resa_lens.app import links
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.widgets import paged, table
 from resa_lens.artifacts.artifact import Artifact
@@ -24,7 +25,7 @@ DIFFERING = 20
 """Features listed that differ most between two texts."""
 Mean = NDArray[np.float64]
 """[latents]: of a layer's features over the tokens of a text."""
-_KEPT, _ROWS = "lab-texts", "lab-differing"
+_KEPT, _ROWS, _PAIR, _PAGES = "lab-texts", "lab-differing", "lab-pair", "differing_page"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ def show(listing: Listing, saes: Artifact, coloured: Mapping[int, Sequence[int]]
         return
     (layer, (feature, *_)), *_ = coloured.items()
     place = lab_data.place(listing, saes)
+    pair = [place, layer, *(kept[number - 1] for number in chosen)]
+    if st.session_state.get(_PAIR, pair) != pair:
+        links.first_page(_PAGES)
+    st.session_state[_PAIR] = pair
     means: list[Mean] = []
     for column, number in zip(st.columns(2), chosen, strict=True):
         with column.container(border=True):
@@ -102,7 +107,7 @@ def show(listing: Listing, saes: Artifact, coloured: Mapping[int, Sequence[int]]
 
 def _text(text: Text, number: int, place: dict[str, str], layer: int, feature: int) -> Mean | None:
     """Draw a text coloured by a feature; return the mean activation of the layer's features."""
-    ids = text.document["ids"]
+    document, ids = text.document, text.document["ids"]
     request = {"model": text.model, "saes": place, "ids": ids, "layer": layer}
     st.text(f"{number}: {text.answer}")
     result = lab_data.follow("layer", request, f"text-{number}")
@@ -112,8 +117,7 @@ def _text(text: Text, number: int, place: dict[str, str], layer: int, feature: i
     rows = np.repeat(np.arange(len(ids)), np.diff(result["starts"]))
     mine = features == feature
     own = np.bincount(rows[mine], values[mine], len(ids))
-    words, phases = text.document["tokens"], text.document["phases"]
-    st.html(tokens.coloured(words, own.tolist(), phases=phases))
+    st.html(tokens.coloured(document["tokens"], own.tolist(), phases=document["phases"]))
     return np.bincount(features, values, result["size"]) / len(ids)
 
 
@@ -124,9 +128,9 @@ def _differing(left: Mean, right: Mean, chosen: Sequence[int], where: str) -> No
         st.text(f"{where}: every feature has the same mean in both.")
         return
     st.text(f"{where}: features whose mean over the tokens differs most")
-    order = order[paged(order.size, DIFFERING, "differing_page")]
-    frame = pd.DataFrame({"feature": order, "left": left[order], "right": right[order]})
-    names = {"left": f"mean in {chosen[0]}", "right": f"mean in {chosen[1]}"}
+    order = order[paged(order.size, DIFFERING, _PAGES)]
+    first, second = (f"mean in {number}" for number in chosen)
+    frame = pd.DataFrame({"feature": order, first: left[order], second: right[order]})
 
     def picked() -> None:
         state: Any = st.session_state.get(_ROWS)
@@ -134,8 +138,8 @@ def _differing(left: Mean, right: Mean, chosen: Sequence[int], where: str) -> No
             st.session_state["feature"] = int(order[rows[0]])
 
     table(
-        frame.rename(columns=names), "lab_differing", key=_ROWS, on_select=picked,
-        selection_mode="single-row", alt="Features that differ between two texts",
+        frame, "lab_differing", key=_ROWS, on_select=picked, selection_mode="single-row",
+        alt="Features that differ between two texts",
     )  # fmt: skip
     st.caption(
         "A row that is chosen colours the texts. The model as it is reads them, also what it wrote "
