@@ -244,10 +244,8 @@ def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
         inner = field.type.value_type if pa.types.is_list(field.type) else field.type
         path = field.name if inner is field.type else f"{field.name}.list.element"
         (floats if pa.types.is_floating(inner) else others).append(path)
-    return pq.ParquetWriter(
-        file, schema, compression="zstd", compression_level=9, use_dictionary=others,
-        use_byte_stream_split=floats,
-    )  # fmt: skip
+    columns: dict[str, Any] = {"use_dictionary": others, "use_byte_stream_split": floats}
+    return pq.ParquetWriter(file, schema, compression="zstd", compression_level=9, **columns)
 
 
 @contextmanager

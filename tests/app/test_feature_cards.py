@@ -10,7 +10,13 @@ import pytest
 import torch
 from app_driver import HOSTILE, edit, marked_up, state, texts
 from features_driver import SMALL
-from planted_neighbours import TWIN, TWIN_ACTIVITY, add_saes, write_decoder
+from planted_neighbours import (
+    TWIN,
+    TWIN_ACTIVITY,
+    add_saes,
+    floor_of_a_decoder,
+    write_decoder,
+)
 from synthetic_workspace import ACTIVITY, SAES, Size, write_workspace
 
 LAYER, FEATURE = "1", "62"
@@ -151,16 +157,22 @@ def test_a_feature_that_never_fired_has_counterparts_too(workspace, feature):
 
 @pytest.mark.slow
 def test_a_click_stays_under_a_second_at_the_size_that_the_issue_names(tmp_path, feature):
-    """65,536 latents x 1,536 in bfloat16: CPU seconds of a page that nobody opened before."""
+    """65,536 latents x 1,536 in bfloat16: CPU time of a page that nobody opened before.
+
+    Three decoders are read for it.  Held to the floor of one on the same machine, which is 0.2 s
+    where nothing else runs; 4.1 floors on a busy one.
+    """
     root = write_workspace(tmp_path / "workspace", Size(layers=3, latents=65_536))
     for layer in range(3):
         write_decoder(root / SAES / f"layers.{layer}.mlp", torch.randn(65_536, 1536).bfloat16())
     app = feature(root)
-    fastest = 9.0
+    fastest, floor = 99.0, 99.0
     for number in range(3):
         app.query_params["feature"] = str(100 + number)
         began = time.process_time()
         app.run()
         fastest = min(fastest, time.process_time() - began)
+        floor = min(floor, floor_of_a_decoder())
     assert len(cards(app)) == 8
-    assert fastest < 1.0
+    print(f"a click {fastest:.2f} s, a decoder's floor {floor:.2f} s of CPU")
+    assert fastest < 5 * floor

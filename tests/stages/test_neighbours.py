@@ -17,6 +17,7 @@ from planted_neighbours import (
     TWIN_ACTIVITY,
     add_saes,
     directions,
+    floor_of_a_decoder,
     write_decoder,
 )
 from synthetic_workspace import ACTIVITY, SAES, Size, write_workspace
@@ -267,19 +268,24 @@ def test_a_changed_byte_of_a_small_sae_is_noticed(tmp_path):
 
 @pytest.mark.slow
 def test_a_decoder_of_the_size_that_the_issue_names_is_read_within_a_second(tmp_path):
-    """65,536 latents x 1,536: CPU seconds of the best of three, once the file is in memory."""
+    """65,536 latents x 1,536: CPU time of the best of three, once the file is in memory.
+
+    It is held to what cannot be left out on the same machine: reading and widening the numbers,
+    their products with one direction and their norms; 0.2 s of a quiet core.
+    """
     root = write_workspace(tmp_path / "workspace", Size(layers=2, latents=64))
     for layer in (0, 1):
         folder = root / SAES / f"layers.{layer}.mlp"
         write_decoder(folder, torch.randn(65_536, 1536).bfloat16())
     listing = scan(root)
     other = places(listing, SAES, 0)[0][1]
-    seconds = []
+    seconds, floor = [], []
     for _ in range(3):
         began = time.process_time()
         nearest(other, 62)
         seconds.append(time.process_time() - began)
-    assert min(seconds) < 0.5
+        floor.append(floor_of_a_decoder())
+    assert min(seconds) < 2.5 * min(floor)
 
 
 def test_nothing_here_loads_torch():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import kind_examples
@@ -104,3 +105,13 @@ def _record(folder: Path, pair: list[str], models: list[str], latents: int) -> N
     row = {"layer": 1, "threshold": 0.7, "latents": [latents, latents], "cosine": SHARE,
            "cosine_reason": None, "correlation": SHARE}  # fmt: skip
     write_json(folder / "matches.json", [row])
+
+
+def floor_of_a_decoder() -> float:
+    """CPU seconds of the least that a decoder in bfloat16 costs, in pieces that fit the cache."""
+    raw = np.ones((65_536, 1536), np.uint16)
+    began = time.process_time()
+    for start in range(0, len(raw), 1024):
+        rows = (raw[start : start + 1024].astype(np.uint32) << 16).view(np.float32)
+        _ = rows @ rows[0], np.einsum("ij,ij->i", rows, rows)
+    return time.process_time() - began
