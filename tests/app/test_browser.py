@@ -124,7 +124,7 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
         check(page, wrong, tmp_path / "feature.png")
         page.get_by_role("link", name="Try it in the prompt lab").click()
         page.get_by_role("button", name="Generate").click()
-        page.get_by_text("all layers:").wait_for(timeout=90_000)
+        page.get_by_text("all layers:").wait_for(timeout=300_000)
         assert page.get_by_text("Answer: ").first.is_visible()
         place = page.url
         layer, feature = (re.search(rf"{key}=(\d+)", place)[1] for key in ("layer", "feature"))
@@ -137,7 +137,7 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
         check(page, wrong, tmp_path / "changed.png")
         # A long command runs here, says how far it is, and can be stopped.
         page.get_by_role("button", name="Run it here").click()
-        page.get_by_text("arm plain").first.wait_for(timeout=90_000)
+        page.get_by_text("arm plain").first.wait_for(timeout=300_000)
         page.get_by_test_id("stMainBlockContainer").get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped.").first.wait_for(timeout=30_000)
         # Another feature that is active there has a page too.
