@@ -38,6 +38,8 @@ class JobList:
     names: tuple[str, ...]
     closed: Callable[[], bool] = field(default=lambda: False)
     """Whether another process has gathered all results and cleared the folder."""
+    all_needed: bool = False
+    """Whether a job that fails ends the work; else it is written down, and the others go on."""
 
     def record(self, name: str) -> Path:
         """Return the file of what a finished job returned."""
@@ -67,7 +69,7 @@ class JobList:
     def do(self, name: str, work: Work, *, wait: bool = False) -> Outcome:
         """Claim a job and do it, unless it is over or another process is at it.
 
-        A job that fails is over; why is kept beside the records.
+        A job that fails is over; why is kept beside the records, unless `all_needed`.
 
         Args:
             name: of the job.
@@ -76,7 +78,7 @@ class JobList:
 
         Raises:
             BadInputError: nothing can be written here, or the work refuses its input.
-            RunFailedError: the disk is full.
+            RunFailedError: the disk is full, or the job failed and all are needed.
         """
         try:
             with run_lock(self.folder / "locks" / name, "working", wait=wait):
@@ -85,6 +87,8 @@ class JobList:
                 try:
                     value = work(name)
                 except RunFailedError as error:
+                    if self.all_needed:
+                        raise
                     self.fail(name, str(error))
                 else:
                     self._write(self.record(name), value)
@@ -139,6 +143,10 @@ class JobList:
                     break
                 time.sleep(WAIT_S)
         return mine
+
+    def at_work(self) -> bool:
+        """Return whether a process may be at one of the jobs."""
+        return any(self._is_at_work(name) is not False for name in self.names)
 
     def _never_begun(self, names: list[str]) -> list[str]:
         with suppress(FileNotFoundError):

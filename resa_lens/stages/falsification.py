@@ -189,6 +189,7 @@ class _Falsification(JobStage):
     further: FurtherSaes
     left_out: tuple[str, ...]
     """Tests that cannot be made, each with its reason."""
+    all_needed = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -201,6 +202,7 @@ class _Falsification(JobStage):
         Both show before hours of training.
         """
         _ = self.texts
+        self._expect()
         _, corpus = next(iter(self.further.trainings.values()))
         known = self.saes.artifact.manifest.hashes.get("data") if self.saes.artifact else None
         if known not in (None, corpora.hash_records(corpora.read_records(corpus))):
@@ -208,6 +210,12 @@ class _Falsification(JobStage):
                 f"data {corpus.source!r} are not those that the SAEs in {self.saes.folder} were "
                 "trained on; put these back, or use --no-other-seed and --no-random-weights"
             )
+
+    def _expect(self) -> None:
+        # Encoders of one set at a time, and the model once more with random weights.
+        again = size_mb(self.model.folder) if RANDOM_WEIGHTS in self.names else 0.0
+        encoders = sum(self.saes.size_mb(self.further.layers).values()) / 2
+        self.stage.expect(encoders + again, 0)
 
     @cached_property
     def texts(self) -> list[Trial]:
@@ -260,9 +268,8 @@ class _Falsification(JobStage):
         ctx, model, saes, config = self.ctx, self.model, self.saes, self.config
         features, further = self.counts.counts, self.further
         layers = list(further.layers)
-        # Encoders of one set at a time, and the model once more with random weights.
-        again = size_mb(model.folder) if RANDOM_WEIGHTS in self.names else 0.0
-        draft.expect(sum(saes.size_mb(layers).values()) / 2 + again, 0)
+        if not self.names:
+            self._expect()
         texts = self.texts
         tried = _try(ctx, model, saes, features, texts, "counted features")
         counted = any(union_of_rules(item) for item in features.layers)

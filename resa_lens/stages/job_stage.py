@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.stage import Context, Draft, Stage
-from resa_lens.errors import TakenError
+from resa_lens.errors import ResaLensError, TakenError
 from resa_lens.files import run_lock
 from resa_lens.jobs import joblist
 from resa_lens.jobs.cluster import Cluster, hand_out
@@ -50,6 +50,8 @@ class JobStage(ABC):
 
     ctx: Context
     stage: Stage
+    all_needed = False
+    """Whether nothing can be gathered where a job failed."""
 
     @property
     @abstractmethod
@@ -95,7 +97,7 @@ class JobStage(ABC):
     @property
     def jobs(self) -> JobList:
         """The jobs, and where they stand."""
-        return JobList(self.stage.work, self.names, self.finished)
+        return JobList(self.stage.work, self.names, self.finished, self.all_needed)
 
     def finished(self) -> bool:
         """Return whether the whole is there: from before, or by another process since."""
@@ -114,7 +116,7 @@ class JobStage(ABC):
         """
         if self.names and not self.finished():
             self._prepare()
-            with self.stage.as_begun():
+            with self._begun():
                 self.hand_out(cluster) if cluster else self.share()
         artifact = self.gather()
         assert artifact is not None
@@ -132,11 +134,23 @@ class JobStage(ABC):
         done: list[str] = []
         if self.names and not self.finished():
             self._prepare(wait=False)
-            with self.stage.as_begun():
+            with self._begun():
                 done = self.share(stay=False)
             if not self.finished() and (left := self.jobs.open()):
                 return Share(done, left, None)
         return Share(done, [], self.gather(wait=False))
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Work on the jobs; where that fails before any is over, nothing is left of it."""
+        try:
+            with self.stage.as_begun():
+                yield
+        except ResaLensError:
+            jobs = self.jobs
+            if len(jobs.open()) == len(jobs.names) and not jobs.at_work():
+                shutil.rmtree(self.stage.work, ignore_errors=True)
+            raise
 
     def _prepare(self, *, wait: bool = True) -> None:
         jobs = self.jobs

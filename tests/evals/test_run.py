@@ -163,7 +163,7 @@ def test_samples_survive_the_file(tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     result = evaluate(ScriptedEngine(right_below(9)), ITEMS, EvalConfig())
 
-    def full(_table, where):
+    def full(_table, where, **_):
         where.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -28,7 +28,8 @@ def alive() -> Iterator[torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is asked for its class
         for each in gc.get_objects():
-            if type(each) in (torch.Tensor, torch.nn.Parameter):
+            plain = type(each) in (torch.Tensor, torch.nn.Parameter)
+            if plain and each.layout is torch.strided:
                 yield each
                 if each.is_leaf and each.grad is not None:
                     yield each.grad

@@ -688,6 +688,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("Objective", "targets"): ("q_proj",),
     ("Objective", "schedule"): "constant",
     ("Objective", "clip_norm"): 1.0,
+    ("TuneConfig", "compile"): "off",
     ("EvalConfig", "prompt_style"): "direct",
     ("EvalConfig", "system_prompt"): "Think.",
     ("EvalConfig", "limit"): 1000,
