@@ -155,6 +155,7 @@ def browser() -> Iterator[Any]:
 def new_page(opened: Any, width: int, height: int, scheme: str = "light") -> tuple[Any, list[str]]:
     """A page and the list of what went wrong on it."""
     page = opened.new_page()
+    page.set_default_navigation_timeout(120_000)  # ms: a busy machine
     page.set_viewport_size({"width": width, "height": height})
     page.emulate_media(color_scheme=scheme)
     wrong: list[str] = []
