@@ -61,7 +61,11 @@ class Person:
         self.click(self.page.get_by_test_id("stMain").get_by_role("link", name=name).first)
 
     def opens_first_row(self) -> None:
+        # What is drawn below the table is there, so that nothing moves under the pointer.
+        self.page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=LONG)
         table = self.page.locator("[data-testid=stDataFrame]:visible").first
+        table.locator("canvas").first.wait_for(timeout=LONG)
+        self.page.wait_for_timeout(500)
         self.click(table, position={"x": 12, "y": 52})
         self.sees("Link to this page")
         self.rests()
