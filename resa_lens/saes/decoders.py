@@ -1,7 +1,6 @@
 """One SAE's decoder read from its file block by block, without torch: what the app needs of it.
 
-Only the decoder's bytes are read, a few megabytes at a time, whatever floating type they have; of
-65,536 latents x 1,536 in float32 that takes a tenth of a second once the file is in memory.
+Only the decoder's bytes are read, a few megabytes at a time, whatever floating type they have.
 """
 
 from __future__ import annotations

@@ -237,7 +237,8 @@ class CompiledSlopes:
 
     That a compiler is installed says little, and each shape has kernels of its own.  So the first
     piece of each shape goes both ways: its result is the plain one, and the compiled one is held to
-    it.  From the first failure on all goes the plain way.
+    it; while it does, that piece's logits are in memory twice.  From the first failure on all goes
+    the plain way.
 
     Args:
         note: called once with why there is nothing compiled.

@@ -187,9 +187,9 @@ def test_text_is_found_over_tokens_and_in_examples(made):
 def test_many_layers_are_searched_in_what_they_raise_alone(made, monkeypatch):
     monkeypatch.setattr(features_search, "TEXT_GROUPS", 1)
     query = Query(find="zebra", reverse=True)
-    found = select(source_of(made), query)
-    assert list(page_of(source_of(made), query)["found in"]) == ["raises"]
-    assert any("choose a layer" in note for note in found.notes)
+    source = source_of(made)
+    assert list(page_of(source, query)["found in"]) == ["raises"]
+    assert any("choose a layer" in note for note in select(source, query).notes)
 
 
 def test_counted_features_that_never_fired_are_listed(workspace, features):
@@ -337,10 +337,10 @@ def test_a_link_goes_to_the_layers_neighbours_and_back_to_the_layer(made, featur
     app.button(key="to-next").click().run()
     assert app.query_params["feature"] == "101"
     near = app.button(key="near-this SAE-0")
-    wanted = near.label.split()[1]
+    neighbour = near.label.split()[1]
     near.click().run()
-    assert app.query_params["feature"] == wanted
-    assert app.subheader[0].value.startswith(f"Feature {wanted}, layer 2")
+    assert app.query_params["feature"] == neighbour
+    assert app.subheader[0].value.startswith(f"Feature {neighbour}, layer 2")
     app.button(key="to-list").click().run()
     assert app.query_params["layer"] == "2"
     assert "features match" in texts(app)

@@ -35,9 +35,9 @@ BUNDLED = data_path("workspace")
 @pytest.fixture(scope="module")
 def worker():
     """One for all: loading the model takes seconds."""
-    made = Worker(jobs.WORKER)
-    yield made
-    made.close()
+    process = Worker(jobs.WORKER)
+    yield process
+    process.close()
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ FEATURE = {"layer": "5", "feature": "490"}
 @pytest.fixture(scope="module")
 def worker():
     """One for all: loading the model takes seconds."""
-    made = Worker(jobs.WORKER)
-    yield made
-    made.close()
+    process = Worker(jobs.WORKER)
+    yield process
+    process.close()
 
 
 @pytest.fixture

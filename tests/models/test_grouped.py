@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -14,7 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resa_lens.evals.engines import GenerationConfig, HFEngine
 from resa_lens.evals.engines import hf as hf_engine
+from resa_lens.evals.tasks import load_tasks
 from resa_lens.models.grouped import grouped_attention, grouped_queries
+from resa_lens.models.host import load_model
+from resa_lens.texts.prompts import question_prompt
 
 
 def projections(
@@ -89,6 +93,26 @@ def test_the_models_own_attention_comes_back():
     with grouped_queries():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is grouped_attention
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.mark.recorded
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_five_hundred_answers_are_the_same(monkeypatch: pytest.MonkeyPatch, temperature: float):
+    """Prints the CPU seconds of both ways, taken in turns; one thread (`OMP_NUM_THREADS=1`)."""
+    model = load_model("tiny-reasoner")
+    engine = HFEngine(model.model, model.tokenizer)
+    questions = load_tasks("tiny", levels=(1, 2, 3), limit=500)
+    prompts = [question_prompt(item.question) for item in questions]
+    generation = GenerationConfig(max_new_tokens=80, temperature=temperature, batch_size=64)
+    answers, seconds = {}, {"grouped": [], "repeated": []}
+    for _ in range(3):
+        for name, context in (("grouped", grouped_queries), ("repeated", nullcontext)):
+            monkeypatch.setattr(hf_engine, "grouped_queries", context)
+            began = time.process_time()
+            answers[name] = [a.token_ids for a in engine.generate(prompts, generation)]
+            seconds[name].append(round(time.process_time() - began, 1))
+    print(temperature, len(prompts), seconds)
+    assert answers["grouped"] == answers["repeated"]
 
 
 class _Letters:

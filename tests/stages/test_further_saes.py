@@ -248,9 +248,9 @@ def test_workers_of_another_device_train_in_the_drivers_dtype_and_nothing_is_tra
         return plain(device, "bfloat16" if dtype == "auto" else dtype)
 
     def drawn(model, *args, **options):
-        made = draw(model, *args, **options)
-        made.weights_hash = "0" * 64
-        return made
+        random = draw(model, *args, **options)
+        random.weights_hash = "0" * 64
+        return random
 
     def hand_out(cluster, jobs, work, notify):
         packed = pickle.dumps(work)

@@ -83,7 +83,7 @@ def add_saes(
 def _record(folder: Path, pair: list[str], models: list[str], latents: int) -> None:
     """Write matches of layer 1: a feature with the next one by cosine, with itself by activity."""
     folder.mkdir(parents=True)
-    made = kind_examples.manifest(
+    manifest = kind_examples.manifest(
         "matches",
         schema_version=1,
         identity="",
@@ -94,7 +94,7 @@ def _record(folder: Path, pair: list[str], models: list[str], latents: int) -> N
         created="2026-01-02T00:00:00+00:00",
         command=["resa-lens"],
     )
-    write_json(folder / "manifest.json", made.model_dump(mode="json"))
+    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     features = np.arange(latents)
     columns = {
         "layer": np.full(latents, 1), "feature": features, "fires": np.ones(latents, bool),
