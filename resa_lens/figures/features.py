@@ -94,16 +94,19 @@ def densities_figure(densities: NDArray[Any]) -> go.Figure:
     """Features by their density, in quarters of a decade; those that never fire are left out."""
     exponents = np.log10(densities[densities > 0])
     least = np.floor(exponents.min(initial=-1.0))
-    counts, edges = np.histogram(exponents, bins=np.arange(least, 0.01, 0.25))
+    counts, exponents = np.histogram(exponents, bins=np.arange(least, 0.01, 0.25))
     filled = np.flatnonzero(counts)
     near = slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0)
+    low, high = 10 ** exponents[:-1][near], 10 ** exponents[1:][near]
     figure = go.Figure(
         go.Bar(
-            x=10 ** (edges[:-1] + 0.125)[near],
+            # On a log axis too a bar reaches half its width to either side.
+            x=(low + high) / 2,
             y=counts[near],
-            width=(10 ** edges[1:] - 10 ** edges[:-1])[near] * 0.96,
-            marker={"color": ORANGE},
-            hovertemplate="about %{x:.2g}: %{y} features<extra></extra>",
+            width=high - low,
+            marker={"color": ORANGE, "line": {"width": 1, "color": "white"}},
+            customdata=[f"{a:.2g} to {b:.2g}" for a, b in zip(low, high, strict=True)],
+            hovertemplate="%{customdata}: %{y} features<extra></extra>",
         )
     )
     figure.update_xaxes(type="log")

@@ -64,9 +64,10 @@ def test_trials_fire_or_are_silent_by_their_intervals():
 def test_densities_stand_in_quarters_of_a_decade():
     bars = densities_figure(np.array([0.0, 0.011, 0.012, 0.15, 0.9, np.nan])).data[0]
     assert list(bars.y) == [2, 0, 0, 0, 1, 0, 0, 1]
-    assert bars.x[0] == pytest.approx(10**-1.875)
-    # Bars touch: each is as wide as its quarter.
-    assert bars.width[0] == pytest.approx(0.96 * (10**-1.75 - 10**-2))
+    # Each bar covers its quarter and nothing else.
+    assert bars.x[0] - bars.width[0] / 2 == pytest.approx(10**-2)
+    assert bars.x[0] + bars.width[0] / 2 == pytest.approx(10**-1.75)
+    assert bars.customdata[0] == "0.01 to 0.018"
     assert not list(densities_figure(np.zeros(3)).data[0].y)
     # However rarely it fires, a feature is in one of the bars.
     assert sum(densities_figure(np.array([1e-9, 1e-7, 0.5, 1.0])).data[0].y) == 4
