@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +25,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 FIRST, CLICK = 3.0, 1.0
 """Targets in seconds."""
+MEMORY_MB = 500.0
+"""Target of the server's memory at its peak, after the clicks."""
+PEAK = "the server's memory at its peak"
 
 
 def at_rest(page: Any) -> None:
     """Wait until the page's script has ended."""
     page.locator("[data-test-script-state='notRunning']").wait_for(timeout=60_000)
+
+
+def peak_mb(url: str) -> float:
+    """Return the largest memory of the process that serves an address, in MB; on Linux alone."""
+    port = url.rpartition(":")[2].encode()
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            if b"streamlit" in words and port in words:
+                lines = (place / "status").read_text().splitlines()
+                return next(int(line.split()[1]) for line in lines if line[:6] == "VmHWM:") / 1024
+    raise RuntimeError(f"no process serves {url}")
 
 
 def first_page(log: Path) -> dict[str, float]:
@@ -131,6 +147,7 @@ def clicks(workspace: Path, log: Path, layers: int) -> dict[str, float]:
         choose("all layers", "Layer", "all layers")
         choose("all features of all layers", "Where it fires", "every feature")
         timed("a feature of all of them", row, feature_shown)
+        found[PEAK] = peak_mb(url)
     return found
 
 
@@ -148,6 +165,8 @@ def main(layers: int = 26, latents: int = 65_536, rounds: int = 3) -> None:
             found = {**first_page(place / "a.log"), **clicks(workspace, place / "b.log", layers)}
             for name, seconds in found.items():
                 rows.setdefault(name, []).append(seconds)
+    peak = max(rows.pop(PEAK))
+    print(f"{PEAK:36} {peak:5.0f} MB {'' if peak <= MEMORY_MB else f'misses {MEMORY_MB:g} MB'}")
     for name, seconds in rows.items():
         target = FIRST if name.startswith("first page") else CLICK
         value = median(seconds)

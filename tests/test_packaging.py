@@ -71,6 +71,11 @@ def python(installed: Path, cwd: Path, code: str, *args: str) -> str:
     return run(sys.executable, "-c", code, *args, cwd=cwd, env=env)
 
 
+def test_the_shipped_workspace_is_small():
+    files = [file for file in data_path("workspace").rglob("*") if file.is_file()]
+    assert 0 < sum(file.stat().st_size for file in files) < 20 * 10**6
+
+
 @pytest.mark.slow
 def test_the_wheel_is_small_and_holds_the_data_and_the_app(dist):
     (wheel,) = dist.glob("*.whl")
