@@ -9,9 +9,9 @@ import kind_examples
 import pytest
 from typer.main import get_command
 
-from resa_lens.app.checklist import checklist
 from resa_lens.artifacts import commands, lineage
 from resa_lens.artifacts.artifact import COLUMNS, Artifact, Parent
+from resa_lens.artifacts.checklist import checklist
 from resa_lens.artifacts.kinds.eval import adapter_of, by_adapter, is_as_tuned
 from resa_lens.artifacts.listing import Listing, Unfinished, is_parent
 from resa_lens.cli import app

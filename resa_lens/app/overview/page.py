@@ -10,12 +10,12 @@ from typing import Any
 
 import streamlit as st
 
-from resa_lens.app import checklist, data, empty, links
-from resa_lens.app.checklist import DONE, UNFINISHED, Step
+from resa_lens.app import data, empty, links
 from resa_lens.app.overview import answers
 from resa_lens.app.widgets import apart, figure, missing, plain, problem, problems, shell, table
 from resa_lens.artifacts import commands, lineage
 from resa_lens.artifacts.artifact import COLUMNS, Artifact
+from resa_lens.artifacts.checklist import DONE, UNFINISHED, Step, checklist
 from resa_lens.artifacts.commands import Model
 from resa_lens.artifacts.kinds.activity import Activity
 from resa_lens.artifacts.kinds.counts import Counts
@@ -282,7 +282,7 @@ def _related(heading: str, nodes: list[Node]) -> None:
 
 def _checklist(listing: Listing, model: Model) -> None:
     st.subheader("What is done and what is missing", anchor=False)
-    steps = checklist.checklist(listing, model)
+    steps = checklist(listing, model)
     rows = [{"stage": s.name, "state": _state(s), "what": s.what} for s in steps]
     table(rows, "stages")
     for step in steps:
