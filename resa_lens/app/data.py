@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +12,6 @@ from pydantic import BaseModel
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import kind_of
 from resa_lens.artifacts.kinds.activity import Activity
-from resa_lens.artifacts.kinds.adapter import Adapter
-from resa_lens.artifacts.kinds.eval import Eval, adapter_of, by_adapter, is_as_tuned
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.listing import Listing
 from resa_lens.artifacts.listing import scan as scan_folder
@@ -77,30 +74,3 @@ def features_of(listing: Listing, saes: str) -> dict[str, str]:
     """Return the address of the features of SAEs, which their path names: their newest activity."""
     runs = (a for a in listing.of(Activity) if saes and saes in a.manifest.parents)
     return next(({"run": run.relative} for run in runs), {})
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """An adapter with its scores before and after, on the same questions."""
-
-    adapter: Artifact
-    base: Artifact
-    tuned: Artifact
-
-    @property
-    def control(self) -> str | None:
-        """What stood in the SAE's place."""
-        return self.adapter.settings.control
-
-
-def tunings(listing: Listing, weights: str) -> list[Tuning]:
-    """Return the scored adapters of a model, by the hash of its weights, the newest first."""
-    adapters, bases = listing.of(Adapter, weights), listing.of(Eval, weights)
-    known = by_adapter(adapters)
-    pairs: dict[str, Tuning] = {}
-    for tuned in listing.of(Eval):
-        adapter = adapter_of(tuned, known)
-        base = next((a for a in bases if a.settings == tuned.settings), None)
-        if adapter and base and is_as_tuned(tuned):
-            pairs.setdefault(adapter.relative, Tuning(adapter, base, tuned))
-    return [pairs[adapter.relative] for adapter in adapters if adapter.relative in pairs]

@@ -15,7 +15,7 @@ from typing import Any
 
 from resa_lens.artifacts.artifact import KINDS, Artifact, Kind
 from resa_lens.artifacts.kinds.adapter import Adapter
-from resa_lens.artifacts.kinds.eval import Eval, adapter_of, by_adapter, is_adapted
+from resa_lens.artifacts.kinds.eval import Eval, adapter_of, by_adapter, is_adapted, is_as_tuned
 from resa_lens.artifacts.walk import WORK, Walk, bounded_names
 from resa_lens.artifacts.workspace import Workspace, how_far, writer
 from resa_lens.errors import BadInputError
@@ -38,6 +38,20 @@ class Unfinished:
     def folder(self) -> str:
         """Below the workspace, for example "saes"."""
         return self.relative.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """An adapter with its scores before and after, on the same questions."""
+
+    adapter: Artifact
+    base: Artifact
+    tuned: Artifact
+
+    @property
+    def control(self) -> str | None:
+        """What stood in the SAE's place."""
+        return self.adapter.settings.control
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,18 @@ class Listing:
     def parent(self, child: Artifact, kind: type[Kind]) -> Artifact | None:
         """Return what an artifact was made from, of a kind, where it is in the workspace."""
         return next((a for a in self.of(kind) if is_parent(a, child)), None)
+
+    def tunings(self, weights: str) -> list[Tuning]:
+        """Return the scored adapters of a model, by the hash of its weights, the newest first."""
+        adapters, bases = self.of(Adapter, weights), self.of(Eval, weights)
+        known = by_adapter(adapters)
+        pairs: dict[str, Tuning] = {}
+        for tuned in self.of(Eval):
+            adapter = adapter_of(tuned, known)
+            base = next((a for a in bases if a.settings == tuned.settings), None)
+            if adapter and base and is_as_tuned(tuned):
+                pairs.setdefault(adapter.relative, Tuning(adapter, base, tuned))
+        return [pairs[adapter.relative] for adapter in adapters if adapter.relative in pairs]
 
 
 def is_parent(parent: Artifact, child: Artifact) -> bool:

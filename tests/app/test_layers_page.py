@@ -258,14 +258,14 @@ def test_reading_puts_nothing_back(copied, open_app):
 def test_tunings_pair_the_same_questions(demo, copied):
     listing = data.scan(str(copied))
     weights = listing.of(Counts)[0].weights
-    (pair,) = data.tunings(listing, weights)
+    (pair,) = listing.tunings(weights)
     assert [str(pair.base.path), str(pair.tuned.path)] == [
         path.replace(str(demo.workspace), str(copied)) for path in demo.result["tune"]["evals"]
     ]
     paired = answers.comparison(pair)
     assert paired.changed == demo.result["tune"]["paired"]["changed"]
     edit(pair.base.path / "manifest.json", lambda m: m["config"].update(questions="others"))
-    assert data.tunings(data.scan(str(copied)), weights) == []
+    assert data.scan(str(copied)).tunings(weights) == []
 
 
 def test_workspace_argument():

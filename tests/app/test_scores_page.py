@@ -18,14 +18,22 @@ from app_driver import HOSTILE, charts, edit, marked_up, reseal, state, texts
 
 from resa_lens import stats
 from resa_lens.app import answers, data
-from resa_lens.app.scores import data as scores_data
-from resa_lens.app.scores.data import GAINED, LOST, PART, RIGHT, WRONG, Filter
 from resa_lens.artifacts.kinds.adapter import Adapter
 from resa_lens.artifacts.kinds.eval import Eval
 from resa_lens.errors import BadInputError
+from resa_lens.evals.answers import (
+    GAINED,
+    LOST,
+    PART,
+    RIGHT,
+    WRONG,
+    Filter,
+    thought_and_answer,
+)
 from resa_lens.evals.run import SAMPLE_SCHEMA
 from resa_lens.figures import plots
 from resa_lens.resources import data_path
+from resa_lens.stages.scored_runs import runs_of
 
 SHIPPED = data_path("workspace")
 SWEEP = "sweeps/tiny-reasoner-459a3904-paper-mlp_out-ac2ea40e"
@@ -344,7 +352,7 @@ def test_text_from_files_is_shown_as_text(tmp_path, open_page):
     ],
 )
 def test_thoughts_end_at_their_tag(prompt, generation, expected):
-    assert scores_data.thought_and_answer(prompt, generation) == expected
+    assert thought_and_answer(prompt, generation) == expected
 
 
 def test_a_question_goes_to_the_prompt_lab(two, open_page):
@@ -460,7 +468,7 @@ def test_100_000_answers_stay_quick(tmp_path, open_page, monkeypatch):
         read.append(columns)
         return plain(file, columns=columns, **how)
 
-    monkeypatch.setattr(answers.pq, "read_table", watched)
+    monkeypatch.setattr(pq, "read_table", watched)
     app = open_page(tmp_path, "scores", left="evals/a", right="evals/b")
     assert "n = 25000" in texts(app)
     assert read
@@ -478,7 +486,7 @@ def test_100_000_answers_stay_quick(tmp_path, open_page, monkeypatch):
 
 def test_texts_are_read_from_their_row_groups_alone(tmp_path, monkeypatch):
     folder = write_run(tmp_path, "a", [[1]] * 40, row_groups=10)
-    (run,), _ = scores_data.runs_of(data.scan(str(tmp_path)))
+    (run,), _ = runs_of(data.scan(str(tmp_path)))
     opened: list[Any] = []
     plain = pq.ParquetFile.iter_batches
 
@@ -487,15 +495,15 @@ def test_texts_are_read_from_their_row_groups_alone(tmp_path, monkeypatch):
         return plain(self, size, row_groups, columns)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    found = scores_data.texts(run.key, (25, 3, 27))
+    found = answers.texts(run.key, (25, 3, 27))
     assert {row: values["question"] for row, values in found.items()} == {
         3: "What is 3?", 25: "What is 25?", 27: "What is 27?",
     }  # fmt: skip
     assert opened == [[0], [2]]
     (folder / "samples.parquet").write_bytes(b"PAR1 and no more")
-    (run,), _ = scores_data.runs_of(data.scan(str(tmp_path)))
+    (run,), _ = runs_of(data.scan(str(tmp_path)))
     with pytest.raises(BadInputError, match="damaged"):
-        scores_data.texts(run.key, (1,))
+        answers.texts(run.key, (1,))
 
 
 def test_rows_find_their_texts_in_any_order(tmp_path):
@@ -504,20 +512,20 @@ def test_rows_find_their_texts_in_any_order(tmp_path):
     file = folder / "samples.parquet"
     table = pq.read_table(file)
     pq.write_table(table.take([5, 0, 3, 2, 4, 1]), file)
-    (run,), _ = scores_data.runs_of(data.scan(str(tmp_path)))
+    (run,), _ = runs_of(data.scan(str(tmp_path)))
     held = answers.answers(run.key)
     assert held.scores.correct.tolist() == [[1, 0], [0, 0], [1, 1]]
     assert held.rows is not None
     assert held.rows.tolist() == [[1, 5], [3, 2], [4, 0]]
-    found = scores_data.texts(run.key, tuple(held.rows.ravel().tolist()))
+    found = answers.texts(run.key, tuple(held.rows.ravel().tolist()))
     assert [found[row]["gold"] for row in held.rows[:, 0].tolist()] == ["0", "1", "2"]
-    assert scores_data.matching(run, None, Filter(text="what is 2")).tolist() == [2]
+    assert answers.matching(run, None, Filter(text="what is 2")).tolist() == [2]
 
 
 def test_fewer_draws_where_each_costs_more():
-    assert scores_data.draws_for(500) == stats.DRAWS
-    assert scores_data.draws_for(100_000) == 1000
-    assert scores_data.draws_for(10**9) == 1000
+    assert answers.draws_for(500) == stats.DRAWS
+    assert answers.draws_for(100_000) == 1000
+    assert answers.draws_for(10**9) == 1000
 
 
 def test_a_view_draws_its_own_parts_and_flips_come_first(two, open_page) -> None:

@@ -396,7 +396,7 @@ def _paper(counts: CountResults | None, rule: str) -> None:
 def _scores(listing: Listing, weights: str) -> None:
     with part("Scores before and after"):
         # What was tuned through an SAE before its controls.
-        tunings = sorted(data.tunings(listing, weights), key=lambda t: t.control is not None)
+        tunings = sorted(listing.tunings(weights), key=lambda t: t.control is not None)
         if not tunings:
             problem(
                 "No adapter of this model was scored beside its base yet. This command does both:",

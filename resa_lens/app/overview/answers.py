@@ -7,17 +7,17 @@ from typing import Any
 
 import streamlit as st
 
-from resa_lens.app import checklist, data, links
-from resa_lens.app.checklist import DONE
+from resa_lens.app import data, links
 from resa_lens.app.widgets import missing, plain, readable
 from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.checklist import DONE, checklist
 from resa_lens.artifacts.commands import Model
 from resa_lens.artifacts.kinds.adapter import Adapter
 from resa_lens.artifacts.kinds.eval import Eval, EvalScores, is_adapted
 from resa_lens.artifacts.kinds.falsification import Falsification
 from resa_lens.artifacts.kinds.recommendation import Recommendation, StoredRecommendation
 from resa_lens.artifacts.kinds.sweep import Sweep
-from resa_lens.artifacts.listing import Listing
+from resa_lens.artifacts.listing import Listing, Tuning
 from resa_lens.errors import BadInputError
 from resa_lens.layers import SUPPORTED
 from resa_lens.models.hookpoints import describe_layer
@@ -92,7 +92,7 @@ def _accuracy(listing: Listing, model: Model) -> _Number:
     """Of the untuned model: before the newest tuning, else of its newest evaluation."""
     label = "Accuracy, untuned"
     own = [a for a in listing.of(Eval, model.weights) if not is_adapted(a)]
-    bases = [tuning.base for tuning in data.tunings(listing, model.weights)]
+    bases = [tuning.base for tuning in listing.tunings(model.weights)]
     if not (scored := [*bases, *own]):
         return _Number(label, "none", ("It was not scored yet.",))
     scores: EvalScores = scored[0].results
@@ -126,7 +126,7 @@ def _tuning(listing: Listing, model: Model) -> tuple[_Number, _Number]:
     from resa_lens.stages.comparison import points, span
 
     labels = "Tuned minus untuned", "Tuned minus control"
-    tunings = data.tunings(listing, model.weights)
+    tunings = listing.tunings(model.weights)
     through = [t for t in tunings if not t.control]
     # On the same questions as what they stand beside.
     base = through[0].base.relative if through else None
@@ -157,7 +157,7 @@ def _tuning(listing: Listing, model: Model) -> tuple[_Number, _Number]:
             return tuned, beyond
         control = controls[0]
         # Against the control itself: both may have moved from the base alike.
-        against = data.Tuning(through[0].adapter, control.tuned, through[0].tuned)
+        against = Tuning(through[0].adapter, control.tuned, through[0].tuned)
         paired, alone = answers.comparison(against), answers.comparison(control)
         notes = (
             f"95 % {span(paired.ci)}; p = {paired.p_value:.2g}",
@@ -190,7 +190,7 @@ def _next(listing: Listing, model: Model, newest: Artifact | None) -> None:
         if newest is not None:
             links.to(links.LAYERS, model=model.slug)
         links.to(links.LAB)
-    steps = [s for s in checklist.checklist(listing, model) if s.state != DONE]
+    steps = [s for s in checklist(listing, model) if s.state != DONE]
     if steps:
         missing(f"{steps[0].name}: {steps[0].state}. This command makes {steps[0].what}:",
                 steps[0].command)  # fmt: skip

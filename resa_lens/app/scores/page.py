@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
+from resa_lens.app import answers as run_answers
 from resa_lens.app import empty, links
-from resa_lens.app.answers import Answers, answers
-from resa_lens.app.scores import data as scores_data
+from resa_lens.app.answers import answers
 from resa_lens.app.scores import reading
-from resa_lens.app.scores.data import Filter, Run
 from resa_lens.app.widgets import (
     apart,
     figure,
@@ -29,10 +28,14 @@ from resa_lens.app.widgets import (
 from resa_lens.artifacts.kinds.eval import Point
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
+from resa_lens.evals import answers as stored
+from resa_lens.evals.answers import Answers, Filter
 from resa_lens.evals.compare import Comparison, RunSummary
 from resa_lens.figures import plots, tokens
 from resa_lens.figures.scores import forest_figure
+from resa_lens.stages import scored_runs
 from resa_lens.stages.comparison import points, sentences, span
+from resa_lens.stages.scored_runs import Run
 from resa_lens.stats import Interval, PairedComparison
 
 LETTERS = "ABCDEFG"
@@ -49,7 +52,7 @@ Groups = dict[str, Point]
 
 def show(listing: Listing) -> None:
     """Draw the page."""
-    runs, damaged = scores_data.runs_of(listing)
+    runs, damaged = scored_runs.runs_of(listing)
     problems([*listing.problems, *damaged])
     if not runs:
         empty.lacking(listing, "No scores", "eval", "--model", "tiny-reasoner")
@@ -79,12 +82,12 @@ def show(listing: Listing) -> None:
 def _choose(runs: Sequence[Run]) -> dict[str, Run]:
     """Choose runs, all on the same questions, and return them by letter."""
     by_name = {run.name: run for run in runs}
-    first, second = scores_data.defaults(runs)
+    first, second = scored_runs.defaults(runs)
     address = st.query_params.get("right")
     columns = st.columns(2)
     names = _names(runs, first)
     left = by_name[str(links.choice(columns[0], "A, to compare with", "left", names))]
-    partners = {run.name: run for run in scores_data.partners(runs, left)}
+    partners = {run.name: run for run in scored_runs.partners(runs, left)}
     rest = dict(partners)
     selection = [left]
     if rest:
@@ -129,7 +132,7 @@ def _readable(runs: Mapping[str, Run]) -> dict[str, Run]:
 def _scores(runs: Mapping[str, Run]) -> None:
     """Draw each run by itself."""
     st.subheader("Accuracy", anchor=False)
-    summaries = {letter: scores_data.summary(run.key, letter) for letter, run in runs.items()}
+    summaries = {letter: run_answers.summary(run.key, letter) for letter, run in runs.items()}
     rows = []
     for letter, run in runs.items():
         summary, own = summaries[letter], answers(run.key)
@@ -162,7 +165,7 @@ def _legend(letter: str, run: Run) -> str:
 
 def _by_group(runs: Mapping[str, Run]) -> dict[str, Groups]:
     """Return each run's accuracy by group."""
-    return {letter: _groups(scores_data.summary(run.key, letter)) for letter, run in runs.items()}
+    return {letter: _groups(run_answers.summary(run.key, letter)) for letter, run in runs.items()}
 
 
 def _groups(summary: RunSummary) -> Groups:
@@ -188,7 +191,7 @@ def _compared(runs: Mapping[str, Run]) -> Comparison | None:
     )
     keys = runs[first].key, runs[second].key
     with st.spinner("Comparing question by question"):
-        comparison = readable(scores_data.compared, *keys, (first, second), float(margin) / 100)
+        comparison = readable(run_answers.compared, *keys, (first, second), float(margin) / 100)
     if comparison is not None:
         paired = comparison.paired
         st.text(
@@ -244,7 +247,7 @@ def _many(runs: Mapping[str, Run]) -> None:
     share = float(st.session_state.get("margin", MARGIN)) / 100
     with part(f"All minus {first}"):
         with st.spinner("Comparing all runs"):
-            comparisons = scores_data.ranked(
+            comparisons = run_answers.ranked(
                 tuple(run.key for run in runs.values()), tuple(runs), share
             )
         ranks = comparisons.runs
@@ -279,17 +282,17 @@ def _samples(listing: Listing, runs: Mapping[str, Run]) -> None:
     with part("Answers"):
         own = {letter: answers(run.key) for letter, run in pair.items()}
         both = list(own.values())
-        kinds = scores_data.kinds_of(both[0], both[1] if right else None)
-        tally = {kind: int((kinds == kind).sum()) for kind in scores_data.KINDS}
-        kept = [kind for kind in scores_data.KINDS if tally[kind] or kind != scores_data.PART]
+        kinds = stored.kinds_of(both[0], both[1] if right else None)
+        tally = {kind: int((kinds == kind).sum()) for kind in stored.KINDS}
+        kept = [kind for kind in stored.KINDS if tally[kind] or kind != stored.PART]
         if right is None:
-            kept = [k for k in kept if k not in (scores_data.GAINED, scores_data.LOST)]
+            kept = [k for k in kept if k not in (stored.GAINED, stored.LOST)]
         labels = {kind: kind if right else kind.removeprefix("both ") for kind in kept}
         totals = ", ".join(f"{tally[kind]} {label}" for kind, label in labels.items())
         st.text(f"{totals}; n = {len(kinds)}")
         query = _filter(labels, both)
         with st.spinner("Searching"):
-            places = scores_data.matching(left, right, query)
+            places = run_answers.matching(left, right, query)
         if not places.size:
             st.text("No question fits these filters.")
             return
@@ -297,7 +300,7 @@ def _samples(listing: Listing, runs: Mapping[str, Run]) -> None:
             _without_texts(own, places.tolist(), kinds)
             return
         # What flipped is what a reader came for.
-        flipped = np.isin(kinds[places], (scores_data.GAINED, scores_data.LOST))
+        flipped = np.isin(kinds[places], (stored.GAINED, stored.LOST))
         places = places[np.argsort(~flipped, kind="stable")]
         page_places = places[paged(places.size, PER_PAGE, PAGES)].tolist()
         st.text(f"{places.size} of {len(kinds)} questions; {PER_PAGE} a page")
@@ -311,7 +314,7 @@ def _filter(labels: Mapping[str, str], pair: Sequence[Answers]) -> Filter:
     kind = st.segmented_control(
         "Show", list(labels), format_func=labels.__getitem__, **widget("flips")
     )
-    families, known_levels = scores_data.groups_of(pair)
+    families, known_levels = stored.groups_of(pair)
     columns = st.columns(3)
     groups, levels, text = [], [], ""
     if families:
@@ -346,7 +349,7 @@ def _texts(run: Run, own: Answers, places: Sequence[int]) -> list[list[dict[str,
     if own.rows is None:
         return [[] for _ in places]
     rows = own.rows[places]
-    texts = scores_data.texts(run.key, tuple(rows.ravel().tolist()))
+    texts = run_answers.texts(run.key, tuple(rows.ravel().tolist()))
     return [[texts[int(row)] for row in of_question] for of_question in rows]
 
 
@@ -358,7 +361,7 @@ def _question(
     place: int,
 ) -> None:
     first = next(rows[0] for rows in texts if rows)
-    question = scores_data.known(*own.values()).scores.questions[place]
+    question = stored.known(*own.values()).scores.questions[place]
     level = None if question.level is None else f"level {question.level}"
     with st.container(border=True):
         st.text(" · ".join(text for text in (question.id, question.task, level) if text))
@@ -376,9 +379,7 @@ def _question(
 def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     """Draw the two thoughts with the words in which they differ."""
     thoughts = [
-        (
-            scores_data.thought_and_answer(str(row["prompt"]), str(row["generation"]))[0] or ""
-        ).strip()
+        (stored.thought_and_answer(str(row["prompt"]), str(row["generation"]))[0] or "").strip()
         for row in (left, right)
     ]
     if thoughts[0] == thoughts[1] or not all(thoughts):
@@ -417,7 +418,7 @@ def _answer(row: Mapping[str, Any]) -> None:
     answer = row["answer"]
     read = "no answer could be read" if answer is None else f"answer: {answer}"
     st.text(f"{read}{'' if row['finished'] else '; cut off'}")
-    thought, rest = scores_data.thought_and_answer(str(row["prompt"]), str(row["generation"]))
+    thought, rest = stored.thought_and_answer(str(row["prompt"]), str(row["generation"]))
     for name, text in (("thought", thought), ("after the thought", rest)):
         if text is not None:
             st.caption(name)

@@ -10,11 +10,11 @@ import streamlit as st
 from resa_lens.app import links
 from resa_lens.app.lab import data as lab_data
 from resa_lens.app.lab import token as lab_token
-from resa_lens.app.scores.data import Run
 from resa_lens.app.tokens import clickable
 from resa_lens.app.widgets import problem
 from resa_lens.artifacts.listing import Listing
 from resa_lens.figures import tokens
+from resa_lens.stages.scored_runs import Run
 from resa_lens.texts import prompts
 
 _OPEN, _PLACE = "answer-open", "answer-place"
