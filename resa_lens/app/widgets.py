@@ -18,6 +18,8 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from resa_lens.app import links
+from resa_lens.artifacts.artifact import Artifact
+from resa_lens.artifacts.listing import name_of
 from resa_lens.errors import BadInputError
 
 Given = ParamSpec("Given")
@@ -91,9 +93,9 @@ def figure(
     drawing: go.Figure,
     key: str,
     *,
-    select: bool | Callable[[], None] = False,
+    select: Callable[[], None] | None = None,
     alt: str | None = None,
-) -> Any:
+) -> None:
     """Draw a figure in the theme's colours, light or dark, that can be saved.
 
     PNG or SVG by the camera above the figure, as chosen in the side bar; HTML by a button below.
@@ -101,8 +103,7 @@ def figure(
     Args:
         drawing: the figure.
         key: of the widget; the files' names say what is shown, too.
-        select: whether a click on a point runs the page again, or what it calls before that; the
-            selection comes back.
+        select: called when a point is clicked, before the page runs again.
         alt: what a screen reader says; the figure's title by default.
     """
     layout: Any = drawing.layout
@@ -116,12 +117,12 @@ def figure(
             "scale": 2,
         },
     }
-    selection = st.plotly_chart(
+    st.plotly_chart(
         drawing,
         theme="streamlit",
         config=config,
         key=key,
-        on_select=select if callable(select) else "rerun" if select else "ignore",
+        on_select=select or "ignore",
         selection_mode="points",
         alt=alt or layout.title.text,
     )
@@ -133,7 +134,6 @@ def figure(
         key=f"html-{key}",
         help="The figure as a page that needs nothing else",
     )
-    return selection
 
 
 def download(label: str, make: Callable[[], str | bytes], name: str, **how: Any) -> None:
@@ -161,15 +161,18 @@ def table(
     rows: pd.DataFrame | Sequence[Mapping[str, object]],
     name: str,
     folded: str | None = None,
+    *,
+    picked: Callable[[int], None] | None = None,
     **how: Any,
-) -> Any:
-    """Draw a table and its download as CSV; a selection comes back where one is asked for.
+) -> None:
+    """Draw a table and its download as CSV.
 
     Args:
         rows: of the table; numbers are shown in the format of their column's name.
         name: of the downloaded file.
         folded: title of the fold that it stands in; in sight by default.
-        how: further arguments of `st.dataframe`.
+        picked: called with the place of a row that is chosen, before the page runs again.
+        how: further arguments of `st.dataframe`: the key, where rows can be chosen.
     """
     frame, columns = pd.DataFrame(rows), {}
     for column, values in frame.select_dtypes("floating").items():
@@ -178,15 +181,24 @@ def table(
             columns[str(column)] = st.column_config.NumberColumn(format=form)
     columns |= how.pop("column_config", {})
     how.setdefault("height", min(_ROW * (len(frame) + 1) + 2, _HIGHEST))
+
+    def take() -> None:
+        state: Any = st.session_state.get(how["key"])
+        chosen = state["selection"] if state else {}
+        rows = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
+        if picked and rows and rows[0] < len(frame):
+            picked(rows[0])
+
+    if picked:
+        how = {"on_select": take, "selection_mode": ["single-row", "single-cell"], **how}
     with st.expander(folded) if folded else nullcontext():
-        selection = st.dataframe(frame, hide_index=True, column_config=columns, **how)
+        st.dataframe(frame, hide_index=True, column_config=columns, **how)
         download(
             "Download as CSV",
             lambda: frame.to_csv(index=False),
             f"{name}.csv",
             key=f"download-{name}",
         )
-    return selection
 
 
 def paged(total: int, size: int, key: str) -> slice:
@@ -244,6 +256,39 @@ def share_columns(
 def layer_columns(layer: int | None) -> dict[str, int | None]:
     """Return a layer as columns of a table, in either numbering."""
     return {"layer": layer, "layer_1_indexed": None if layer is None else layer + 1}
+
+
+def choose(place: Any, label: str, key: str, artifacts: Sequence[Artifact], **how: Any) -> Artifact:
+    """Draw a choice among artifacts; it is the first where the address names none of them.
+
+    Args:
+        place: the container, or streamlit itself.
+        label: of the choice.
+        key: of the widget and in the address, which holds the artifact's path.
+        artifacts: the newest first.
+        how: further arguments of `links.choice`.
+    """
+    by_path = {artifact.relative: artifact for artifact in artifacts}
+    names = {path: name_of(a, one_based=links.one_based()) for path, a in by_path.items()}
+    return by_path[str(links.choice(place, label, key, names, **how))]
+
+
+def views(sections: Mapping[str, Sequence[Callable[[], object]]], key: str) -> None:
+    """Draw a choice of views, and the one that is chosen; the first without a choice.
+
+    Args:
+        sections: by the names of their views; one of all of them, for printing and searching, is
+            added.
+        key: of the widget and in the address.
+    """
+    named = {name: list(draw) for name, draw in sections.items()}
+    named["Everything"] = [draw for several in named.values() for draw in several]
+    # Not tabs: these draw everything, and only what is looked at is to be drawn.
+    view = st.segmented_control(
+        "View", list(named), default=next(iter(named)), required=True,
+        label_visibility="collapsed", **links.bound(key),
+    )  # fmt: skip
+    apart(*named[str(view)])
 
 
 def apart(*sections: Callable[[], object]) -> None:

@@ -79,15 +79,10 @@ def listed(source: Source, text: str, go: Callable[[int, int], None]) -> None:
             for layer, feature in places
         ]  # fmt: skip
 
-        def picked() -> None:
-            state = st.session_state.get(_TABLE) or {"selection": {}}
-            for row, *_ in [*state["selection"].get("cells", ()), *_rows(state)]:
-                go(*places[row])
-
         with st.expander(f"{len(rows)} with a label of yours", expanded=bool(text)):
             table(
-                rows, "labelled", key=_TABLE, on_select=picked,
-                selection_mode=["single-row", "single-cell"], alt="Features with your labels",
+                rows, "labelled", key=_TABLE, picked=lambda row: go(*places[row]),
+                alt="Features with your labels",
             )  # fmt: skip
 
 
@@ -105,7 +100,3 @@ def _take_in(source: Source, file: Path) -> None:
         known = read_notes(file)
         write_notes(file, {**fresh, **known})
         st.text(f"{len(fresh.keys() - known.keys())} taken in.")
-
-
-def _rows(state: dict) -> list[tuple[int]]:
-    return [(row,) for row in state["selection"].get("rows", ())]

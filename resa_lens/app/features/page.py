@@ -370,21 +370,15 @@ def _rows(source: Source, selection: Selection, query: Query) -> None:
     column = "layer (1-based)" if shift else "layer (0-based)"
     visible = visible.rename(columns={"layer": column, "score": query.score or "score"})
 
-    def picked() -> None:
-        state: Any = st.session_state.get(_TABLE)
-        chosen = state["selection"] if state else {}
-        numbers = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
-        if numbers and numbers[0] < len(rows):
-            row = rows.iloc[numbers[0]]
-            _open(int(row["layer"]), int(row["feature"]))
+    def picked(place: int) -> None:
+        _open(int(rows["layer"].iloc[place]), int(rows["feature"].iloc[place]))
 
     st.caption("Click a row to open its feature, or choose it by Shift and the space bar.")
     table(
         visible,
         "features",
         key=_TABLE,
-        on_select=picked,
-        selection_mode=["single-row", "single-cell"],
+        picked=picked,
         height=600 if len(visible) > 15 else "content",
         column_config={
             "raises": st.column_config.TextColumn(width="large"),

@@ -132,13 +132,11 @@ def _differing(left: Mean, right: Mean, chosen: Sequence[int], where: str) -> No
     first, second = (f"mean in {number}" for number in chosen)
     frame = pd.DataFrame({"feature": order, first: left[order], second: right[order]})
 
-    def picked() -> None:
-        state: Any = st.session_state.get(_ROWS)
-        if rows := (state["selection"]["rows"] if state else []):
-            st.session_state["feature"] = int(order[rows[0]])
+    def picked(place: int) -> None:
+        st.session_state["feature"] = int(order[place])
 
     table(
-        frame, "lab_differing", key=_ROWS, on_select=picked, selection_mode="single-row",
+        frame, "lab_differing", key=_ROWS, picked=picked, selection_mode="single-row",
         alt="Features that differ between two texts",
     )  # fmt: skip
     st.caption(

@@ -19,11 +19,11 @@ from resa_lens.app.lab import data as lab_data
 from resa_lens.app.lab import kept
 from resa_lens.app.lab import token as lab_token
 from resa_lens.app.tokens import clickable, cursor_in_prompt
-from resa_lens.app.widgets import part, problem, problems, table
+from resa_lens.app.widgets import choose, part, problem, problems, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import line, model_of, models, sae_options, workspace_option
 from resa_lens.artifacts.kinds.counts import RULES, Features
-from resa_lens.artifacts.listing import Listing, name_of
+from resa_lens.artifacts.listing import Listing
 from resa_lens.figures import tokens
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.texts import prompts
@@ -173,19 +173,17 @@ def _command(what: str, model: str, listing: Listing, options: Sequence[str] = (
 def _saes(listing: Listing, model: dict[str, Any], name: str) -> Artifact | None:
     """Choose among the SAEs of the loaded model."""
     problems(listing.problems)
-    by_path = {a.relative: a for a in lab_data.saes(listing, [model["weights"], model["base"]])}
-    if not by_path:
+    runs = lab_data.saes(listing, [model["weights"], model["base"]])
+    if not runs:
         problem(
             f"{listing.root} holds no SAEs of {model['name']}, so there are no features to look "
             "at. This command trains some:",
             _command("train-saes", name, listing),
         )
         return None
-    if len(by_path) == 1:
-        return next(iter(by_path.values()))
-    names = {path: name_of(artifact) for path, artifact in by_path.items()}
-    of = "Of this model's weights"
-    return by_path[str(links.choice(st, "SAEs", "saes", names, help=of))]
+    if len(runs) == 1:
+        return runs[0]
+    return choose(st, "SAEs", "saes", runs, help="Of this model's weights")
 
 
 def _whole(key: str, most: int | None = None) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import streamlit as st
 
 from resa_lens.app import links
-from resa_lens.app.widgets import figure, layer_columns, readable, table
-from resa_lens.artifacts.artifact import Artifact
+from resa_lens.app.widgets import choose, figure, layer_columns, table
 from resa_lens.artifacts.kinds.insertion import Insertion, LayerInsertion
 from resa_lens.artifacts.kinds.insertion import Results as InsertionResults
-from resa_lens.artifacts.listing import Listing, name_of
+from resa_lens.artifacts.listing import Listing
 from resa_lens.figures.scores import forest_figure
 from resa_lens.models.hookpoints import describe_layer, list_layers
 
@@ -20,14 +19,8 @@ def show(listing: Listing, slug: str) -> None:
     if not tests:
         return
     st.subheader("Inserted, nothing tuned", anchor=False)
-    test = tests[0]
-    if len(tests) > 1:
-        names = {a.relative: name_of(a, one_based=links.one_based()) for a in tests}
-        path = links.choice(st, "Test", "insertion", names)
-        test = next(artifact for artifact in tests if artifact.relative == path)
-    results = readable(_results, test)
-    if results is None:
-        return
+    test = tests[0] if len(tests) == 1 else choose(st, "Test", "insertion", tests)
+    results: InsertionResults = test.results
     rows = [(f"{list_layers([layer.layer], one_based=links.one_based())}, {arm}",
              figures.difference, figures.difference_ci)
             for layer in results.layers for arm, figures in layer.inserted.items()]  # fmt: skip
@@ -41,10 +34,6 @@ def show(listing: Listing, slug: str) -> None:
         "Preset distil hands on what the SAE does when it is inserted. Where source and target are "
         "one model, an SAE can only cost."
     )
-
-
-def _results(test: Artifact) -> InsertionResults:
-    return test.results
 
 
 def _cells(layer: LayerInsertion) -> dict[str, object]:

@@ -14,7 +14,7 @@ from resa_lens.app.layers import insertion as layers_insertion
 from resa_lens.app.layers import saes as layers_saes
 from resa_lens.app.layers import sweep as layers_sweep
 from resa_lens.app.widgets import (
-    apart,
+    choose,
     figure,
     layer_columns,
     part,
@@ -23,6 +23,7 @@ from resa_lens.app.widgets import (
     readable,
     share_columns,
     table,
+    views,
 )
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import command_of
@@ -34,7 +35,7 @@ from resa_lens.artifacts.kinds.insertion import Insertion
 from resa_lens.artifacts.kinds.recommendation import Recommendation, StoredRecommendation
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
-from resa_lens.artifacts.listing import Listing, is_parent, name_of
+from resa_lens.artifacts.listing import Listing, is_parent
 from resa_lens.figures import layers as layer_plots
 from resa_lens.figures import plots
 from resa_lens.figures.scores import sweep_figure
@@ -48,8 +49,7 @@ PAPER_TABLE = "paper/table6_hookpoints.csv"
 PAPER_MODELS = "paper/tables3_4_5_models.csv"
 PAPER_LAYERS = 28
 LAYERS, TUNED, QUALITY, PAPER = "By layer", "Tuned and inserted", "SAE quality", "The paper"
-EVERYTHING = "Everything"
-"""Views of the page; the last is long, for printing and searching."""
+"""Views of the page."""
 BADGES: dict[str, tuple[str, str, Any]] = {
     SUPPORTED: ("supported", ":material/check_circle:", "green"),
     TREND: ("a trend, no lumps", ":material/trending_up:", "orange"),
@@ -96,19 +96,9 @@ def show(listing: Listing) -> None:
         address = data.features_of(listing, data.saes_path(run))
         layers.append(partial(layers_saes.verdicts, verdicts, measured, address))
     tuned.append(partial(_scores, listing, models[slug]))
-    views: dict[str, list[Callable[[], None]]] = {
-        LAYERS: layers,
-        TUNED: tuned,
-        QUALITY: [partial(layers_saes.quality, listing, slug, models[slug], run, sweep)],
-        PAPER: [partial(_paper, counts, first)],
-    }
-    views[EVERYTHING] = [draw for sections in views.values() for draw in sections]
-    # Not tabs: these draw everything, and only what is looked at is to be drawn.
-    view = st.segmented_control(
-        "View", list(views), default=LAYERS, required=True, label_visibility="collapsed",
-        **links.bound("view"),
-    )  # fmt: skip
-    apart(*views[str(view)])
+    quality = partial(layers_saes.quality, listing, slug, models[slug], run, sweep)
+    paper = partial(_paper, counts, first)
+    views({LAYERS: layers, TUNED: tuned, QUALITY: [quality], PAPER: [paper]}, "view")
 
 
 def _models_of(listing: Listing) -> dict[str, str]:
@@ -133,15 +123,13 @@ def _sweeps_of(listing: Listing, slug: str, site: str | None = None) -> list[Art
 
 
 def _choose(place: Any, label: str, key: str, artifacts: Sequence[Artifact]) -> Artifact | None:
-    """Choose among artifacts by name; the address holds their paths.  The first by default."""
+    """Choose among artifacts; one that the address names and is none of them is said."""
     if not artifacts:
         place.caption(f"{label}: none of this model")
         return None
-    by_path = {artifact.relative: artifact for artifact in artifacts}
-    if wrong := links.check(key, by_path, key):
+    if wrong := links.check(key, [artifact.relative for artifact in artifacts], key):
         problem(f"{wrong} The newest one is shown.")
-    names = {path: name_of(a, one_based=links.one_based()) for path, a in by_path.items()}
-    return by_path[str(links.choice(place, label, key, names))]
+    return choose(place, label, key, artifacts)
 
 
 def _recommendation(listing: Listing, run: Artifact) -> tuple[StoredRecommendation | None, str]:

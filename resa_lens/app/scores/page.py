@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from resa_lens.app import empty, links
 from resa_lens.app.answers import answers
 from resa_lens.app.scores import reading
 from resa_lens.app.widgets import (
-    apart,
     figure,
     paged,
     part,
@@ -24,6 +23,7 @@ from resa_lens.app.widgets import (
     share_columns,
     table,
     verbatim,
+    views,
 )
 from resa_lens.artifacts.kinds.eval import Point
 from resa_lens.artifacts.listing import Listing
@@ -44,8 +44,7 @@ MARGIN = 2.0
 """Points: runs that differ by less count as equally good."""
 PER_PAGE, PAGES = 10, "sample_page"
 ANSWERS, SCORES, DIFFERENCE, ALL = "Answers", "Accuracy", "Difference by group", "All runs"
-EVERYTHING = "Everything"
-"""Views of the page; the last is long, for printing and searching."""
+"""Views of the page."""
 Groups = dict[str, Point]
 """Accuracy by group: all questions, levels, families."""
 
@@ -64,19 +63,13 @@ def show(listing: Listing) -> None:
         st.text(f"{letter}: {run.what}")
     alone = len(compared) < 2
     comparison = None if alone else _compared(compared)
-    views: dict[str, list[Callable[[], object]]] = {
+    sections = {
         ANSWERS: [partial(_samples, listing, compared)] if alone or comparison else [],
         SCORES: [partial(_scores, compared)],
         DIFFERENCE: [partial(_difference, compared, comparison)] if comparison else [],
         ALL: [partial(_many, compared)] if len(compared) > 2 else [],
     }
-    views = {name: draw for name, draw in views.items() if draw}
-    views[EVERYTHING] = [draw for sections in views.values() for draw in sections]
-    view = st.segmented_control(
-        "View", list(views), default=next(iter(views)), required=True,
-        label_visibility="collapsed", **links.bound("scores_view"),
-    )  # fmt: skip
-    apart(*views[str(view)])
+    views({name: draw for name, draw in sections.items() if draw}, "scores_view")
 
 
 def _choose(runs: Sequence[Run]) -> dict[str, Run]:
