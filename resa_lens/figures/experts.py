@@ -52,10 +52,11 @@ def experts_figure(
             colorbar={"thickness": 12},
         )
     )  # fmt: skip
-    _layout(figure, _plain(title), "expert", _axis(one_based), legend=False)
-    figure.update_layout(hovermode="closest", plot_bgcolor="#EEEEEE")
     figure.update_yaxes(dtick=1 if rows <= 16 else 4, autorange="reversed")
-    return figure
+    return _layout(
+        figure, _plain(title), "expert", _axis(one_based), showlegend=False, hovermode="closest",
+        plot_bgcolor="#EEEEEE",
+    )  # fmt: skip
 
 
 def expert_null_figure(
@@ -75,31 +76,25 @@ def expert_null_figure(
         title: of the figure.
         one_based: numbering of the layers.
     """
-    rows = list(experts[:BARS])
+    rows = experts[:BARS]
     names = [f"{row['layer'] + one_based}:{row['expert']}" for row in rows]
     scores = [row["scores"][measure] for row in rows]
-    intervals = [
-        (s - 1.96 * row.get("errors", {}).get(measure, 0.0),
-         s + 1.96 * row.get("errors", {}).get(measure, 0.0))
-        for s, row in zip(scores, rows, strict=True)
-    ]  # fmt: skip
+    reach = [1.96 * row.get("errors", {}).get(measure, 0.0) for row in rows]
+    intervals = [(s - half, s + half) for s, half in zip(scores, reach, strict=True)]
     figure = go.Figure()
     figure.add_bar(
         x=names, y=scores, name=measure, marker_color=BLUE, error_y=_to_ends(scores, intervals)
     )
     if null:
-        ends = np.quantile(null, (0.05, 0.5, 0.95))
+        low, middle, high = np.quantile(null, (0.05, 0.5, 0.95)).tolist()
+        level, ends = [middle] * len(names), [(low, high)] * len(names)
         figure.add_bar(
-            x=names, y=[float(ends[1])] * len(names), name="ordinary token types, median",
-            marker_color=GREY,
-            error_y=_to_ends(
-                [float(ends[1])] * len(names), [(float(ends[0]), float(ends[2]))] * len(names)
-            ),
+            x=names, y=level, name="ordinary token types, median", marker_color=GREY,
+            error_y=_to_ends(level, ends),
         )  # fmt: skip
-    _layout(figure, _plain(title), "layer:expert", measure)
-    figure.update_layout(barmode="group", hovermode="closest")
     figure.update_xaxes(type="category")
-    return figure
+    how = {"barmode": "group", "hovermode": "closest"}
+    return _layout(figure, _plain(title), "layer:expert", measure, **how)
 
 
 def steering_figure(results: Mapping[str, Any]) -> go.Figure:

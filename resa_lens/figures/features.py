@@ -42,6 +42,8 @@ TRIALS = {
 """Kinds of trials that put a counted feature to the test."""
 
 
+_SMALL: dict[str, Any] = {"showlegend": False, "hovermode": "closest", "height": 320}
+"""Layout of a figure that stands beside another."""
 FIRES, SILENT_THERE = "fires there", "silent there"
 
 
@@ -84,10 +86,7 @@ def activation_figure(edges: Sequence[float], counts: Sequence[int]) -> go.Figur
     marks = [place for place in marks if place % every == 0]
     figure.update_xaxes(tickvals=marks, ticktext=[f"{edges[place]:.2g}" for place in marks])
     figure.update_yaxes(rangemode="tozero")
-    drawn = _layout(
-        figure, "Activation where it fires", "activation, log scale", "tokens", legend=False
-    )
-    return drawn.update_layout(hovermode="closest", height=320)
+    return _layout(figure, "Activation where it fires", "activation, log scale", "tokens", **_SMALL)
 
 
 def densities_figure(densities: NDArray[Any]) -> go.Figure:
@@ -110,11 +109,10 @@ def densities_figure(densities: NDArray[Any]) -> go.Figure:
         )
     )
     figure.update_xaxes(type="log")
-    drawn = _layout(
+    return _layout(
         figure, "The features of this list by density", "density, share of tokens (log scale)",
-        "features", legend=False,
+        "features", showlegend=False, height=280,
     )  # fmt: skip
-    return drawn.update_layout(height=280)
 
 
 def similarity_card(
@@ -186,15 +184,11 @@ def lens_figure(counts: Sequence[int], low: float, high: float) -> go.Figure:
     # The ends, which say what a feature is for, hold single tokens of thousands.
     top = math.log10(max(1, *counts)) + 0.1
     figure.update_yaxes(type="log", range=[math.log10(0.5), top], dtick=1)
-    drawn = _layout(
-        figure,
-        "Logit lens over the vocabulary",
-        "logit beside that of nothing",
-        "tokens, log scale",
-        f"{sum(counts):,} tokens; those at both ends stand above",
-        legend=False,
-    )
-    return drawn.update_layout(hovermode="closest", height=300)
+    subtitle = f"{sum(counts):,} tokens; those at both ends stand above"
+    return _layout(
+        figure, "Logit lens over the vocabulary", "logit beside that of nothing",
+        "tokens, log scale", subtitle, **{**_SMALL, "height": 300},
+    )  # fmt: skip
 
 
 def phases_figure(
@@ -227,15 +221,8 @@ def phases_figure(
         )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(rangemode="tozero")
-    drawn = _layout(
-        figure,
-        "Density by phase",
-        "% of the phase's tokens",
-        "",
-        f"95 % of the whole, over {documents} documents",
-        legend=False,
-    )
-    return drawn.update_layout(hovermode="closest", height=320)
+    subtitle = f"95 % of the whole, over {documents} documents"
+    return _layout(figure, "Density by phase", "% of the phase's tokens", "", subtitle, **_SMALL)
 
 
 def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float) -> go.Figure:
@@ -250,14 +237,10 @@ def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float)
     kinds = [kind for kind in TRIALS if kind in shares]
     points = [100 * shares[kind][0] / max(1, shares[kind][1]) for kind in kinds]
     ends = [(100 * low, 100 * high) for low, high in (shares[kind][2] for kind in kinds)]
-    states = [
-        FIRES
-        if low > 100 * fires
-        else SILENT_THERE
-        if high < 100 * SILENT * fires
-        else UNDETERMINED
-        for low, high in ends
-    ]
+    states = np.where(
+        [low > 100 * fires for low, _ in ends], FIRES,
+        np.where([high < 100 * SILENT * fires for _, high in ends], SILENT_THERE, UNDETERMINED),
+    )  # fmt: skip
     figure = go.Figure()
     for bound in (fires, SILENT * fires):
         figure.add_vline(x=100 * bound, line={"color": GREY, "dash": "dash"})
@@ -281,11 +264,8 @@ def trials_figure(shares: Mapping[str, tuple[int, int, Interval]], fires: float)
     figure.update_yaxes(
         type="category", categoryorder="array", categoryarray=[TRIALS[kind] for kind in kinds][::-1]
     )
-    drawn = _layout(
-        figure,
-        "Where it fires",
-        "% of the trials",
-        "",
-        "95 % intervals; dashed: above both it fires, below both it is silent",
-    )
-    return drawn.update_layout(hovermode="closest", height=480, legend_y=-0.25)
+    subtitle = "95 % intervals; dashed: above both it fires, below both it is silent"
+    return _layout(
+        figure, "Where it fires", "% of the trials", "", subtitle, hovermode="closest",
+        height=480, legend_y=-0.25,
+    )  # fmt: skip

@@ -17,6 +17,7 @@ from resa_lens.figures.plots import (
     VERMILION,
     _axis,
     _layout,
+    _over,
     _over_layers,
     _plain,
     _to_ends,
@@ -111,14 +112,14 @@ def sae_figure(figures: Mapping[str, Mapping[int, float]], *, one_based: bool = 
     rows, layers = max(1, len(known)), max(map(len, known.values()), default=0)
     figure: Any = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.07)
     title = "SAE quality on held-out sequences"
-    _over_layers(figure, layers, one_based, title, "", legend=False)
+    height = 210 + 150 * rows
+    _over_layers(figure, layers, one_based, title, "", showlegend=False, height=height)
     figure.update_xaxes(title_text="")
     figure.update_xaxes(title_text=_axis(one_based), row=rows)
     colours = (PURPLE, BLUE, GREY)
     for row, ((name, values), colour) in enumerate(zip(known.items(), colours, strict=False), 1):
         figure.add_scatter(
-            x=[layer + one_based for layer in sorted(values)],
-            y=[values[layer] for layer in sorted(values)],
+            **_over(sorted(values), values, one_based),
             mode="lines+markers",
             line={"color": colour},
             name=_plain(name),
@@ -126,7 +127,7 @@ def sae_figure(figures: Mapping[str, Mapping[int, float]], *, one_based: bool = 
             col=1,
         )
         figure.update_yaxes(title_text=_plain(name), rangemode="tozero", row=row)
-    return figure.update_layout(height=210 + 150 * rows)
+    return figure
 
 
 def recovered_figure(
@@ -144,8 +145,7 @@ def recovered_figure(
     for phase, shares in recovered.items():
         colour, symbol, dash = PHASE_STYLES.get(phase, (VERMILION, "x", "solid"))
         figure.add_scatter(
-            x=[layer + one_based for layer in layers],
-            y=[100 * shares[layer] if layer in shares else None for layer in layers],
+            **_over(layers, {layer: 100 * share for layer, share in shares.items()}, one_based),
             mode="lines+markers",
             name=_plain(phase),
             line={"color": colour, "dash": dash},
@@ -158,7 +158,7 @@ def recovered_figure(
         one_based,
         "Loss recovered by phase",
         "loss recovered, %",
-        "0: as with zeros in the layer's place; 100: no loss",
+        subtitle="0: as with zeros in the layer's place; 100: no loss",
     )
 
 
@@ -176,7 +176,7 @@ def effects_figure(
         one_based: numbering of the axis.
     """
     layers = sorted(effects)
-    values = [effects[layer][0] for layer in layers]
+    values = {layer: effects[layer][0] for layer in layers}
     ends = [
         (value if low is None else low, value if high is None else high)
         for value, low, high in (effects[layer] for layer in layers)
@@ -184,8 +184,7 @@ def effects_figure(
     marked = [layer in recommended for layer in layers]
     figure = go.Figure(
         go.Scatter(
-            x=[layer + one_based for layer in layers],
-            y=values,
+            **_over(layers, values, one_based),
             mode="markers",
             name="effect",
             marker={
@@ -193,7 +192,7 @@ def effects_figure(
                 "color": [VERMILION if here else BLUE for here in marked],
                 "symbol": ["diamond" if here else "circle" for here in marked],
             },
-            error_y=_to_ends(values, ends, color=SKY),
+            error_y=_to_ends(list(values.values()), ends, color=SKY),
         )
     )
     figure.add_hline(y=0, line={"color": GREY, "dash": "dash"})
@@ -203,6 +202,6 @@ def effects_figure(
         one_based,
         "Causal effect by layer",
         "change of the loss, nats",
-        "beyond random features; 95 %; diamond: recommended",
-        legend=False,
+        subtitle="beyond random features; 95 %; diamond: recommended",
+        showlegend=False,
     )

@@ -6,7 +6,7 @@ Functions from plain tables to figures; layers are 0-based inside and shown in e
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,9 @@ def _plain(text: str) -> str:
 
 
 def _layout(
-    figure: go.Figure, title: str, x: str, y: str, subtitle: str = "", *, legend: bool = True
+    figure: go.Figure, title: str, x: str, y: str, subtitle: str = "", **more: Any
 ) -> go.Figure:
+    legend = more.get("showlegend", True)
     # The short title and the subtitle fit a phone's width; legend and title have their own bands
     # above and below the axes, which grow with the legend's lines.
     figure.update_layout(
@@ -60,34 +61,30 @@ def _layout(
         yaxis_title=y,
         template="plotly_white",
         legend={"orientation": "h", "y": -0.22, "x": 0},
-        margin={"l": 56, "r": 16, "t": 92 if subtitle else 76, "b": 84},
+        margin={"l": 56, "r": 16, "t": 92 if subtitle else 76, "b": 84 if legend else 56},
         hovermode="x unified",
-        height=440,
+        height=440 if legend else 410,
     )
-    if not legend:
-        figure.update_layout(margin_b=56, height=410, showlegend=False)
-    figure.update_xaxes(automargin=True)
-    figure.update_yaxes(automargin=True)
-    return figure
+    figure.update_xaxes(automargin=True).update_yaxes(automargin=True)
+    return figure.update_layout(**more)
 
 
 def _over_layers(
-    figure: go.Figure,
-    layers: int,
-    one_based: bool,
-    title: str,
-    y: str,
-    subtitle: str = "",
-    *,
-    legend: bool = True,
+    figure: go.Figure, layers: int, one_based: bool, title: str, y: str, **more: Any
 ) -> go.Figure:
     """Lay out a figure over so many layers, each of them named or every second one."""
     figure.update_xaxes(dtick=1 if layers <= 16 else 2)
-    return _layout(figure, title, _axis(one_based), y, subtitle, legend=legend)
+    return _layout(figure, title, _axis(one_based), y, **more)
 
 
 def _axis(one_based: bool) -> str:
     return "layer (1-based)" if one_based else "layer (0-based)"
+
+
+def _over(layers: Iterable[int], table: Mapping[int, Any], one_based: bool) -> dict[str, Any]:
+    """Return where a trace stands over layers; a layer without a value breaks its line."""
+    places = list(layers)
+    return {"x": [layer + one_based for layer in places], "y": [table.get(n) for n in places]}
 
 
 def _count_ticks(figure: go.Figure, highest: float) -> None:
@@ -113,13 +110,12 @@ def _stacks(
     figure: go.Figure,
     tables: Mapping[str, Mapping[int, int]],
     colours: Mapping[str, str],
-    shift: int,
+    shift: bool,
 ) -> None:
     """Bars over layers of each table, {name: {0-based layer: count}}."""
     for name, table in tables.items():
         figure.add_bar(
-            x=[layer + shift for layer in table],
-            y=list(table.values()),
+            **_over(table, table, shift),
             name=RULE_NAMES.get(name, _plain(name)),
             marker_color=colours.get(name, GREY),
         )
@@ -154,7 +150,7 @@ def counts_figure(
     figure = go.Figure()
     # A rule that counts nothing has no bars: theirs would hold room, and push the others aside.
     drawn = {rule: table for rule, table in counts.items() if any(table.values())} or counts
-    _stacks(figure, drawn, RULE_COLOURS, shift)
+    _stacks(figure, drawn, RULE_COLOURS, one_based)
     for rule, table in counts.items():
         if rule not in drawn:
             name = f"{RULE_NAMES.get(rule, _plain(rule))}: none"
@@ -302,7 +298,7 @@ def mixture_figure(
     if fit.kind == "counts":
         _count_ticks(figure, float(values.max(initial=0)))
     subtitle = _plain(f"recipe {fit.recipe}: {fit.verdict}")
-    return _over_layers(figure, layers.size, one_based, title, y, subtitle)
+    return _over_layers(figure, layers.size, one_based, title, y, subtitle=subtitle)
 
 
 def profile_figure(
@@ -314,27 +310,19 @@ def profile_figure(
     one_based: bool = False,
 ) -> go.Figure:
     """A line over layers, {0-based layer: value}, with a level to compare it with where given."""
-    shift = int(one_based)
-    layers = sorted(profile)
-    figure = go.Figure(
-        go.Scatter(
-            x=[layer + shift for layer in layers],
-            y=[profile[layer] for layer in layers],
-            mode="lines+markers",
-            line={"color": PURPLE},
-            name=y,
-        )
+    layers, figure = sorted(profile), go.Figure()
+    figure.add_scatter(
+        **_over(layers, profile, one_based), mode="lines+markers", line={"color": PURPLE}, name=y
     )
     if baseline is not None and layers:
+        ends = layers[0], layers[-1]
         figure.add_scatter(
-            x=[layers[0] + shift, layers[-1] + shift],
-            y=[baseline, baseline],
+            **_over(ends, dict.fromkeys(ends, baseline), one_based),
             mode="lines",
             line={"color": GREY, "dash": "dash"},
             name="base model",
         )
-    legend = baseline is not None
-    return _over_layers(figure, len(layers), one_based, title, y, legend=legend)
+    return _over_layers(figure, len(layers), one_based, title, y, showlegend=baseline is not None)
 
 
 def quality_figure(fvu: Mapping[int, float], *, one_based: bool = False) -> go.Figure:
@@ -369,19 +357,19 @@ def scores_figure(
             error_y=_to_ends(accuracy, ends, thickness=2, width=4, color=colour),
         )
     figure.update_yaxes(range=[-3, 103], tickvals=list(range(0, 101, 20)))
-    figure.update_layout(scattermode="group", scattergap=0.35)
-    drawn = _layout(figure, "Accuracy with 95 % intervals", "", "accuracy, %")
     # On a narrow screen the groups' names stand upright, where the legend would be.
-    return drawn.update_layout(
-        legend={"y": 1.02, "yanchor": "bottom"}, margin_b=40, margin_t=84, showlegend=True
-    )
+    place = {"legend_y": 1.02, "legend_yanchor": "bottom", "margin_b": 40, "margin_t": 84}
+    return _layout(
+        figure, "Accuracy with 95 % intervals", "", "accuracy, %",
+        showlegend=True, scattermode="group", scattergap=0.35, **place,
+    )  # fmt: skip
 
 
 def loss_figure(losses: Sequence[float]) -> go.Figure:
     """The tuning's loss by step."""
     figure = go.Figure(go.Scatter(y=list(losses), mode="lines", line={"color": BLUE}, name="loss"))
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
-    return _layout(figure, "Tuning loss", "step", "KL, nats", legend=False)
+    return _layout(figure, "Tuning loss", "step", "KL, nats", showlegend=False)
 
 
 def dose_response_figure(doses: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
@@ -455,16 +443,14 @@ def verdict_figure(
         null: {layer: features that the same rules count with a random-weights model}.
         one_based: which numbering the axis shows.
     """
-    figure, shift = go.Figure(), int(one_based)
-    layers = sorted(verdicts)
+    figure, layers = go.Figure(), sorted(verdicts)
     rows = {n: {at: verdicts[at].get(n, 0) for at in layers} for n in VERDICT_COLOURS}
     # A legend of words that nothing has would hide those that something has.
     tables = {name: row for name, row in rows.items() if any(row.values())}
-    _stacks(figure, tables, VERDICT_COLOURS, shift)
+    _stacks(figure, tables, VERDICT_COLOURS, one_based)
     if null:
         figure.add_scatter(
-            x=[layer + shift for layer in sorted(null)],
-            y=[null[layer] for layer in sorted(null)],
+            **_over(sorted(null), null, one_based),
             mode="markers",
             name="counted with random weights",
             marker={"color": BLUE, "symbol": "line-ew-open", "size": 18, "line": {"width": 4}},
@@ -473,12 +459,12 @@ def verdict_figure(
     if not any(totals):
         _empty(figure, "no rule counts a feature at these layers")
     _count_ticks(figure, max([*totals, *(null or {}).values()], default=0))
-    figure.update_layout(barmode="stack")
     return _over_layers(
         figure,
         len(layers),
         one_based,
         "Counted features by verdict",
         "features",
-        "union of all rules; a token detector needs the tag alone, in any text",
+        subtitle="union of all rules; a token detector needs the tag alone, in any text",
+        barmode="stack",
     )

@@ -56,9 +56,11 @@ def forest_figure(
         "<extra></extra>",
         error_x=_to_ends(points, ends, thickness=2, width=4, color=GREY),
     )
-    drawn = _layout(figure, _plain(title), "difference, points", "", _plain(subtitle), legend=False)
-    drawn.update_yaxes(autorange="reversed", type="category")
-    return drawn.update_layout(hovermode="closest", height=190 + 34 * max(3, len(rows)))
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _layout(
+        figure, _plain(title), "difference, points", "", _plain(subtitle), showlegend=False,
+        hovermode="closest", height=190 + 34 * max(3, len(rows)),
+    )  # fmt: skip
 
 
 def sweep_figure(
@@ -157,12 +159,12 @@ def sweep_figure(
     figure.update_yaxes(range=[bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)])
     figure.add_hrect(y0=low, y1=high, fillcolor=GREY, opacity=0.15, line_width=0)
     figure.add_hline(y=accuracy, line={"color": GREY, "dash": "dash"})
-    drawn = _layout(
+    ticks = [layer + shift for layer in known]
+    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
+    return _layout(
         figure,
         "Accuracy after tuning, by layer",
         _axis(one_based),
         "accuracy, %",
         "band: the base model's own 95 % interval; intervals of marks: of the paired difference",
     )
-    ticks = [layer + shift for layer in known]
-    return drawn.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
