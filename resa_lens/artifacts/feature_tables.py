@@ -12,8 +12,10 @@ Nothing here loads torch: the app reads by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,18 @@ SCORE_SCHEMA = pa.schema(
 """A row a score, layer and feature that is active at all; for the rules, active on the prompt."""
 SCORE_GROUP = 65_536
 """Rows in one row group of the scores."""
+TEXT_GROUPS = 400
+"""Row groups of examples that one search reads at most: six layers of 65,536 features."""
+SEPARATOR = "\x1f"
+"""Between tokens that are searched one by one."""
+_BATCH = 32  # row groups that one thread reads at once
+
+Array = NDArray[Any]
+
+
+def keys_of(layers: Array, features: Array) -> NDArray[np.int64]:
+    """Return the keys of features: the layer and the number in one integer."""
+    return (layers.astype(np.int64) << 32) | features.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,14 @@ class Groups:
             mask &= [ends is None or ends[0] <= score <= ends[1] for ends in self.scores]
         return np.flatnonzero(mask).tolist()
 
+    def holding(self, keys: Array) -> list[int]:
+        """Return the row groups that can hold some features, given by their sorted `keys_of`."""
+        low, high = self.low, self.high
+        first = np.searchsorted(keys, keys_of(low[:, 0], low[:, 1]), side="left")
+        last = np.searchsorted(keys, keys_of(high[:, 0], high[:, 1]), side="right")
+        # The smallest feature of a group with two layers need not be of the smaller layer.
+        return np.flatnonzero((last > first) | (low[:, 0] != high[:, 0])).tolist()
+
     def read(self, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """Read row groups, in full or some columns.
 
@@ -190,6 +212,15 @@ class Groups:
         rows = self.read(self.of(layer, [feature]))
         mine = (pc.field("layer") == layer) & (pc.field("feature") == feature)
         return rows.filter(mine).to_pylist()
+
+    def in_batches(
+        self, groups: Sequence[int], column: str, use: Callable[[pa.Table], Any]
+    ) -> list[Any]:
+        """Read a column of row groups by several threads, and use each part of it."""
+        names = ["layer", "feature", column]
+        batches = [groups[first : first + _BATCH] for first in range(0, len(groups), _BATCH)]
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda batch: use(self.read(batch, names)), batches))
 
 
 def open_groups(file: Path, schema: pa.Schema) -> Groups:
@@ -251,10 +282,82 @@ def read_feature(
             f"feature {feature} at layer {layer} (0-based) fired on none of the documents of "
             f"{folder}, or its layer was not measured"
         )
-    examples = open_groups(folder / EXAMPLES, EXAMPLE_SCHEMA).find(layer, feature)
+    return rows[0], examples_of(open_groups(folder / EXAMPLES, EXAMPLE_SCHEMA), layer, feature)
+
+
+def examples_of(groups: Groups, layer: int, feature: int) -> list[dict[str, Any]]:
+    """Return one feature's examples, the strongest first, then those drawn.
+
+    Raises:
+        BadInputError: the file is damaged.
+    """
     # Of recipe 1 all examples are the strongest.
-    examples = [{"interval": STRONGEST, **row} for row in examples]
-    return rows[0], sorted(examples, key=lambda row: row["rank"])
+    rows = [{"interval": STRONGEST, **row} for row in groups.find(layer, feature)]
+    return sorted(rows, key=lambda row: row["rank"] or 0)
+
+
+def density_interval(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the 95 % interval of a feature's density over all tokens, documents the units."""
+    half = 1.96 * row["density_se"]
+    return max(0.0, row["density"] - half), min(1.0, row["density"] + half)
+
+
+def search(
+    open_table: Callable[[str], Groups], text: str, keys: Array
+) -> tuple[NDArray[np.int8], bool]:
+    """Look for a text in the tokens that features raise, and around their strongest activations.
+
+    Args:
+        open_table: opens a table of the activity by its name.
+        text: in any case; in an example it may go over several tokens.
+        keys: of the features, sorted.
+
+    Returns:
+        For each feature 0, 1 (in what it raises), 2 (in an example) or 3; and whether the examples
+        were searched, which they are in up to `TEXT_GROUPS` row groups.
+    """
+    where, whole = np.zeros(keys.size, dtype=np.int8), True
+    for bit, (name, column, separator) in enumerate(
+        ((FEATURES, "top_tokens", SEPARATOR), (EXAMPLES, "tokens", ""))
+    ):
+        groups = open_table(name)
+        near = groups.holding(keys)
+        if name == EXAMPLES and len(near) > TEXT_GROUPS:
+            whole = False
+            continue
+        use = partial(_matching, keys=keys, column=column, separator=separator, text=text)
+        for hits in groups.in_batches(near, column, use):
+            where[hits] |= 1 << bit
+    return where, whole
+
+
+def _matching(table: pa.Table, keys: Array, column: str, separator: str, text: str) -> Array:
+    """Return the places in `keys` of the rows whose tokens, joined, hold the text in any case."""
+    own = keys_of(table["layer"].to_numpy(), table["feature"].to_numpy())
+    places = np.searchsorted(keys, own).clip(max=keys.size - 1)
+    # Only the few features that are asked for: to join every row's tokens took most of the time.
+    near = keys[places] == own
+    lists = table[column].filter(pa.array(near)).combine_chunks()
+    whole = pc.call_function("binary_join", [lists, pa.scalar(separator)])
+    hit = pc.call_function(
+        "match_substring", [whole], pc.MatchSubstringOptions(text, ignore_case=True)
+    )
+    # A null, where no lens was computed, is no hit.
+    return places[near][hit.fill_null(False).to_numpy(zero_copy_only=False)]
+
+
+def raised(groups: Groups, keys: Array) -> list[list[str | None]]:
+    """Return the tokens that each of some features raises, the most first; none if unknown."""
+
+    def tokens(rows: pa.Table) -> dict[int, list[str | None]]:
+        own = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+        places = np.flatnonzero(np.isin(own, keys))
+        lists = rows["top_tokens"].take(pa.array(places)).to_pylist()
+        return dict(zip(own[places].tolist(), lists, strict=True))
+
+    parts = groups.in_batches(groups.holding(np.sort(keys)), "top_tokens", tokens)
+    by_key = {key: names for part in parts for key, names in part.items()}
+    return [by_key.get(int(key)) or [] for key in keys]
 
 
 def edges_of(schema: pa.Schema, where: Path) -> list[float]:

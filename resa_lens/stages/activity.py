@@ -19,6 +19,7 @@ from resa_lens.artifacts.feature_tables import (
     FEATURES,
     GROUP,
     LENS_HISTOGRAM,
+    density_interval,
     histogram_edges,
     read_feature,
 )
@@ -471,7 +472,5 @@ def feature_page(
         row[LENS_HISTOGRAM] = lens.histogram[0].tolist()
         near, cosines = nearest_directions(coder.W_dec, [feature])
         row["nearest"], row["nearest_cosines"] = near[0].tolist(), cosines[0].tolist()
-    half = 1.96 * row["density_se"]
-    interval = [max(0.0, row["density"] - half), min(1.0, row["density"] + half)]
-    edges = histogram_edges(run.artifact.path)
+    interval, edges = list(density_interval(row)), histogram_edges(run.artifact.path)
     return {**row, "density_ci": interval, "histogram_edges": edges, "examples": examples}

@@ -22,9 +22,9 @@ from synthetic_workspace import (
 )
 
 from resa_lens.app.features import data as features_data
-from resa_lens.app.features import search as features_search
 from resa_lens.app.features import table as features_table
 from resa_lens.app.features.table import Query, as_csv, page_of, select
+from resa_lens.artifacts import feature_tables
 from resa_lens.errors import BadInputError
 from resa_lens.resources import data_path
 
@@ -185,7 +185,7 @@ def test_text_is_found_over_tokens_and_in_examples(made):
 
 
 def test_many_layers_are_searched_in_what_they_raise_alone(made, monkeypatch):
-    monkeypatch.setattr(features_search, "TEXT_GROUPS", 1)
+    monkeypatch.setattr(feature_tables, "TEXT_GROUPS", 1)
     query = Query(find="zebra", reverse=True)
     source = source_of(made)
     assert list(page_of(source, query)["found in"]) == ["raises"]

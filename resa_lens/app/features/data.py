@@ -22,9 +22,9 @@ from resa_lens.artifacts.feature_tables import (
     EXAMPLES,
     FEATURE_SCHEMA,
     FEATURES,
-    STRONGEST,
     Groups,
     edges_of,
+    examples_of,
     open_groups,
 )
 from resa_lens.artifacts.kinds.ablation import Ablation
@@ -90,15 +90,13 @@ class Source:
             return Features(layers=[])
         return data.read(self.counts, "features.json", Features)
 
-    def judged(self) -> list[Verdict]:
-        """Return the verdicts on counted features; none where none was tested.
+    def judged(self) -> Verdicts | None:
+        """Return the verdicts on counted features; None where none was tested.
 
         Raises:
             BadInputError: the file is missing or damaged.
         """
-        if self.verdicts is None:
-            return []
-        return data.read(self.verdicts, "verdicts.json", Verdicts).features
+        return self.verdicts and data.read(self.verdicts, "verdicts.json", Verdicts)
 
 
 HASHES: data.Hashes = {
@@ -215,17 +213,6 @@ class Activity:
     edges: tuple[float, ...]
     """Of the histogram's bins."""
 
-    @property
-    def ci(self) -> tuple[float, float]:
-        """95 % interval of the density over all tokens, documents being the units."""
-        half = 1.96 * self.row["density_se"]
-        return max(0.0, self.row["density"] - half), min(1.0, self.row["density"] + half)
-
-    @property
-    def most(self) -> str:
-        """The phase in which it is densest."""
-        return max(PHASES, key=lambda phase: self.row[f"density_{phase}"])
-
 
 def activity(source: Source, layer: int, feature: int) -> Activity | None:
     """Return a feature's figures; None where it fired on none of the documents.
@@ -253,17 +240,15 @@ def _check_whole(rows: Sequence[dict[str, Any]], names: Sequence[str], file: Pat
 def examples(source: Source, layer: int, feature: int) -> list[dict[str, Any]]:
     """Return places at which a feature fires, the strongest first, then those drawn.
 
-    Of tables of recipe 1 these are the strongest documents alone.
-
     Raises:
         BadInputError: the table is missing or damaged.
     """
     if source.activity is None:
         return []
     groups = opened(source.activity, EXAMPLES)
-    rows = groups.find(layer, feature)
+    rows = examples_of(groups, layer, feature)
     _check_whole(rows, groups.schema.names, groups.file)
-    return [{"interval": STRONGEST, **row} for row in sorted(rows, key=lambda row: row["rank"])]
+    return rows
 
 
 def phases_of(source: Source, numbers: Sequence[int]) -> dict[int, list[str]]:
@@ -313,8 +298,8 @@ def verdict_of(source: Source, layer: int, feature: int) -> Verdict | None:
     Raises:
         BadInputError: the file is missing or damaged.
     """
-    judged = (v for v in source.judged() if (v.layer, v.feature) == (layer, feature))
-    return next(judged, None)
+    judged = source.judged()
+    return judged and judged.of(layer, feature)
 
 
 def effects_of(source: Source, layer: int, feature: int) -> list[EffectResults]:

@@ -1,7 +1,7 @@
 """The table of features: filtered, sorted, and no more of it made than is shown.
 
 Columns of one layer, or of all, are read once and kept as arrays; 26 layers of 65,536 features are
-1.7 million rows.  Texts are read only of what is shown or can match (`search`).  A feature's key is
+1.7 million rows.  Texts are read only of what is shown or can match.  A feature's key is
 its layer and its number in one integer, so that tables can be joined by sorting.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,20 @@ from numpy.typing import NDArray
 
 from resa_lens.app import data
 from resa_lens.app.features.data import HASHES, SCORES, Source, opened
-from resa_lens.app.features.search import groups_with, keys_of, raised, search
 from resa_lens.artifacts.artifact import Artifact
-from resa_lens.artifacts.feature_tables import FEATURES
+from resa_lens.artifacts.feature_tables import FEATURES, keys_of, raised, search
 from resa_lens.artifacts.kinds.counts import RULES
 from resa_lens.artifacts.kinds.scores import ScoreSummary
 from resa_lens.errors import BadInputError
 from resa_lens.figures.plots import VERDICT_COLOURS
+from resa_lens.figures.tokens import visible
 from resa_lens.texts.prompts import PHASES
 
 Array = NDArray[Any]
 PAGE = 200
 """Rows of a page."""
+RAISED = 5
+"""Tokens of the logit lens in the table."""
 VERDICTS = tuple(VERDICT_COLOURS)
 UNTESTED = "not tested"
 EVERY, THINKING = "every feature", "twice as dense in thoughts"
@@ -130,13 +133,25 @@ def select(source: Source, query: Query) -> Selection:
         rows = rows.join(_scores(source, query.layer, query.score))
     index, notes = np.flatnonzero(_kept(rows, query)), ()
     if query.find:
-        where, notes = search(source, query.find, rows.index.to_numpy()[index])
+        where, notes = _search(source, query.find, rows.index.to_numpy()[index])
         rows = rows.assign(where=np.zeros(len(rows), np.int8))
         rows.iloc[index, -1] = where
         index = index[where > 0]
     index = index[_order(rows.iloc[index], query, only)].astype(np.int32)
     total = _total(source, query.layer) + silent if only is None else len(rows)
     return Selection(total, rows, index, notes)
+
+
+def _search(source: Source, text: str, keys: Array) -> tuple[Array, tuple[str, ...]]:
+    """Return where a text stands for each feature, and what was left out; see `search`."""
+    if source.activity is None or not keys.size:
+        return np.zeros(keys.size, np.int8), ()
+    where, whole = search(partial(opened, source.activity), text, keys)
+    note = (
+        "Searched in the tokens that features raise; choose a layer or a rule to search in "
+        "their examples too."
+    )
+    return where, () if whole else (note,)
 
 
 @st.cache_resource(show_spinner=False, max_entries=24, hash_funcs=HASHES)
@@ -250,7 +265,7 @@ def _read(source: Source, layer: int | None, keys: Array | None) -> pd.DataFrame
     groups = opened(source.activity, FEATURES)
     near = groups.of(layer)
     if keys is not None:
-        near = sorted(set(near) & set(groups_with(groups, keys)))
+        near = sorted(set(near) & set(groups.holding(keys)))
     rows = groups.read(near, names)
     own = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
     # Half the memory; four digits are shown.
@@ -275,9 +290,10 @@ def _rules(source: Source, layers: Sequence[int]) -> dict[int, int]:
 
 def _verdicts(source: Source, layers: Sequence[int]) -> dict[int, int]:
     """The verdict's number, by the feature's key."""
+    judged = source.judged()
     return {
         (v.layer << 32) | v.feature: VERDICTS.index(v.verdict)
-        for v in source.judged()
+        for v in (judged.features if judged else ())
         if v.layer in layers and v.verdict in VERDICTS
     }
 
@@ -339,7 +355,10 @@ def _readable(source: Source, rows: pd.DataFrame) -> pd.DataFrame:
     if "where" in rows:
         places = np.array(["", "raises", "examples", "both"], dtype=object)
         table["found in"] = places[rows["where"]]
-    table["raises"] = raised(source, rows.index.to_numpy())
+    table["raises"] = ""
+    if source.activity and len(rows):
+        listed = raised(opened(source.activity, FEATURES), rows.index.to_numpy())
+        table["raises"] = ["  ".join(visible(t or "") for t in names[:RAISED]) for names in listed]
     return pd.DataFrame(table).reset_index(drop=True)
 
 

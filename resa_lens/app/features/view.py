@@ -18,6 +18,7 @@ from resa_lens.app.features.data import (
 from resa_lens.app.features.document import Go
 from resa_lens.app.features.examples import PHASE_NAMES
 from resa_lens.app.widgets import figure, missing, part, readable, table, verbatim
+from resa_lens.artifacts.feature_tables import density_interval
 from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.features.words import DESCRIBED, REFUTED, STANDS, UNDETERMINED, WORDS
@@ -75,14 +76,15 @@ def _about(source: Source, layer: int, feature: int, figures: Activity | None) -
     readable(_verdict, source, layer, feature)
     if figures is None:
         return
-    row, (low, high) = figures.row, figures.ci
+    row, (low, high) = figures.row, density_interval(figures.row)
+    most = max(PHASES, key=lambda phase: row[f"density_{phase}"])
     by_phase = ", ".join(
         f"{_percent(row[f'density_{phase}'])} of {PHASE_NAMES[phase]}" for phase in PHASES
     )
     st.text(
         f"Fires at {_percent(row['density'])} of all tokens (95 % over documents "
         f"{_percent(low)} to {_percent(high)}), in {row['documents_fired']:,} of "
-        f"{source.documents:,} documents. Densest in {PHASE_NAMES[figures.most]}: {by_phase}. "
+        f"{source.documents:,} documents. Densest in {PHASE_NAMES[most]}: {by_phase}. "
         f"Where it fires its mean is {row['mean']:.3g}, its maximum {row['max']:.3g}."
     )
 
@@ -143,7 +145,7 @@ def _activations(figures: Activity, source: Source) -> None:
     with right:
         densities = {phase: row[f"density_{phase}"] for phase in PHASES}
         drawing = feature_plots.phases_figure(
-            densities, row["density"], figures.ci, source.documents
+            densities, row["density"], density_interval(row), source.documents
         )
         figure(drawing, "figure-phases")
     rows = [
