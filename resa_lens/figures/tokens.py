@@ -40,7 +40,7 @@ STYLE = (
 
 def coloured(
     tokens: Sequence[str],
-    values: Sequence[float],
+    values: Sequence[float] = (),
     *,
     most: float | None = None,
     phases: Sequence[str] = (),
@@ -50,14 +50,14 @@ def coloured(
 
     Args:
         tokens: their texts, in order.
-        values: a number each, 0 or above: the strength of the colour.
+        values: a number each, 0 or above: the strength of the colour; all 0 by default.
         most: the value of the strongest colour; the largest by default.
         phases: of each token, or none: then nothing is drawn below them.
         peak: the token that is framed.
     """
     top = most or max([0.0, *values]) or 1.0
     parts = []
-    for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
+    for place, (token, value) in enumerate(zip(tokens, values or [0.0] * len(tokens), strict=True)):
         style, note = "", f"{visible(token)}: {value:.3g}"
         if value > 0:
             style = f"background:{_shade(_WARM, value / top)};"

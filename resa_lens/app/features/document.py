@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import streamlit as st
 
 from resa_lens.app.features.data import Source, document_of
@@ -43,11 +42,8 @@ def show(listing: Listing, source: Source, layer: int, feature: int, go: Go) -> 
         result = lab_data.follow("layer", {**request, "layer": layer}, "document")
         if result is None:
             return
-        values = np.zeros(len(ids))
-        rows = np.repeat(np.arange(len(ids)), np.diff(result["starts"]))
-        mine = np.array(result["features"]) == feature
-        values[rows[mine]] = np.array(result["values"])[mine]
-        st.text(f"Document {number}, whole: active at {int(mine.sum())} of {len(ids)} tokens")
+        values, active = lab_data.by_token(lab_data.acts(result), feature, len(ids))
+        st.text(f"Document {number}, whole: active at {active} of {len(ids)} tokens")
         markup = tokens.coloured(result["tokens"], values.tolist(), phases=phases, peak=place)
         clickable(markup, "document-text", lambda at: choose(source, number, at), "Document")
         prompt = "".join(

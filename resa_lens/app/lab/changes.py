@@ -202,8 +202,7 @@ def _side_by_side(plain: dict[str, Any], changed: dict[str, Any], request: dict[
             written = slice(document["prompt_tokens"], None)
             words = document["tokens"][written]
             if words:
-                blank, phases = [0.0] * len(words), document["phases"][written]
-                st.html(tokens.coloured(words, blank, phases=phases, peak=first))
+                st.html(tokens.coloured(words, phases=document["phases"][written], peak=first))
             else:
                 st.text("nothing was written")
     moved = changed["moved"]

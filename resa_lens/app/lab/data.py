@@ -8,7 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import streamlit as st
+from numpy.typing import NDArray
 
 from resa_lens.app.lab import jobs
 from resa_lens.app.widgets import problem
@@ -76,6 +79,25 @@ def questions() -> list[dict[str, Any]]:
 def question(text: str) -> dict[str, Any] | None:
     """Return the bundled question of this text, where it is one."""
     return next((row for row in questions() if row["question"] == text.strip()), None)
+
+
+def acts(result: dict[str, Any]) -> pd.DataFrame:
+    """Return a layer's active features, as the worker gives them, a row for each token's."""
+    starts = np.array(result["starts"])
+    return pd.DataFrame(
+        {
+            "token": np.repeat(np.arange(starts.size - 1), np.diff(starts)),
+            "feature": np.array(result["features"], dtype=int),
+            "value": np.array(result["values"], dtype=float),
+        }
+    )
+
+
+def by_token(rows: pd.DataFrame, feature: int, count: int) -> tuple[NDArray[np.float64], int]:
+    """Return a feature's activation at each of so many tokens, and at how many it is active."""
+    own, values = rows[rows["feature"] == feature], np.zeros(count)
+    values[own["token"]] = own["value"]
+    return values, len(own)
 
 
 def answer_line(document: dict[str, Any], question: dict[str, Any] | None) -> str:

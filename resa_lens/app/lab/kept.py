@@ -113,12 +113,10 @@ def _text(text: Text, number: int, place: dict[str, str], layer: int, feature: i
     result = lab_data.follow("layer", request, f"text-{number}")
     if result is None:
         return None
-    features, values = np.array(result["features"], dtype=int), np.array(result["values"])
-    rows = np.repeat(np.arange(len(ids)), np.diff(result["starts"]))
-    mine = features == feature
-    own = np.bincount(rows[mine], values[mine], len(ids))
+    acts = lab_data.acts(result)
+    own, _ = lab_data.by_token(acts, feature, len(ids))
     st.html(tokens.coloured(document["tokens"], own.tolist(), phases=document["phases"]))
-    return np.bincount(features, values, result["size"]) / len(ids)
+    return np.bincount(acts["feature"], acts["value"], result["size"]) / len(ids)
 
 
 def _differing(left: Mean, right: Mean, chosen: Sequence[int], where: str) -> None:

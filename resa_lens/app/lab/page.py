@@ -65,8 +65,7 @@ def show(listing: Listing) -> None:
     saes = _saes(listing, response["model"], sent.request["model"])
     if saes is None:
         document = response["document"]
-        blank = [0.0] * len(document["ids"])
-        st.html(tokens.coloured(document["tokens"], blank, phases=document["phases"]))
+        st.html(tokens.coloured(document["tokens"], phases=document["phases"]))
         st.html(tokens.legend())
         return
     if saes.weights != response["model"]["weights"]:
@@ -240,23 +239,15 @@ def _features(
     result = lab_data.follow("layer", {**request, "layer": layer})
     if result is None:
         return {}
-    count = len(document["ids"])
-    acts = pd.DataFrame(
-        {
-            "token": np.repeat(np.arange(count), np.diff(result["starts"])),
-            "feature": np.array(result["features"], dtype=int),
-            "value": np.array(result["values"], dtype=float),
-        }
-    )
+    count, acts = len(document["ids"]), lab_data.acts(result)
     coloured: dict[int, list[int]] = {}
     values = np.zeros(count)
     if colour == ONE:
         feature, text = _one(acts, number, result["size"])
         if feature is not None:
             coloured = {layer: [feature]}
-            own = acts[acts["feature"] == feature]
-            values[own["token"]] = own["value"]
-            text += f"; active at {len(own)} of {count} tokens, at most {values.max():.3g}"
+            values, active = lab_data.by_token(acts, feature, count)
+            text += f"; active at {active} of {count} tokens, at most {values.max():.3g}"
         st.text(f"{describe_layer(layer, n_layers)}: {text}")
     elif colour == ALL:
         with part():

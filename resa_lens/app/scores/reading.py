@@ -84,8 +84,7 @@ def _tokens(listing: Listing, run: Run, answer: Mapping[str, Any], prompt: str, 
         )
         return
     place = st.session_state.get(_PLACE)
-    nothing = [0.0] * len(document["ids"])
-    markup = tokens.coloured(document["tokens"], nothing, phases=document["phases"], peak=place)
+    markup = tokens.coloured(document["tokens"], phases=document["phases"], peak=place)
     clickable(markup, "answer-text", _pick, "Answer")
     st.html(tokens.legend())
     sets = lab_data.saes(listing, [facts["weights"], facts["base"]])
