@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from resa_lens.artifacts.manifest import flat
 from resa_lens.artifacts.walk import WORK
 from resa_lens.artifacts.workspace import has_progress, how_far, writer
 from resa_lens.errors import BadInputError, DamagedError
@@ -96,7 +97,7 @@ def unfinished_like(work: Path, ingredients: Mapping[str, Any]) -> str | None:
         at_work = writer(other) not in (None, os.getpid())
         if not alike or other == work or at_work or not has_progress(other):
             continue
-        theirs, mine = _flat(value), _flat(ingredients)
+        theirs, mine = flat(value), flat(ingredients)
         different = [
             f"{key.rpartition('.')[2]} {theirs.get(key)!s:.20} there, {mine.get(key)!s:.20} here"
             for key in sorted({*theirs, *mine})
@@ -104,10 +105,3 @@ def unfinished_like(work: Path, ingredients: Mapping[str, Any]) -> str | None:
         ]
         return f"{other} ({how_far(other)}; {', '.join(different[:3])})"
     return None
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = (_flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
-    return {key: item for part in parts for key, item in part.items()}

@@ -167,6 +167,14 @@ def _check(file: Path, value: Mapping[str, Any], manifest: Manifest) -> None:
         raise DamagedError(f"{file} names another identity than that of its ingredients")
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their names with dots; an empty one is a value."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
+    return {key: item for part in parts for key, item in part.items()}
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that decide a result, and Python's."""
     versions = {"python": platform.python_version()}

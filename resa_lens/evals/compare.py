@@ -87,6 +87,12 @@ class RunSummary:
     pass_at: dict[int, Share]
     """{k: unbiased pass@k}."""
 
+    def groups(self) -> dict[str, tuple[float, Interval, int]]:
+        """Return accuracy, interval and n of all questions, then of levels, then of tasks."""
+        shares = {f"level {name}": share for name, share in self.by_level.items()} | self.by_task
+        rest = {name: (share.value, share.ci, share.n) for name, share in shares.items()}
+        return {"all": (self.accuracy, self.ci, self.n), **rest}
+
 
 @dataclass(frozen=True)
 class Flip:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from resa_lens.errors import BadInputError
 from resa_lens.stats import (
@@ -23,6 +22,7 @@ from resa_lens.stats import (
     permutation_p_value,
     sign_flip_p_value,
 )
+from resa_lens.stats.resampling import student_interval
 
 POWER = 1.959964 + 0.841621
 """Normal quantiles: a two-sided test at 5 % finds a difference of so many standard errors in 80 %
@@ -148,10 +148,9 @@ def _beyond(
     if len(drawn) < 2 or len(after) < 2 or not found["changed"]:
         return found
     against = difference_from_sets(after.mean(1), np.stack([one.mean(1) for one in drawn]))
-    reach = float(t.ppf(0.975, against.freedom)) * against.se
     return {
         **found,
-        "ci": [against.value - reach, against.value + reach],
+        "ci": list(student_interval(against.value, against.se, against.freedom)),
         "p_value": against.p_value,
         "note": "t over questions and random sets",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,6 +50,16 @@ def bootstrap_mean_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean over questions; values as `bootstrap_means`."""
     return percentile_interval(bootstrap_means(values, draws, seed), level)
+
+
+def student_interval(
+    value: float | None, error: float | None = None, freedom: float = math.inf
+) -> tuple[float | None, float | None]:
+    """Student's 95 % interval of a mean with its standard error; no ends where one is unknown."""
+    if value is None or error is None or freedom <= 0:
+        return None, None
+    reach = float(scipy.stats.t.ppf(0.975, freedom)) * error
+    return value - reach, value + reach
 
 
 def permutation_p_value(observed: float, null_draws: ArrayLike) -> float:

@@ -43,6 +43,7 @@ from resa_lens.layers import FLAT, SUPPORTED, TREND, WEAK, MixtureFit, read_tabl
 from resa_lens.models.hookpoints import describe_layer
 from resa_lens.resources import data_path
 from resa_lens.stages.comparison import points, span
+from resa_lens.stats.resampling import student_interval
 from resa_lens.texts.tables import read_rows
 
 PAPER_TABLE = "paper/table6_hookpoints.csv"
@@ -188,7 +189,7 @@ def _evidence(recommendation: StoredRecommendation, artifact: Artifact) -> None:
     effects = {}
     for layer, effect in sorted(settings.causal.items()):
         parts = (effect,) if isinstance(effect, float | int) else effect
-        effects[layer] = parts[0], *layers_saes.interval(*parts)
+        effects[layer] = parts[0], *student_interval(*parts)
     drawing = layer_plots.effects_figure(
         effects, recommendation.recommended, one_based=links.one_based()
     )

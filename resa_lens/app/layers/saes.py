@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import scipy
 import streamlit as st
 
 from resa_lens.app import data, links
@@ -21,6 +19,7 @@ from resa_lens.artifacts.kinds.sweep import SweepTables
 from resa_lens.artifacts.listing import Listing
 from resa_lens.figures import layers as layer_plots
 from resa_lens.figures import plots
+from resa_lens.stats.resampling import student_interval
 
 
 def verdicts(falsification: Verdicts, layers: Sequence[int], address: dict[str, str]) -> None:
@@ -162,7 +161,7 @@ def _by_phase(report: dict[int, dict[str, PhaseFigures]]) -> None:
 
 def _phase_row(layer: int, phase: str, figures: PhaseFigures) -> dict[str, Any]:
     change, error = figures.loss_change, figures.loss_change_se
-    low, high = interval(change, error, figures.documents - 1)
+    low, high = student_interval(change, error, figures.documents - 1)
     return {
         **layer_columns(layer),
         "phase": phase,
@@ -176,13 +175,3 @@ def _phase_row(layer: int, phase: str, figures: PhaseFigures) -> dict[str, Any]:
         "high, nats": high,
         "loss recovered": figures.loss_recovered,
     }
-
-
-def interval(
-    value: float | None, error: float | None = None, freedom: float = math.inf
-) -> tuple[float | None, float | None]:
-    """Student's 95 % interval of a mean with its standard error; no ends where one is unknown."""
-    if value is None or error is None or freedom <= 0:
-        return None, None
-    reach = float(scipy.stats.t.ppf(0.5 + 0.95 / 2, freedom)) * error
-    return value - reach, value + reach

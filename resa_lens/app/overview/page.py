@@ -25,6 +25,7 @@ from resa_lens.artifacts.kinds.recommendation import Recommendation
 from resa_lens.artifacts.kinds.sweep import Sweep
 from resa_lens.artifacts.lineage import Graph, Node
 from resa_lens.artifacts.listing import UNVERIFIABLE, Listing, name_of
+from resa_lens.artifacts.manifest import flat
 from resa_lens.machine.meters import watt_hours
 
 _PAGES = {
@@ -245,18 +246,10 @@ def _cost(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _settings(artifact: Artifact) -> list[dict[str, str]]:
     """Return an artifact's configuration, nested names with dots."""
-    return [{"setting": name, "value": value} for name, value in _flat(artifact.manifest.config)]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            lines += _flat(value, f"{before}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            lines.append((f"{before}{name}", text))
-    return lines
+    return [
+        {"setting": n, "value": v if isinstance(v, str) else json.dumps(v, default=str)}
+        for n, v in flat(artifact.manifest.config).items()
+    ]
 
 
 def _related(heading: str, nodes: list[Node]) -> None:

@@ -30,7 +30,7 @@ from resa_lens.artifacts.listing import Listing
 from resa_lens.errors import BadInputError
 from resa_lens.evals import answers as stored
 from resa_lens.evals.answers import Answers, Filter
-from resa_lens.evals.compare import Comparison, RunSummary
+from resa_lens.evals.compare import Comparison
 from resa_lens.figures import plots, tokens
 from resa_lens.figures.scores import forest_figure
 from resa_lens.stages import scored_runs
@@ -45,8 +45,6 @@ MARGIN = 2.0
 PER_PAGE, PAGES = 10, "sample_page"
 ANSWERS, SCORES, DIFFERENCE, ALL = "Answers", "Accuracy", "Difference by group", "All runs"
 """Views of the page."""
-Groups = dict[str, Point]
-"""Accuracy by group: all questions, levels, families."""
 
 
 def show(listing: Listing) -> None:
@@ -156,16 +154,9 @@ def _legend(letter: str, run: Run) -> str:
     return f"{letter}: {run.short}"
 
 
-def _by_group(runs: Mapping[str, Run]) -> dict[str, Groups]:
+def _by_group(runs: Mapping[str, Run]) -> dict[str, dict[str, Point]]:
     """Return each run's accuracy by group."""
-    return {letter: _groups(run_answers.summary(run.key, letter)) for letter, run in runs.items()}
-
-
-def _groups(summary: RunSummary) -> Groups:
-    """Return all questions, then levels, then families, as `plots.scores_figure` takes them."""
-    groups = {"all": (summary.accuracy, summary.ci, summary.n)}
-    groups |= {f"level {name}": (s.value, s.ci, s.n) for name, s in summary.by_level.items()}
-    return groups | {name: (s.value, s.ci, s.n) for name, s in summary.by_task.items()}
+    return {letter: run_answers.summary(run.key, letter).groups() for letter, run in runs.items()}
 
 
 def _compared(runs: Mapping[str, Run]) -> Comparison | None:
