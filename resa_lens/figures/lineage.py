@@ -186,12 +186,12 @@ def _cut(text: str) -> str:
     return _plain(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
 
 
-def _curve(path: Sequence[Point], steps: int = 16) -> list[Point]:
+def _curve(path: Sequence[Point]) -> list[Point]:
     """A line through the points that leaves and meets each of them level."""
     path = [(path[0][0] + _EDGE, path[0][1]), *path[1:-1], (path[-1][0] - _EDGE, path[-1][1])]
     points = [path[0]]
     for (x0, y0), (x1, y1) in pairwise(path):
-        for step in range(1, steps + 1):
-            t = step / steps
+        for step in range(1, 17):
+            t = step / 16
             points.append((x0 + (x1 - x0) * t, y0 + (y1 - y0) * t**3 * (6 * t * t - 15 * t + 10)))
     return points

@@ -186,12 +186,6 @@ def counts_figure(
     return _over_layers(figure, layers, one_based, title, "features")
 
 
-def _counted_by_chance(counted: int, active: int) -> Interval:
-    """95 % interval of how many of the active features are counted."""
-    low, high = stats.clopper_pearson(counted, active) if active else (0.0, 0.0)
-    return active * low, active * high
-
-
 def _null_marks(
     figure: go.Figure,
     rules: Sequence[str],
@@ -200,20 +194,23 @@ def _null_marks(
 ) -> None:
     """Counts with random weights over each rule's bars, with the interval of their rate."""
     gap = 0.2
-    width, first = (1 - gap) / len(rules), True
-    for place, rule in enumerate(rules):
-        table = null.get(rule, {})
-        if not table:
-            continue
+    width, shown = (1 - gap) / len(rules), [rule for rule in rules if null.get(rule)]
+    for rule in shown:
+        place, table = rules.index(rule), null[rule]
         counted = [n for n, _ in table.values()]
-        ends = [_counted_by_chance(n, active) for n, active in table.values()]
+        # 95 % intervals of how many of the active features are counted.
+        rates = [stats.clopper_pearson(*pair) if pair[1] else (0.0, 0.0) for pair in table.values()]
+        ends = [
+            (active * low, active * high)
+            for (_, active), (low, high) in zip(table.values(), rates, strict=True)
+        ]
         figure.add_scatter(
             x=[layer + shift + (place - (len(rules) - 1) / 2) * width for layer in table],
             y=counted,
             mode="markers",
             name="random weights, 95 %",
             legendgroup="null",
-            showlegend=first,
+            showlegend=rule == shown[0],
             marker={"symbol": "line-ew-open", "color": PURPLE, "size": 9, "line": {"width": 3}},
             error_y=_to_ends(counted, ends, color=PURPLE, thickness=1.5, width=3),
             customdata=[
@@ -223,16 +220,11 @@ def _null_marks(
             hovertemplate="%{customdata[0]}, random weights: %{y} of %{customdata[1]} active "
             "(%{customdata[2]:.1f} to %{customdata[3]:.1f})<extra></extra>",
         )
-        first = False
     figure.update_layout(bargap=gap)
 
 
 def mixture_figure(
-    fit: MixtureFit,
-    *,
-    one_based: bool = False,
-    seed: int = 0,
-    title: str = "Mixture over layers",
+    fit: MixtureFit, *, one_based: bool = False, title: str = "Mixture over layers"
 ) -> go.Figure:
     """The profile, the fitted density on its scale, and the 95 % band of the flat null.
 
@@ -244,7 +236,7 @@ def mixture_figure(
     values = np.asarray(fit.values)
     figure, y = go.Figure(), "features" if fit.kind == "counts" else "score"
     if fit.kind == "counts" and fit.n > 0:
-        draws = stats.multinomial_draws(fit.n, np.ones(layers.size), BAND_DRAWS, seed)
+        draws = stats.multinomial_draws(fit.n, np.ones(layers.size), BAND_DRAWS, 0)
         low, high = np.quantile(draws, [0.025, 0.975], axis=0)
         edges = (layers[:, None] + np.array([-0.5, 0.5])).ravel()
         figure.add_scatter(
@@ -325,11 +317,10 @@ def profile_figure(
     return _over_layers(figure, len(layers), one_based, title, y, showlegend=baseline is not None)
 
 
-def quality_figure(fvu: Mapping[int, float], *, one_based: bool = False) -> go.Figure:
+def quality_figure(fvu: Mapping[int, float]) -> go.Figure:
     """FVU of each layer's SAE on held-out sequences."""
     title, y = "SAE quality on held-out sequences", "fraction of variance unexplained"
-    figure = profile_figure(fvu, title=title, y=y, one_based=one_based)
-    return figure.update_yaxes(rangemode="tozero")
+    return profile_figure(fvu, title=title, y=y).update_yaxes(rangemode="tozero")
 
 
 def scores_figure(

@@ -48,29 +48,24 @@ def _needed(column: Any) -> int:
     return min(max(map(len, words), default=0), 30)
 
 
-def fitted(whole: Table, width: int) -> list[Table]:
+def fitted(whole: Grid, width: int) -> list[Table]:
     """Return a table in parts that fit a terminal, each with the first column."""
-    first, *rest = whole.columns
-    groups: list[list[Any]] = [[]]
-    for column in rest:
-        if groups[-1] and 1 + sum(_needed(c) + 3 for c in (first, *groups[-1], column)) > width:
-            groups.append([])
-        groups[-1].append(column)
-    if len(groups) == 1:
-        return [whole]
-    parts = []
-    for index, group in enumerate(groups):
-        part = draw(Grid("", (), ()))
-        part.title = whole.title if index == 0 else None
-        for column in (first, *group):
-            part.add_column(
-                column.header, justify=column.justify, no_wrap=column.no_wrap,
-                overflow=column.overflow,
-            )  # fmt: skip
-        for row in zip(first.cells, *(column.cells for column in group), strict=True):
-            part.add_row(*row)
-        parts.append(part)
-    return parts
+    needs = [_needed(column) + 3 for column in draw(whole).columns]
+    groups: list[list[int]] = [[0]]
+    for place in range(1, len(needs)):
+        if groups[-1][1:] and 1 + sum(needs[p] for p in (*groups[-1], place)) > width:
+            groups.append([0])
+        groups[-1].append(place)
+    return [
+        draw(
+            Grid(
+                whole.title if group is groups[0] else "",
+                tuple(whole.columns[place] for place in group),
+                tuple(tuple(row[place] for place in group) for row in whole.rows),
+            )
+        )
+        for group in groups
+    ]
 
 
 def show_all(*parts: Any) -> None:
@@ -80,7 +75,7 @@ def show_all(*parts: Any) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for part in parts:
         if isinstance(part, Grid):
-            for piece in fitted(draw(part), console.width):
+            for piece in fitted(part, console.width):
                 console.print(piece)
         else:
             console.print(local(str(part)), markup=False, soft_wrap=True)

@@ -240,7 +240,7 @@ def test_the_list_of_runs_fits_80_columns_and_breaks_no_name(
 ) -> None:
     from rich.console import Console
 
-    from resa_lens.figures.terminal import draw, fitted
+    from resa_lens.figures.terminal import fitted
     from resa_lens.stages.reports.start import runs
 
     row = {
@@ -249,7 +249,7 @@ def test_the_list_of_runs_fits_80_columns_and_breaks_no_name(
         "path": "adapters/x", "verifiable": True,
     }  # fmt: skip
     grid, *_ = runs([row], False)
-    (whole,) = fitted(draw(grid), 80)
+    (whole,) = fitted(grid, 80)
     Console(width=80).print(whole)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "0123abcd" in line]
     cells = ("recommendation", "27", "random-weights", "100.0 %", "2026-11-28")
