@@ -115,12 +115,13 @@ def sweep_figure(
     right = max([*known, last or 0]) + 1 + shift
     colours = (ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY)
     names = list(dict.fromkeys(row["control"] for row in controls))
-    free = [n for n in names if any(r["control"] == n and r["layer"] is None for r in controls)]
+    free = {row["control"]: row for row in controls if row["layer"] is None}
+    at_right = {name: right + 0.5 * place for place, name in enumerate(free)}
     for index, name in enumerate(names):
         rows = [row for row in controls if row["control"] == name]
         # Beside the layer's own mark, one control next to the other.
         places = [
-            right + 0.5 * free.index(name)
+            at_right[name]
             if row["layer"] is None
             else row["layer"] + shift + 0.6 * (index + 1) / (len(names) + 1)
             for row in rows
@@ -143,17 +144,15 @@ def sweep_figure(
     ]
     bottom, top = min([low, *inside]), max([high, *inside])
     room = top - bottom
-    for name in free:
-        (row,) = (r for r in controls if r["control"] == name)
+    for name, row in free.items():
         value = accuracy + 100 * row["difference"]
-        place = right + 0.5 * free.index(name)
         if bottom - room <= value <= top + room:
             bottom = min(bottom, accuracy + 100 * row["ci"][0])
             top = max(top, accuracy + 100 * row["ci"][1])
             continue
         below = value < bottom
         figure.add_annotation(
-            x=place, y=bottom if below else top, yanchor="bottom" if below else "top",
+            x=at_right[name], y=bottom if below else top, yanchor="bottom" if below else "top",
             text=f"{_plain(name)}<br>{value:.1f} % {'↓' if below else '↑'}", showarrow=False,
         )  # fmt: skip
     figure.update_yaxes(range=[bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)])

@@ -144,7 +144,7 @@ def test_scores_and_their_significance(made, features):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_first_rows_are_the_first_of_all(made, truth, order, reverse):
     found = select(source_of(made), Query(order=order, reverse=reverse))
-    values = found.columns[order][found.index]
+    values = found.rows[order].to_numpy()[found.index]
     steps = values[1:] - values[:-1]
     assert (steps >= 0).all() if reverse else (steps <= 0).all()
     assert found.matching == len(truth)

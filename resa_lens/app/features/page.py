@@ -395,5 +395,5 @@ def _rows(source: Source, selection: Selection, query: Query) -> None:
         label = f"Download all {selection.matching:,} that match"
         download(label, lambda: as_csv(selection), "features_all.csv", key="download-all-features")
     if source.activity is not None:
-        densities = selection.columns["density"][selection.index]
+        densities = selection.rows["density"].to_numpy()[selection.index]
         figure(densities_figure(densities), "figure-densities")

@@ -91,11 +91,6 @@ class Selection:
     """What the table leaves out, and why."""
 
     @property
-    def columns(self) -> dict[str, Array]:
-        """The columns of `rows`."""
-        return {str(name): values.to_numpy() for name, values in self.rows.items()}
-
-    @property
     def matching(self) -> int:
         """How many match."""
         return self.index.size

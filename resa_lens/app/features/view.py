@@ -63,7 +63,8 @@ def show(listing: Listing, source: Source, layer: int, feature: int, *, go: Go) 
     near = st.container()
     notes.box(source, layer, feature)
     evidence.show(listing, source, layer, feature)
-    _address(source, layer, feature)
+    st.subheader("Link to this page", anchor=False)
+    verbatim(links.address(run=source.key, layer=layer, feature=feature))
     # The rest of the page does not wait for decoders.
     with near, part("Neighbours and counterparts"):
         cards.show(listing, source, layer, feature, figures, go)
@@ -183,8 +184,3 @@ def _firing_tokens(listing: Listing, source: Source, figures: Activity) -> None:
         for word, share, mean in zip(words, shares, row["fires_on_mean"], strict=True)
     ]
     table(rows, "firing_tokens", "Table of tokens")
-
-
-def _address(source: Source, layer: int, feature: int) -> None:
-    st.subheader("Link to this page", anchor=False)
-    verbatim(links.address(run=source.key, layer=layer, feature=feature))
