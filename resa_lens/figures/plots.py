@@ -194,8 +194,8 @@ def _null_marks(
 ) -> None:
     """Counts with random weights over each rule's bars, with the interval of their rate."""
     gap = 0.2
-    width, shown = (1 - gap) / len(rules), [rule for rule in rules if null.get(rule)]
-    for rule in shown:
+    width, known = (1 - gap) / len(rules), [rule for rule in rules if null.get(rule)]
+    for rule in known:
         place, table = rules.index(rule), null[rule]
         counted = [n for n, _ in table.values()]
         # 95 % intervals of how many of the active features are counted.
@@ -210,7 +210,7 @@ def _null_marks(
             mode="markers",
             name="random weights, 95 %",
             legendgroup="null",
-            showlegend=rule == shown[0],
+            showlegend=rule == known[0],
             marker={"symbol": "line-ew-open", "color": PURPLE, "size": 9, "line": {"width": 3}},
             error_y=_to_ends(counted, ends, color=PURPLE, thickness=1.5, width=3),
             customdata=[
