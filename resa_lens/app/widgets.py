@@ -238,15 +238,15 @@ def share_columns(
     ends: str = "",
     scale: float = 100,
 ) -> dict[str, float | None]:
-    """Return a share and its interval as three columns of a table, in percent or points.
+    """Return a value and its interval as three columns of a table.
 
     Args:
         name: of the value's column.
         unit: behind each column's name.
-        value: the share; None where it is unknown.
+        value: a share, to be shown in percent or points; None where it is unknown.
         ci: its interval, None where it is unknown.
         ends: before "low" and "high" in the names of the interval's columns.
-        scale: of the unit.
+        scale: of the unit; 1 where the value stands in it already.
     """
     names = (f"{name}, {unit}", f"{ends}low, {unit}", f"{ends}high, {unit}")
     parts = zip(names, (value, *(ci or (None, None))), strict=True)

@@ -247,7 +247,9 @@ def _base(
         values = judged[name].dropna().astype(np.int8)
         rows.iloc[rows.index.get_indexer(values.index), -1] = values
     by_phase = [rows.pop(f"density_{phase}").to_numpy() for phase in PHASES]
-    rows["most"] = _densest(by_phase)
+    # The number of each feature's densest phase; len(PHASES) where it never fires.
+    whole = np.nan_to_num(np.stack(by_phase))
+    rows["most"] = np.where(whole.max(0) > 0, whole.argmax(0), len(PHASES)).astype(np.int8)
     rows["thoughts"] = _thoughts(by_phase, source.tokens)
     return rows, len(rows) - read
 
@@ -291,15 +293,6 @@ def _verdicts(source: Source, layers: Sequence[int]) -> dict[int, int]:
         for v in (judged.features if judged else ())
         if v.layer in layers and v.verdict in VERDICTS
     }
-
-
-def _densest(by_phase: Sequence[Array]) -> Array:
-    """The number of each feature's densest phase; len(PHASES) where it never fires."""
-    most, top = np.full(by_phase[0].size, len(PHASES), dtype=np.int8), np.zeros_like(by_phase[0])
-    for place, values in enumerate(by_phase):
-        most[values > top] = place
-        np.fmax(top, values, out=top)
-    return most
 
 
 def _thoughts(by_phase: Sequence[Array], tokens: dict[str, int]) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from resa_lens.app import data, links
-from resa_lens.app.widgets import figure, layer_columns, part, problem, table
+from resa_lens.app.widgets import figure, layer_columns, part, problem, share_columns, table
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.commands import command_of
 from resa_lens.artifacts.kinds.counts import RULES
@@ -161,7 +161,7 @@ def _by_phase(report: dict[int, dict[str, PhaseFigures]]) -> None:
 
 def _phase_row(layer: int, phase: str, figures: PhaseFigures) -> dict[str, Any]:
     change, error = figures.loss_change, figures.loss_change_se
-    low, high = student_interval(change, error, figures.documents - 1)
+    ci = student_interval(change, error, figures.documents - 1)
     return {
         **layer_columns(layer),
         "phase": phase,
@@ -170,8 +170,6 @@ def _phase_row(layer: int, phase: str, figures: PhaseFigures) -> dict[str, Any]:
         "FVU": figures.fvu,
         "L0": figures.l0,
         "dead share": figures.dead_share,
-        "loss change, nats": change,
-        "low, nats": low,
-        "high, nats": high,
+        **share_columns("loss change", "nats", change, ci, scale=1),
         "loss recovered": figures.loss_recovered,
     }

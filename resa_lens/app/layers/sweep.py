@@ -81,6 +81,7 @@ def _controls(sweep: SweepTables) -> list[dict[str, Any]]:
     rows = []
     for row in sweep.controls:
         pair = row["sae_minus_control"]
+        value, ci = (pair["difference"], pair["ci"]) if pair else (None, None)
         rows.append(
             {
                 "control": row["control"],
@@ -88,9 +89,7 @@ def _controls(sweep: SweepTables) -> list[dict[str, Any]]:
                 "accuracy, %": 100 * row["accuracy"],
                 **_points("minus base", row["difference"], row["ci"]),
                 "p, all controls": row["adjusted_p"],
-                "SAE minus control, points": 100 * pair["difference"] if pair else None,
-                "low, points": 100 * pair["ci"][0] if pair else None,
-                "high, points": 100 * pair["ci"][1] if pair else None,
+                **share_columns("SAE minus control", "points", value, ci),
                 "its p, all pairs": pair["adjusted_p"] if pair else None,
                 "seeds": row["seeds"],
                 "n": sweep.n,
