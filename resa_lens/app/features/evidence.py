@@ -49,7 +49,6 @@ def show(listing: Listing, source: Source, layer: int, feature: int) -> None:
 
 
 def _scores(listing: Listing, source: Source, layer: int, feature: int) -> None:
-    """Draw a feature's scores between reasoning text and other text."""
     if not source.scores:
         missing(
             "Features were not scored; this command does it for all of them:",

@@ -312,21 +312,16 @@ def _fit(
     own = recommendation.fit if recommendation else None
     if own and shown == rule:
         return own
-    column = counts.table(shown)
     with st.spinner("Fitting the mixture and its nulls"):
-        return _fitted(
-            tuple(column), tuple(map(float, column.values())), own.recipe if own else "robust", 0
-        )
+        return _fitted(counts.table(shown), own.recipe if own else "robust")
 
 
 @st.cache_data(show_spinner=False, max_entries=200)
-def _fitted(
-    layers: tuple[int, ...], values: tuple[float, ...], recipe: str, seed: int
-) -> MixtureFit:
+def _fitted(column: Mapping[int, float], recipe: str) -> MixtureFit:
     """Fit a mixture over layers, once for each profile."""
     from resa_lens.layers.mixture import fit_mixture
 
-    return fit_mixture(dict(zip(layers, values, strict=True)), recipe=recipe, seed=seed)
+    return fit_mixture(column, recipe=recipe)
 
 
 @st.cache_data(show_spinner=False)

@@ -155,7 +155,6 @@ def _legend(letter: str, run: Run) -> str:
 
 
 def _by_group(runs: Mapping[str, Run]) -> dict[str, dict[str, Point]]:
-    """Return each run's accuracy by group."""
     return {letter: run_answers.summary(run.key, letter).groups() for letter, run in runs.items()}
 
 
