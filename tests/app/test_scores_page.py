@@ -21,15 +21,7 @@ from resa_lens.app import answers, data
 from resa_lens.artifacts.kinds.adapter import Adapter
 from resa_lens.artifacts.kinds.eval import Eval
 from resa_lens.errors import BadInputError
-from resa_lens.evals.answers import (
-    GAINED,
-    LOST,
-    PART,
-    RIGHT,
-    WRONG,
-    Filter,
-    thought_and_answer,
-)
+from resa_lens.evals.answers import GAINED, LOST, PART, RIGHT, WRONG, Filter
 from resa_lens.evals.run import SAMPLE_SCHEMA
 from resa_lens.figures import plots
 from resa_lens.resources import data_path
@@ -336,23 +328,6 @@ def test_text_from_files_is_shown_as_text(tmp_path, open_page):
     specs = "".join(chart.proto.spec for chart in app.get("plotly_chart"))
     assert "<img" not in specs
     assert not app.get("html")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "generation", "expected"),
-    [
-        ("Q <think>", " a </think> <answer> b </answer>", (" a ", " <answer> b </answer>")),
-        ("Q <think>", " it never ends", (" it never ends", None)),
-        ("Q", "<think> a </think> b", (" a ", " b")),
-        ("Q", "just b", (None, "just b")),
-        ("Q", "Well, <think> a </think> b", ("Well,  a ", " b")),
-        ("tags <think> </think> are named; Q <think>\n", "a</think>b", ("a", "b")),
-        ("Q <think>", "", ("", None)),
-        ("Q <think>", "a </think> b </think> c", ("a ", " b </think> c")),
-    ],
-)
-def test_thoughts_end_at_their_tag(prompt, generation, expected):
-    assert thought_and_answer(prompt, generation) == expected
 
 
 def test_a_question_goes_to_the_prompt_lab(two, open_page):
