@@ -494,5 +494,5 @@ def compare_groups(
     if not a or not b:
         raise BadInputError("a group holds no run; give one or more evaluations")
     check_paired([*a, *b])
-    means = ([run.means for run in runs] for runs in (a, b))
-    return stats.group_difference(*means, target=margin, paired_seeds=paired_seeds)
+    first, second = ([run.means for run in runs] for runs in (a, b))
+    return stats.group_difference(first, second, target=margin, paired_seeds=paired_seeds)

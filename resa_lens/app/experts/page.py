@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
@@ -25,8 +24,7 @@ LISTED = 20
 def show(listing: Listing) -> None:
     """Draw the page."""
     problems(listing.problems)
-    kinds = (Routing, Ranking, Steering)
-    runs = {kind: listing.of(kind) for kind in kinds}
+    runs = {kind: listing.of(kind) for kind in (Routing, Ranking, Steering)}
     if not any(runs.values()):
         empty.lacking(
             listing, "No expert was looked at", "experts", "rank", "--model", "tiny-moe-reasoner"
@@ -37,31 +35,26 @@ def show(listing: Listing) -> None:
     if len(slugs) > 1:
         slug = str(st.selectbox("Model", slugs, **links.bound("model")))
     links.about("Experts", slug)
-    for kind, section in ((Routing, _routing), (Ranking, _ranking), (Steering, _steering)):
-        artifacts = [artifact for artifact in runs[kind] if artifact.slug == slug]
+    for kind, title, label, file, draw in (
+        (Routing, "Use of the experts", "Map", "routing.json", _routing),
+        (Ranking, "Experts for a target", "Ranking", "ranking.json", _ranking),
+        (Steering, "Experts changed", "Change", "steering.json", _steering),
+    ):
+        # By path, the newest first.
+        artifacts = {a.relative: a for a in runs[kind] if a.slug == slug}
         with st.container():
-            if artifacts:
-                section(artifacts)
+            if not artifacts:
+                continue
+            st.subheader(title, anchor=False)
+            path = next(iter(artifacts))
+            if len(artifacts) > 1:
+                path = str(st.selectbox(label, list(artifacts), **links.bound(label.lower())))
+            results = readable(artifacts[path].value, file)
+            if results is not None:
+                draw(artifacts[path], results)
 
 
-def _choose(artifacts: Sequence[Artifact], label: str, key: str) -> Artifact:
-    """Choose among the runs of a kind, the newest first."""
-    if len(artifacts) == 1:
-        return artifacts[0]
-    by_path = {artifact.relative: artifact for artifact in artifacts}
-    return by_path[str(st.selectbox(label, list(by_path), **links.bound(key)))]
-
-
-def _read(artifact: Artifact, file: str) -> Any:
-    return artifact.value(file)
-
-
-def _routing(artifacts: Sequence[Artifact]) -> None:
-    st.subheader("Use of the experts", anchor=False)
-    artifact = _choose(artifacts, "Map", "map")
-    results = readable(_read, artifact, "routing.json")
-    if results is None:
-        return
+def _routing(artifact: Artifact, results: Any) -> None:
     places = [place for place in results["tokens"] if place != "all"]
     place = str(st.radio("At the tokens of", places, horizontal=True, **links.bound("place_of")))
     # One scale for all of them: else every map looks equally strong.
@@ -92,12 +85,7 @@ def _routing(artifacts: Sequence[Artifact]) -> None:
     )
 
 
-def _ranking(artifacts: Sequence[Artifact]) -> None:
-    st.subheader("Experts for a target", anchor=False)
-    artifact = _choose(artifacts, "Ranking", "ranking")
-    results = readable(_read, artifact, "ranking.json")
-    if results is None:
-        return
+def _ranking(artifact: Artifact, results: Any) -> None:
     experts, null = results["experts"], results["null"]
     matched = "rd-matched" in experts[0]["scores"]
     measures = {PLAIN: "rd", MATCHED: "rd-matched"} if matched else {PLAIN: "rd"}
@@ -132,12 +120,7 @@ def _ranking(artifacts: Sequence[Artifact]) -> None:
     _sentences(reports.ranking("", {**results, "folder": artifact.relative}, LISTED))
 
 
-def _steering(artifacts: Sequence[Artifact]) -> None:
-    st.subheader("Experts changed", anchor=False)
-    artifact = _choose(artifacts, "Change", "change")
-    results = readable(_read, artifact, "steering.json")
-    if results is None:
-        return
+def _steering(artifact: Artifact, results: Any) -> None:
     figure(steering_figure(results), "figure-experts-steering")
     rows = [
         {

@@ -79,14 +79,10 @@ def _serve_one(request: dict[str, Any], replies: TextIO, bench: Bench) -> None:
         say(result=result)
 
 
-def _private(descriptor: int) -> int:
-    """Return a copy of a standard descriptor that no other process inherits."""
-    return os.dup(descriptor)
-
-
 def _watch_parent() -> None:
     """Interrupt this process when its input ends, as a person at a terminal would."""
-    stream = os.fdopen(_private(0), "rb")
+    # A copy by `os.dup` is one that no other process inherits.
+    stream = os.fdopen(os.dup(0), "rb")
 
     def watch() -> None:
         stream.read()
@@ -112,8 +108,8 @@ def main(arguments: Sequence[str]) -> None:
         command()
         return
     # Libraries print what they like, and their own processes read: none of it is the protocol's.
-    replies = os.fdopen(_private(1), "w", encoding="utf-8")
-    requests = os.fdopen(_private(0), "r", encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
     os.dup2(2, 1)
     os.dup2(nothing, 0)
     serve(requests, replies, Bench())
