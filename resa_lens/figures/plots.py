@@ -314,7 +314,8 @@ def profile_figure(
             line={"color": GREY, "dash": "dash"},
             name="base model",
         )
-    return _over_layers(figure, len(layers), one_based, title, y, showlegend=baseline is not None)
+    legend = {"showlegend": False} if baseline is None else {}
+    return _over_layers(figure, len(layers), one_based, title, y, **legend)
 
 
 def quality_figure(fvu: Mapping[int, float]) -> go.Figure:
