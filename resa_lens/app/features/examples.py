@@ -45,7 +45,7 @@ def show(
         drawn = [row for row in rows if row["interval"] != STRONGEST]
         intervals = (*INTERVALS, _RANDOM) if drawn else (STRONGEST,)
         interval = _choice("Examples", intervals, "examples")
-        phase = _choice("Of", (_EVERY, *PHASES), "of", format_func=_phase_name)
+        phase = _choice("Of", (_EVERY, *PHASES), "of", format_func=lambda p: PHASE_NAMES.get(p, p))
         st.html(tokens.legend())
     rows = drawn if interval == _RANDOM else [row for row in rows if row["interval"] == interval]
     # Without phases the examples stand all the same.
@@ -81,10 +81,6 @@ def show(
 def _choice(label: str, options: Sequence[str], key: str, **how: Any) -> str:
     """A choice whose value stands in the address."""
     return str(st.selectbox(label, options, width=180, **how, **links.bound(key)))
-
-
-def _phase_name(phase: str) -> str:
-    return PHASE_NAMES.get(phase, phase)
 
 
 def _example(

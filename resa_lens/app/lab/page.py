@@ -258,9 +258,11 @@ def _features(
         "Click a token to see the features of all layers there; arrow keys and Enter do too."
     )
     markup = tokens.coloured(document["tokens"], values.tolist(), phases=phases, peak=place)
-    clickable(markup, "lab-text", _picked)
+    clickable(markup, "lab-text", lambda at: st.session_state.update(token=at))
     st.html(tokens.legend())
-    if "token" in st.query_params or _bytes(saes, response["model"]) <= LIGHT_BYTES:
+    # Of all encoders in float32.
+    size = 4 * len(layers) * saes.settings.sae.latents * response["model"]["width"]
+    if "token" in st.query_params or size <= LIGHT_BYTES:
         lab_token.show(listing, saes, model, document, place, off=_switch_off)
     rows = {
         "position": list(range(count)),
@@ -331,15 +333,6 @@ def _token(document: dict[str, Any]) -> int:
     return st.slider(
         "Token to look at", 0, last, **chosen, help="Framed below", **links.bound("token")
     )
-
-
-def _picked(place: int) -> None:
-    st.session_state["token"] = place
-
-
-def _bytes(saes: Artifact, model: dict[str, Any]) -> int:
-    """Of all encoders in float32."""
-    return 4 * len(saes.results.layers) * saes.settings.sae.latents * model["width"]
 
 
 def _switch_off(layer: int, feature: int) -> None:

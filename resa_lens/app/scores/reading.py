@@ -64,10 +64,6 @@ def _open(place: tuple[str, str]) -> None:
     st.session_state.pop(_PLACE, None)
 
 
-def _pick(place: int) -> None:
-    st.session_state[_PLACE] = place
-
-
 def _tokens(listing: Listing, run: Run, answer: Mapping[str, Any], prompt: str, raw: bool) -> None:
     name = run.artifact.results.model
     here = listing.at(name)
@@ -85,7 +81,7 @@ def _tokens(listing: Listing, run: Run, answer: Mapping[str, Any], prompt: str, 
         return
     place = st.session_state.get(_PLACE)
     markup = tokens.coloured(document["tokens"], phases=document["phases"], peak=place)
-    clickable(markup, "answer-text", _pick, "Answer")
+    clickable(markup, "answer-text", lambda at: st.session_state.update({_PLACE: at}), "Answer")
     st.html(tokens.legend())
     sets = lab_data.saes(listing, [facts["weights"], facts["base"]])
     if not sets:
