@@ -107,7 +107,7 @@ def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path)
     assert state(demo.workspace) == before
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_a_feature_is_found_tried_and_switched_off(tmp_path):
     before = state(SHIPPED)
     with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
@@ -148,7 +148,7 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
     assert state(SHIPPED) == before
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_figures_and_tables_are_saved_and_the_address_opens_the_same_view(tmp_path):
     with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
         page, wrong = new_page(opened, 1280, 1400)

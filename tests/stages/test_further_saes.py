@@ -352,7 +352,7 @@ def ended_as(place: Path, out: str, alone: FalsificationRun) -> bool:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_two_workers_train_each_control_once_and_come_to_what_one_process_does(
     prepared, alone, tmp_path
 ):

@@ -384,7 +384,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_killed_while_writing_then_run_again(tmp_path: Path) -> None:
     args = [
         "train-saes", "--layers", "3-5", *QUICK_SAE, "--workspace", str(tmp_path / "w"), "--json",
