@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -81,6 +82,20 @@ def cache_file() -> Path | None:
     try:
         return Path.home() / ".cache" / "resa-lens" / "hashes.sqlite"
     except RuntimeError:
+        return None
+
+
+def cache_folder(name: str) -> Path | None:
+    """Return a folder beside that file, or None where that is not to be written."""
+    file = cache_file()
+    if file is None:
+        return None
+    folder = file.parent / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
         return None
 
 

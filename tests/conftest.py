@@ -32,6 +32,14 @@ def run_cli(
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_starting_point() -> None:
+    """Before each tuning fewer documents are looked at: it is most of a short tuning's time."""
+    from resa_lens.stages import insertion
+
+    insertion.SHORT_TOKENS = 512
+
+
 @pytest.fixture(scope="session")
 def cli():
     return run_cli

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.recorded
 
 
 def run(script: str, *options: str) -> str:
@@ -54,12 +54,14 @@ def test_speed_of_a_step_and_of_a_whole_training() -> None:
     assert "floor with a bf16 product" in whole
 
 
+@pytest.mark.slow
 def test_formats_are_written_for_the_peers(tmp_path: Path) -> None:
     assert "written" in run("check_formats.py", "write", str(tmp_path))
     assert len(list(tmp_path.rglob("sae_weights.safetensors"))) == 4
     assert len(list(tmp_path.rglob("ae.pt"))) == 4
 
 
+@pytest.mark.slow
 def test_tuning_against_the_authors_loop() -> None:
     shape = [
         "--width",

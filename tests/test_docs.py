@@ -580,7 +580,7 @@ def follow_python(reader: Reader) -> None:
     assert set(reader.workspace.rglob("manifest.json")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_the_tutorial_and_the_examples_of_the_commands_run(reader: Reader) -> None:
     """The examples follow in the tutorial's workspace, as with a reader who tries them after it."""
     assert len(follow(reader, "docs/tutorial.md")) >= 12
@@ -590,7 +590,7 @@ def test_the_tutorial_and_the_examples_of_the_commands_run(reader: Reader) -> No
     assert {"eval", "saes", "adapter"} <= {kind.partition(",")[0] for kind in kinds}, kinds
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_the_guide_for_r1_distill_runs_on_a_small_hub(reader: Reader) -> None:
     fill_hub(reader.folder / "huggingface")
     done = follow(reader, "docs/how-to-r1-distill.md")

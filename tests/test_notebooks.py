@@ -217,7 +217,7 @@ def check_quick_start(found: dict[str, Any], place: Path) -> None:
     assert tuned["parents"][0] == found["saes"]
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_quick_start_makes_what_is_missing_and_then_reads_it(tmp_path, execute):
     place = tmp_path / "new"
     executed = execute(QUICK, place)
@@ -326,7 +326,7 @@ def check_anatomy(found: dict[str, Any], workspace: Path) -> None:
     assert found["ablation"]["base"]["accuracy"] == pytest.approx(right)
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_anatomy_of_a_counted_feature(written, execute):
     executed = execute(ANATOMY, written)
     found = values(executed)

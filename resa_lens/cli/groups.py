@@ -165,8 +165,8 @@ class OnModel(NamedModel, Run):
         return ctx, ctx.model(*self.names()[0])
 
 
-COLUMNS = "question_column answer_column steps_column text_column"
-"""Options of the columns of files of data."""
+COLUMNS = "question_column answer_column steps_column text_column rows"
+"""Options of the rows and columns of data."""
 DATA = f"source {COLUMNS} seed"
 """Options of documents."""
 

@@ -50,8 +50,8 @@ from resa_lens.texts.phases import PhasedBatch, phased_batches, phased_texts
 
 SAMPLE_ROWS = 8
 """Tokens of activations for each dimension, which PCA is fitted and controls are matched on."""
-SHORT = 200
-"""Questions of the short form at most."""
+SHORT, SHORT_TOKENS = 200, 4096
+"""Questions of the short form at most, and tokens of its documents."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def starting_point(
         tasks: the questions' name.
     """
     asking = replace(evaluation, limit=min(SHORT, evaluation.limit or SHORT))
-    config = InsertionConfig(arms="short", eval=asking, seed=ctx.seed)
+    config = InsertionConfig(arms="short", tokens=SHORT_TOKENS, eval=asking, seed=ctx.seed)
     run = insertion_run(
         replace(ctx, force=False), target, saes, items, corpus, config, layers=layers,
         source=source, tasks=tasks,

@@ -75,6 +75,11 @@ class CorpusConfig(Config):
     text_column: str | None = data_source(
         None, "Column of whole documents in --data, where no question and answer are needed."
     )
+    rows: int | None = data_source(
+        None,
+        "First rows of --data that are read, all by default; of a hub set these alone are fetched.",
+        "--data-rows", min=1,
+    )  # fmt: skip
     system_prompt: str = resolved(
         "r1", prompts.resolve_system_prompt, "A name in prompts.SYSTEM_PROMPTS or a text."
     )

@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -29,10 +28,11 @@ from resa_lens.resources import data_path
 from resa_lens.texts import prompts, stored
 from resa_lens.texts.config import HUB_SETS, check_source
 from resa_lens.texts.config import CorpusConfig as CorpusConfig
+from resa_lens.texts.hub import hub_table
 from resa_lens.texts.records import Columns, doubts, records_of
 from resa_lens.texts.records import Record as Record  # of its first address too
 from resa_lens.texts.stored import StoredRecords
-from resa_lens.texts.tables import READERS, Row, Table, read_table
+from resa_lens.texts.tables import READERS, Table, read_table
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ def load_records(
     answer_column: str | None = None,
     steps_column: str | None = None,
     text_column: str | None = None,
+    rows: int | None = None,
 ) -> Sequence[Record]:
     """Read the records of a source; see `records.records_of`.
 
@@ -57,18 +58,20 @@ def load_records(
         answer_column: likewise; of a worked solution the result is the answer.
         steps_column: likewise.
         text_column: likewise, of documents that are read as they are.
+        rows: the first so many alone; of a hub set no more than these are fetched.
 
     Raises:
         BadInputError: not found, empty, without the columns, or a cell that is no text.
     """
     columns = Columns(question_column, answer_column, steps_column, text_column)
     if source == "tiny":
-        return records_of(list(read_table(data_path(f"tiny/{split}.jsonl"))), "the bundled set")
+        table = read_table(data_path(f"tiny/{split}.jsonl")).first(rows)
+        return records_of(list(table), "the bundled set")
     if (path := named_path(source, "data")).suffix in READERS or path.exists():
-        return _records(read_table(path), source, columns)
+        return _records(read_table(path).first(rows), source, columns)
     check_source(source)
     known = HUB_SETS.get(source)
-    table = _hub_table(known.repo if known else source, source)
+    table = hub_table(known.repo if known else source, source, rows)
     if known:
         columns = replace(
             columns,
@@ -86,36 +89,9 @@ def _records(table: Table, where: str, columns: Columns) -> Sequence[Record]:
 
 def read_records(corpus: CorpusConfig, *, split: str = "train") -> Sequence[Record]:
     """Read the records that a configuration names; see `load_records`."""
-    names = ("question_column", "answer_column", "steps_column", "text_column")
+    names = ("question_column", "answer_column", "steps_column", "text_column", "rows")
     return load_records(
         corpus.source, split=split, **{name: getattr(corpus, name) for name in names}
-    )
-
-
-def _hub_table(repo: str, name: str) -> Table:
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.utils import logging as hub_logging
-
-    # Offline, its notes on every new try would bury the error.
-    hub_logging.set_verbosity_error()
-    try:
-        loaded: Any = datasets.load_dataset(repo, split="train")
-    except (OSError, ValueError, RuntimeError, DatasetNotFoundError) as error:
-        known = "" if name in HUB_SETS else f", no short name ({', '.join(['tiny', *HUB_SETS])})"
-        raise BadInputError(
-            f"data {name!r} is no file{known}, and the hub's data set {repo} is not in the cache "
-            f"and cannot be fetched ({type(error).__name__}).\nWhere there is a network run "
-            f"`hf download {repo} --repo-type dataset --local-dir FOLDER`, "
-            "copy it here and pass that folder, or one of its files."
-        ) from error
-    files = tuple(Path(file["filename"]) for file in loaded.cache_files)
-    return Table(
-        lambda: (Row(row, f"row {number}") for number, row in enumerate(loaded, start=1)),
-        lambda: list(loaded.column_names),
-        files,
-        # Its Arrow files are mapped; without files it is in memory already.
-        loaded.data.nbytes if files else 0,
     )
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from resa_lens import claims
 from resa_lens.errors import BadInputError, DamagedError, RunFailedError
 from resa_lens.files import read_json, write_json
-from resa_lens.hashes import SETTLED_S, cache_file, digest, file_state
+from resa_lens.hashes import SETTLED_S, cache_folder, digest, file_state
 from resa_lens.texts.records import Columns, Doubts, Record, reader_of
 from resa_lens.texts.tables import Table
 
@@ -168,16 +168,19 @@ def stored_records(table: Table, where: str, columns: Columns | None = None) -> 
     """
     states = {str(file.resolve()): file_state(file) for file in table.files}
     host = platform.node()
-    key = digest([LAYOUT, host, states, asdict(columns or Columns())])[:16]
+    cut = [] if table.limit is None else [table.limit]
+    key = digest([LAYOUT, host, states, asdict(columns or Columns()), *cut])[:16]
     if key in _TEMPORARY:
         return _TEMPORARY[key]
-    cache = _cache_folder()
+    cache = cache_folder("records")
     if cache and (known := _open(cache / key)):
         return known
-    claims.say(
-        f"data {where}: {table.nbytes / 2**20:.0f} MB are read once, to find every record in any "
-        f"order (expected: {table.nbytes / 2**20 / RATE_MB:.0f} s)"
-    )
+    if table.limit is None:
+        size = table.nbytes / 2**20
+        what, expected = f"{size:.0f} MB", f" (expected: {size / RATE_MB:.0f} s)"
+    else:
+        what, expected = f"the first {table.limit:,} rows", ""
+    claims.say(f"data {where}: {what} are read once, to find every record in any order{expected}")
     temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=cache))
     try:
         _fill(temporary, table, where, columns, states, host)
@@ -203,20 +206,6 @@ def stored_records(table: Table, where: str, columns: Columns | None = None) -> 
     finally:
         if key not in _TEMPORARY:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cache_folder() -> Path | None:
-    """Return where records are kept, or None where that is not to be written."""
-    file = cache_file()
-    if file is None:
-        return None
-    folder = file.parent / "records"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return None
 
 
 def _open(folder: Path) -> StoredRecords | None:

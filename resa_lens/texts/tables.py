@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,10 +56,22 @@ class Table:
     """What it is read from."""
     nbytes: int
     """Of the rows; of a parquet file, uncompressed."""
+    limit: int | None = None
+    """First rows that it is cut to."""
 
     def __iter__(self) -> Iterator[Row]:
         """Go through the rows, one or a few in memory at a time."""
         return self.rows()
+
+    def first(self, limit: int | None) -> Table:
+        """Return the table of the first rows alone; None leaves it whole."""
+        if limit is None:
+            return self
+
+        def rows() -> Iterator[Row]:
+            return itertools.islice(self.rows(), limit)
+
+        return replace(self, rows=rows, names=lambda: header(rows()), limit=limit)
 
 
 def read_table(path: Path) -> Table:

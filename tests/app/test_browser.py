@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from app_driver import browser, fits_width, new_page, served, state
+from typer.testing import CliRunner
 
+from resa_lens.cli import app
 from resa_lens.resources import data_path
 
 SHIPPED = data_path("workspace")
@@ -105,7 +107,7 @@ def test_every_page_of_a_fresh_demo_and_what_a_person_does_there(demo, tmp_path)
     assert state(demo.workspace) == before
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_a_feature_is_found_tried_and_switched_off(tmp_path):
     before = state(SHIPPED)
     with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
@@ -146,7 +148,7 @@ def test_a_feature_is_found_tried_and_switched_off(tmp_path):
     assert state(SHIPPED) == before
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_figures_and_tables_are_saved_and_the_address_opens_the_same_view(tmp_path):
     with browser() as opened, served(SHIPPED, tmp_path / "server.log") as url:
         page, wrong = new_page(opened, 1280, 1400)
@@ -296,3 +298,32 @@ def test_a_tables_page_survives_a_feature_and_the_browsers_back(tmp_path):
         page.get_by_text("rows 1 to 200 of").wait_for(timeout=60_000)
         page.wait_for_url(re.compile(r"^(?!.*page=2)"), timeout=20_000)
         assert wrong == []
+
+
+@pytest.mark.slow
+def test_the_experts_of_a_mixture_on_a_desk_and_on_a_phone(tmp_path):
+    place = tmp_path / "workspace"
+    words = ["--model", "tiny-moe-reasoner", "--text-tokens", "5000", "--workspace", str(place)]
+    steer = ["--limit", "4", "--max-new-tokens", "24", "--answer-sets", "1", "--top", "2"]
+    for done in (["measure"], ["rank", "--draws", "199"], ["steer", "--draws", "199", *steer]):
+        invoked = CliRunner().invoke(app, ["experts", *done, *words, "--threads", "1"])
+        assert invoked.exit_code == 0, invoked.stderr
+    before = state(place)
+    with browser() as opened, served(place, tmp_path / "server.log") as url:
+        for name, size in {
+            "desk": (1280, 2600, "light"), "phone": (390, 3000, "dark"),
+        }.items():  # fmt: skip
+            page, wrong = new_page(opened, *size)
+            open_at(page, url, "experts", "Use of the experts")
+            for title in ("Experts for a target", "Experts changed"):
+                page.get_by_text(title).first.wait_for(timeout=60_000)
+            settled(page)
+            check(page, wrong, tmp_path / f"{name}-experts.png")
+            # Another phase draws its own map.
+            page.get_by_role("radio", name="think", exact=True).first.click()
+            page.wait_for_url(re.compile("place_of=think"), timeout=60_000)
+            page.get_by_text("Share of tokens, think").first.wait_for(timeout=60_000)
+            settled(page)
+            check(page, wrong, tmp_path / f"{name}-experts-think.png")
+            page.close()
+    assert state(place) == before

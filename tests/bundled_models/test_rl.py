@@ -135,7 +135,7 @@ def right(result: EvalResult) -> list[bool]:
     return [row["correct"] for row in result.samples]
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_it_beats_its_base_and_the_checkpoints_lie_between() -> None:
     """On 400 bundled test questions: the first checkpoint below the later ones, all between.
 
@@ -161,7 +161,7 @@ def adapters(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_a_stopped_run_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ def test_spearman_of_the_mean_of_four(papers):
     assert found.spearman_p == pytest.approx(0.57, abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_the_null_of_the_papers_recipe_is_the_librarys(papers):
     counts = np.array(papers[0].values)
     target = np.sort([part.mean for part in papers[1].components])

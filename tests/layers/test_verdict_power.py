@@ -45,7 +45,7 @@ def test_profiles_are_what_their_names_say(benchmark_script):
     assert by["planted in proportion, 150, 10 layers"].shape == (4000, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_the_script_meets_its_targets_at_few_draws():
     for only in ("flat, 150", "planted, 150", "clumped noise, variance/mean 4"):
         done = subprocess.run(

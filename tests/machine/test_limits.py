@@ -242,14 +242,25 @@ PLACES: list[dict[str, str | None]] = [
     {"TMPDIR": "/nonexistent"}, {"TMPDIR": "/proc"}, {"XDG_CACHE_HOME": "/proc"},
     {"HF_HOME": "/proc", "HF_HUB_CACHE": "/proc/hub"},
 ]  # fmt: skip
+IN_CI = ({"HOME": None}, {"TMPDIR": "/proc"}, {"XDG_CACHE_HOME": "/proc"})
+"""Of those, where a model answers too; the others are recorded."""
 
 
 @pytest.mark.parametrize(
-    "args", [("runs",), pytest.param(EVAL, marks=pytest.mark.slow)], ids=["runs", "eval"]
+    ("args", "variables"),
+    [
+        *((("runs",), place) for place in PLACES),
+        *(
+            pytest.param(
+                EVAL, place, marks=pytest.mark.slow if place in IN_CI else pytest.mark.recorded
+            )
+            for place in PLACES
+        ),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("variables", PLACES, ids=str)
 def test_no_home_temporary_folder_or_cache(
-    tmp_path: Path, variables: dict[str, str | None], args: tuple[str, ...]
+    tmp_path: Path, args: tuple[str, ...], variables: dict[str, str | None]
 ) -> None:
     done = limited(tmp_path / "w", *args, **variables)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -161,6 +161,7 @@ def test_the_loss_of_a_gemma_3_is_plain_transformers_with_bos(folder: Path, tmp_
     assert abs(loss(plain, ids) - loss(plain, torch.tensor([own]))) > 1e-3
 
 
+@pytest.mark.recorded
 def test_a_gemma_3_from_gguf_goes_the_main_path(folder: Path, tmp_path: Path, cli: Any) -> None:
     path = write_gguf(tmp_path / "gemma.gguf", folder, add_add_bos_token=True)
     common = ("--model", str(path), "--tokens", "2048", "--latents", "64", "--k", "4", "--layers",

@@ -50,26 +50,20 @@ def train_alone(workspace: Path, *options: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+ROWS = ["--activation", "batchtopk", "--auxk-alpha", "0.1", "--dead-threshold", "2048"]
+CHOICE = [
+    "--activation", "feature-choice", "--allocation", "zipf", "--aux", "zipf",
+    "--auxk-alpha", "0.1", "--dead-threshold", "2048",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--activation", "batchtopk", "--auxk-alpha", "0.1", "--dead-threshold", "2048"],
-        [
-            "--activation",
-            "feature-choice",
-            "--allocation",
-            "zipf",
-            "--aux",
-            "zipf",
-            "--auxk-alpha",
-            "0.1",
-            "--dead-threshold",
-            "2048",
-        ],
-        ["--spread-layers"],
+        pytest.param(ROWS, marks=pytest.mark.slow, id="rows"),
+        pytest.param(CHOICE, marks=pytest.mark.recorded, id="feature-choice"),
+        pytest.param(["--spread-layers"], marks=pytest.mark.recorded, id="layers"),
     ],
-    ids=["rows", "feature-choice", "layers"],
 )
 def test_the_loss_curve_is_that_of_one_process(tmp_path: Path, extra: list[str]) -> None:
     options = [*OPTIONS, *extra]

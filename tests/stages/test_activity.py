@@ -306,7 +306,7 @@ def test_features_that_are_none(ctx, tiny, saes):
             parse_feature(wrong, 12)
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """kill -9 of the command, then the same tables as of a run that nobody killed."""
 

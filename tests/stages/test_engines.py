@@ -34,6 +34,7 @@ def ctx(tmp_path: Path, tiny: Model) -> Context:
     return context
 
 
+@pytest.mark.slow
 def test_own_samples_and_both_scores_of_a_tuning(ctx: Context, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     rows = [{"question": r.question, "answer": r.answer} for r in load_records("tiny")[:6]]

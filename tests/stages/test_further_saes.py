@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -297,17 +298,18 @@ def test_what_a_worker_of_ray_is_told_is_enough(given, alone, monkeypatch):
 
 
 COMMAND = (
-    "falsify", "--join", "--layers", "4", "--latents", "512", "--k", "16", "--tokens", "8192",
+    "falsify", "--layers", "4", "--latents", "512", "--k", "16", "--tokens", "8192",
     "--texts", "4", "--shuffles", "3", "--json",
 )  # fmt: skip
 
 
 @contextmanager
-def workers(place: Path, n: int) -> Iterator[list[subprocess.Popen]]:
-    """Start equal workers; none outlives the test."""
+def workers(place: Path, n: int, *how: str) -> Iterator[list[subprocess.Popen]]:
+    """Start equal workers, or the driver of a cluster; none outlives the test."""
+    words = [*COMMAND, "--workspace", str(place), *(how or ("--join",))]
     crew = [
         subprocess.Popen(
-            [sys.executable, "-m", "resa_lens", *COMMAND, "--workspace", str(place)], text=True,
+            [sys.executable, "-m", "resa_lens", *words], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -350,7 +352,7 @@ def ended_as(place: Path, out: str, alone: FalsificationRun) -> bool:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_two_workers_train_each_control_once_and_come_to_what_one_process_does(
     prepared, alone, tmp_path
 ):
@@ -383,5 +385,27 @@ def test_a_worker_takes_over_the_training_of_one_that_is_killed_in_it(prepared, 
         out, err = other.communicate(timeout=300)
         assert other.returncode == 0, err
     assert sorted(json.loads(out)["joined"]["jobs"]) == BOTH
+    assert trainings(place) == 3
+    assert ended_as(place, out, alone)
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed here")
+@pytest.mark.recorded
+def test_ray_trains_the_controls_side_by_side_and_a_killed_driver_is_begun_again(
+    prepared, alone, tmp_path
+):
+    place = tmp_path / "w"
+    shutil.copytree(prepared, place)
+    with workers(place, 1, "--ray", "local") as (driver,):
+        deadline = time.monotonic() + 200
+        while len(busy := at_work(place)) < 2:
+            assert time.monotonic() < deadline
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.005)
+        assert sorted(busy.values()) == BOTH
+        driver.send_signal(signal.SIGKILL)
+    with workers(place, 1, "--ray", "local") as (driver,):
+        out, err = driver.communicate(timeout=300)
+        assert driver.returncode == 0, err
     assert trainings(place) == 3
     assert ended_as(place, out, alone)

@@ -114,7 +114,7 @@ def wide_vocabulary(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_the_report_of_a_large_vocabulary_takes_what_the_plan_says(tmp_path: Path) -> None:
     """The report is most of the memory; without a plan of it a machine would be too small."""
     model = wide_vocabulary(tmp_path / "model")

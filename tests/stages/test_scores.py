@@ -360,7 +360,7 @@ def test_adapters_by_command(tmp_path):
     assert f"adapter {wide} does not fit the model" in said
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_killed_runs_go_on_to_the_same_answers(cli, tmp_path):
     args = ["eval", "--limit", "64", "--temperature", "0.8", "--batch-size", "8", "--json"]
     code = "from resa_lens.cli import main; main()"

@@ -192,7 +192,7 @@ def started(workspace: Path, *more: str, world: int = 1) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_a_killed_tuning_goes_on_to_the_same_bits(ctx, demo, tmp_path):
     killed = tmp_path / "killed"
     shutil.copytree(demo.workspace / "saes", killed / "saes")
@@ -217,7 +217,7 @@ def test_a_killed_tuning_goes_on_to_the_same_bits(ctx, demo, tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 25))
 
 
-@pytest.mark.slow
+@pytest.mark.recorded
 def test_two_processes_make_the_adapter_of_one(ctx, demo, tmp_path):
     both = tmp_path / "both"
     shutil.copytree(demo.workspace / "saes", both / "saes")

@@ -209,7 +209,7 @@ def test_a_piece_has_a_thousand_tokens_on_a_card_that_can_hold_them() -> None:
     assert piece_bytes(vocab, torch.device("cpu")) == LOGIT_BYTES
 
 
-@pytest.mark.slow  # a compiler takes half a minute
+@pytest.mark.recorded  # a compiler takes half a minute
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler: torch.compile needs gcc")
 def test_the_compiled_way_gives_the_same_loss_and_gradients() -> None:
     notes: list[str] = []

@@ -167,8 +167,11 @@ def test_a_killed_process_goes_on_to_the_same_bits(
     assert_equal(peft, expected_peft)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(0, marks=pytest.mark.slow)]
+    + [pytest.param(seed, marks=pytest.mark.recorded) for seed in range(1, 5)],
+)
 def test_killed_at_any_moment(
     small: Callable[[], Model], small_folder: Path, tmp_path: Path, seed: int
 ) -> None:
