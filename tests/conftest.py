@@ -33,11 +33,20 @@ def run_cli(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_starting_point() -> None:
+def small_starting_point() -> int:
     """Before each tuning fewer documents are looked at: it is most of a short tuning's time."""
     from resa_lens.stages import insertion
 
-    insertion.SHORT_TOKENS = 512
+    tokens, insertion.SHORT_TOKENS = insertion.SHORT_TOKENS, 512
+    return tokens
+
+
+@pytest.fixture
+def whole_starting_point(small_starting_point: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many documents as in a process of its own, where what that made is to be found."""
+    from resa_lens.stages import insertion
+
+    monkeypatch.setattr(insertion, "SHORT_TOKENS", small_starting_point)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from resa_lens.artifacts.lineage import Node
@@ -19,6 +20,8 @@ _PASSING = 0.34
 """Rows that an edge takes where it passes through a column."""
 _EDGE = 0.1
 """Columns between a node's middle and where its lines begin: a hollow one stays empty."""
+_LEVEL = 0.36
+"""Columns from a node's middle in which its lines stay level: half of a label's width."""
 _LONGEST = 24
 """Characters of a label's line."""
 
@@ -187,11 +190,10 @@ def _cut(text: str) -> str:
 
 
 def _curve(path: Sequence[Point]) -> list[Point]:
-    """A line through the points that leaves and meets each of them level."""
-    path = [(path[0][0] + _EDGE, path[0][1]), *path[1:-1], (path[-1][0] - _EDGE, path[-1][1])]
-    points = [path[0]]
+    """A line through the points that is level but midway between two columns: off the labels."""
+    points = [(path[0][0] + _EDGE, path[0][1])]
     for (x0, y0), (x1, y1) in pairwise(path):
-        for step in range(1, 17):
-            t = step / 16
-            points.append((x0 + (x1 - x0) * t, y0 + (y1 - y0) * t**3 * (6 * t * t - 15 * t + 10)))
-    return points
+        for t in np.linspace(0.0, 1.0, 13).tolist():
+            x = x0 + (x1 - x0) * (_LEVEL + (1 - 2 * _LEVEL) * t)
+            points.append((x, y0 + (y1 - y0) * t**3 * (6 * t * t - 15 * t + 10)))
+    return [*points, (path[-1][0] - _EDGE, path[-1][1])]

@@ -166,14 +166,14 @@ def _fetch(folder: Path, repo: str, commit: str, rows: int) -> None:
 
 def _keep(folder: Path, kept: _Kept, source: Iterator[Any], stream: Any, rows: int) -> _Kept:
     """Write the next rows of a stream into a file; return what is kept then."""
-    asked = min(ROWS_A_FILE, rows - kept.rows)
-    came = list(islice(source, asked))
-    after = _Kept(kept.rows + len(came), stream.state_dict(), len(came) < asked)
+    count = min(ROWS_A_FILE, rows - kept.rows)
+    part = list(islice(source, count))
+    after = _Kept(kept.rows + len(part), stream.state_dict(), len(part) < count)
     schema = stream.features.arrow_schema if stream.features else None
-    table = pa.Table.from_pylist(came, schema=schema)
+    table = pa.Table.from_pylist(part, schema=schema)
     goes_on = {_GOES_ON: json.dumps([after.state, after.ended])}
     file = _file(folder, kept.rows)
-    part = file.with_suffix(".part")
-    pq.write_table(table.replace_schema_metadata(goes_on), part)
-    part.replace(file)
+    draft = file.with_suffix(".part")
+    pq.write_table(table.replace_schema_metadata(goes_on), draft)
+    draft.replace(file)
     return after

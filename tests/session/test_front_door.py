@@ -105,6 +105,7 @@ def files(workspace: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in workspace.rglob("*") if p.is_file()}
 
 
+@pytest.mark.usefixtures("whole_starting_point")
 def test_the_front_door_finds_what_the_command_line_made(demo):
     """Identities are equal from SAEs to scores, so nothing is made and no byte is written."""
     before, budget = files(demo.workspace), BUDGETS["test"]

@@ -21,7 +21,6 @@ from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalResult
 from resa_lens.layers.selectors import Recommendation
-from resa_lens.stages import insertion
 from resa_lens.stages.scores import compare_results
 
 Invoke = Callable[..., Result]
@@ -136,11 +135,8 @@ def test_demo_keeps_every_answer(demo: Any) -> None:
         assert sum(bool(r["correct"]) for r in rows) / 64 == pytest.approx(shown["accuracy"])
 
 
-def test_demo_again_recomputes_nothing(
-    work: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The first one had a process of its own, which no fixture hurries.
-    monkeypatch.setattr(insertion, "SHORT_TOKENS", 4096)
+@pytest.mark.usefixtures("whole_starting_point")
+def test_demo_again_recomputes_nothing(work: Path, invoke: Invoke) -> None:
     before = stamps(work)
     result = invoke("demo", "--budget", "test", "--json")
     after = stamps(work)

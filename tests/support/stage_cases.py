@@ -673,6 +673,7 @@ OTHER: dict[tuple[str, str], Any] = {
     ("CorpusConfig", "question_column"): "question",
     ("CorpusConfig", "answer_column"): "answer",
     ("CorpusConfig", "steps_column"): "steps",
+    ("CorpusConfig", "rows"): 10**6,
     ("CorpusConfig", "packing"): "separate",
     ("CountConfig", "prompt"): "short",
     ("CountConfig", "open_tag"): "<answer>",
