@@ -16,7 +16,7 @@ COLOURS = (GREY, BLUE, SKY, ORANGE, GREEN, VERMILION, PURPLE)
 """Of the columns; each has its heading too."""
 ROW, HEAD = 66, 44
 """Pixels of a row, and of the headings above all."""
-_PASSING = 0.34
+_PASSING = 0.5
 """Rows that an edge takes where it passes through a column."""
 _EDGE = 0.1
 """Columns between a node's middle and where its lines begin: a hollow one stays empty."""

@@ -320,7 +320,7 @@ def test_the_experts_of_a_mixture_on_a_desk_and_on_a_phone(tmp_path):
             settled(page)
             check(page, wrong, tmp_path / f"{name}-experts.png")
             # Another phase draws its own map.
-            page.get_by_role("radio", name="think", exact=True).first.click()
+            page.get_by_text("think", exact=True).first.click()
             page.wait_for_url(re.compile("place_of=think"), timeout=60_000)
             page.get_by_text("Share of tokens, think").first.wait_for(timeout=60_000)
             settled(page)
