@@ -155,6 +155,11 @@ class Groups:
     written: tuple[int, int]
     """When, and how many bytes: another file in its place has its groups elsewhere."""
 
+    @property
+    def rows(self) -> int:
+        """All rows."""
+        return self.metadata.num_rows
+
     def of(
         self,
         layer: int | None = None,

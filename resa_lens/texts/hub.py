@@ -142,6 +142,7 @@ def _file(folder: Path, row: int) -> Path:
 def _fetch(folder: Path, repo: str, commit: str, rows: int) -> None:
     """Fetch what is missing of the first rows, from where the kept ones end."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     kept = _kept(folder)
     for file in folder.glob("*.parquet"):
@@ -156,7 +157,7 @@ def _fetch(folder: Path, repo: str, commit: str, rows: int) -> None:
         source = iter(stream)
         while not _enough(kept, rows):
             kept = _keep(folder, kept, source, stream, rows)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise RunFailedError(
             f"the stream of {repo} broke off after {kept.rows:,} of {rows:,} rows: "
             f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}\n"

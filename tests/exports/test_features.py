@@ -12,9 +12,11 @@ import pytest
 from app_driver import HOSTILE
 from features_driver import SMALL
 from synthetic_workspace import ACTIVITY, PLANTED, SAES, SLUG, write_workspace
+from typer.testing import CliRunner
 
 from resa_lens.artifacts.feature_tables import read_feature
 from resa_lens.artifacts.listing import named, scan
+from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.exports import neuronpedia
 from resa_lens.exports.neuronpedia import naming, record, schema, write_folder, write_uploads
@@ -48,6 +50,17 @@ def check(kind: str, values: list[dict[str, Any]]) -> None:
     validator = jsonschema.Draft202012Validator(schema()["$defs"][kind])
     for value in values:
         validator.validate(value)
+
+
+def test_the_command_takes_all_features_of_a_run(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exports"
+    done = CliRunner().invoke(
+        app,
+        ["export", ACTIVITY, str(out), "--to", "neuronpedia", "--workspace", str(root), "--json"],
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["features"] == SMALL.layers * SMALL.latents
+    assert len(list((out / "synthetic").iterdir())) == SMALL.layers
 
 
 def test_the_folder_holds_every_feature_in_the_projects_form(
