@@ -371,7 +371,7 @@ def test_the_glossary_names_what_the_code_has() -> None:
 # The site
 
 
-@pytest.mark.slow
+@pytest.mark.recorded  # CI builds it by its own command
 def test_the_site_builds_strictly_without_a_network(tmp_path: Path) -> None:
     for module in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(module) is None:

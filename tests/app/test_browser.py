@@ -57,6 +57,7 @@ def check(page: Any, wrong: list[str], shot: Path) -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_every_page_of_the_shipped_workspace(tmp_path):
     """Opened without a workspace, from an empty folder: on a desk, and on a phone in the dark."""
     before = state(SHIPPED)

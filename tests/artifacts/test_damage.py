@@ -24,6 +24,7 @@ from resa_lens.artifacts.workspace import Workspace
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "damage.py"
 
 
+@pytest.mark.slow
 def test_a_tenth_of_the_damage_is_named_refused_or_harmless():
     command = [sys.executable, str(SCRIPT), "--share", "0.1", "--seed", "0", "--as-json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)

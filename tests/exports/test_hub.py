@@ -137,6 +137,7 @@ def test_a_push_commits_every_file(demo: Any, hub: Any, tmp_path: Path) -> None:
     assert REPOSITORY in result["url"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_or_is_not_there_is_one_line(
     demo: Any, hub: Any, tmp_path: Path
 ) -> None:

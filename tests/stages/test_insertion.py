@@ -68,6 +68,7 @@ def test_one_model_says_cost_only_and_has_no_oracle(lab: Any, saes: Any) -> None
     assert len(test.plot().data) >= 1
 
 
+@pytest.mark.slow
 def test_another_source_has_all_arms_and_the_oracle_is_the_source(
     lab: Any, saes: Any, damaged: Path
 ) -> None:

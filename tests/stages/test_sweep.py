@@ -117,6 +117,7 @@ def test_a_sweep_scores_every_job_and_is_read_again(ctx):
     assert set(made.to_dict()["scores"][0]) == {"layer", "seed", "accuracy", "n"}
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_named_and_left_out_and_tried_again(ctx, monkeypatch):
     real = sweep_tunings.adapter_run
 
@@ -175,6 +176,7 @@ def test_a_worker_that_joins_leaves_the_tables_to_the_one_that_is_at_them(ctx, m
     assert (share.jobs, share.left, share.run) == ([], [], None)
 
 
+@pytest.mark.slow
 def test_what_is_damaged_before_the_tables_is_made_again(ctx, monkeypatch):
     asked, damaged = config(seeds=1, layers=(4,)), []
     real = sweeps._Plan.gather
@@ -191,6 +193,7 @@ def test_what_is_damaged_before_the_tables_is_made_again(ctx, monkeypatch):
     assert next(ctx.workspace.read(damaged[0]).damage(), None) is None
 
 
+@pytest.mark.slow
 def test_one_job_in_a_worker_of_its_own_is_that_of_the_sweep(ctx, tmp_path):
     """What Ray's workers are told is enough, and makes the same artifacts."""
     asked = config(seeds=1, controls=("cot-free",), layers=(4,))

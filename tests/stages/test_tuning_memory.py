@@ -40,6 +40,7 @@ def size(tensors: Iterator[torch.Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
+@pytest.mark.slow
 def test_one_copy_of_the_model_and_nothing_of_the_tuning_while_scoring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -183,6 +183,7 @@ def test_a_stream_that_breaks_off_goes_on_where_it_stood(hub: Any, read: Reader)
     assert len(read.files) == 8
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_fetched_again_and_a_short_data_set_is_whole(
     hub: Any, read: Reader
 ) -> None:
