@@ -58,13 +58,13 @@ class Tune(Planned, Tuning):
     )
 
     def job(self, model: str) -> TuneJob:
-        """Return the tuning of a model; columns are those of the data that are tuned on."""
+        """Return the tuning of a model; columns and rows are of the data that are tuned on."""
         base = super().job(model)
         elicitation = replace(base.elicitation, source=self.elicitation_data or self.corpus.source)
         trigger = replace(self.corpus, source=self.trigger_data or self.corpus.source)
         if trigger.source != elicitation.source:
             columns = (item.name for item in fields(trigger) if item.name.endswith("_column"))
-            trigger = replace(trigger, **dict.fromkeys(columns))
+            trigger = replace(trigger, **dict.fromkeys([*columns, "rows"]))
         own = self.pick("layer", "control")
         return replace(base, trigger=trigger, elicitation=elicitation, **own)
 

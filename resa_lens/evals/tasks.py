@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from resa_lens.errors import BadInputError
@@ -14,7 +15,7 @@ from resa_lens.evals.benchmarks import BENCHMARKS, benchmark_rows, question_of
 from resa_lens.files import named_path
 from resa_lens.resources import data_path
 from resa_lens.texts.records import Columns, Record, cell, level_of, records_of, word_of
-from resa_lens.texts.tables import READERS, Row, read_rows
+from resa_lens.texts.tables import READERS, Row, iterate_rows
 
 BUNDLED = "tiny"
 BUNDLED_LEVELS = (1, 2, 3)
@@ -157,6 +158,7 @@ def load_questions(
     seed: int = 0,
     question_column: str | None = None,
     answer_column: str | None = None,
+    first: int | None = None,
     required: bool = True,
 ) -> list[EvalItem]:
     """Return the questions of the bundled set, a benchmark or a local table.
@@ -174,6 +176,7 @@ def load_questions(
         seed: of that draw, and of the order of a choice's options.
         question_column: of a file, the column of the question.
         answer_column: of a file, the column of the answer.
+        first: of a file, its first rows alone.
         required: as in `load_tasks`.
 
     Raises:
@@ -184,7 +187,7 @@ def load_questions(
         items = _benchmark_items(str(name_or_path), place, seed)
     else:
         path = _resolve(name_or_path, split)
-        rows = read_rows(path)
+        rows = list(islice(iterate_rows(path), first))
         columns = Columns(question_column, answer_column)
         if name_or_path == BUNDLED:
             columns = None

@@ -136,6 +136,7 @@ def activity_run(
         items = load_questions(
             corpus.source, limit=generations, seed=corpus.seed,
             question_column=corpus.question_column, answer_column=corpus.answer_column,
+            first=corpus.rows,
         )  # fmt: skip
         prompts, left_out = answerable(ask(items, EvalConfig()), model.tokenizer, model.context)
         if left_out:

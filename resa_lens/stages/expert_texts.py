@@ -88,7 +88,7 @@ def expert_data(
     pair = class_files(classes) if classes else None
     for file in pair or ():
         name = Path(file).stem if Path(file).stem not in files else file
-        files[name] = corpora.read_records(replace(fitted, source=file))
+        files[name] = corpora.read_records(replace(fitted, source=file, rows=None))
     return ExpertData(fitted, corpora.read_records(fitted), files)
 
 

@@ -147,6 +147,7 @@ def plan_activity(
         items = load_questions(
             corpus.source, limit=generations, seed=corpus.seed,
             question_column=corpus.question_column, answer_column=corpus.answer_column,
+            first=corpus.rows,
         )  # fmt: skip
         asking = EvalConfig(generation=GenerationConfig(max_new_tokens=max_new_tokens))
         questions, _ = answerable(ask(items, asking), model.tokenizer, model.context)

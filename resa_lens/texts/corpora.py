@@ -63,6 +63,8 @@ def load_records(
     Raises:
         BadInputError: not found, empty, without the columns, or a cell that is no text.
     """
+    if rows is not None and rows < 1:
+        raise BadInputError(f"rows {rows}: give 1 or more, or None for all of them")
     columns = Columns(question_column, answer_column, steps_column, text_column)
     if source == "tiny":
         table = read_table(data_path(f"tiny/{split}.jsonl")).first(rows)

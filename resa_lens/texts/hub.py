@@ -2,34 +2,41 @@
 
 A stream is kept as it comes: it is fetched once, goes on after a kill, and is there offline.
 
-    <cache folder>/streams/<owner>--<name>/<commit>/<first row>.parquet
+    <cache folder>/streams/<owner>--<name>/<commit>/<first row>.jsonl
 
-Each file says in its metadata where the stream goes on behind it, and whether it ends there.
+A file has a line a row, each behind its checksum, and a last line that says where the stream goes
+on.  Pictures and sounds are left out.  The folder is a cache, and may be removed.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import time
+import zlib
 from collections.abc import Iterator
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from resa_lens import claims
-from resa_lens.errors import BadInputError, RunFailedError
-from resa_lens.files import run_lock
-from resa_lens.hashes import cache_folder
+from resa_lens.errors import BadInputError, DamagedError, RunFailedError, TakenError
+from resa_lens.files import open_regular, read_regular, run_lock
+from resa_lens.hashes import cache_file, cache_folder
 from resa_lens.texts.config import HUB_SETS
-from resa_lens.texts.tables import Row, Table, read_table
+from resa_lens.texts.tables import Row, Table, header
 
 ROWS_A_FILE = 4096
 """So many rows of a stream are fetched again after a kill, at most."""
+BYTES_A_FILE = 32 * 2**20
+TAIL = 2**20
+"""Bytes at a file's end in which its last line is looked for."""
 TIMEOUT_S = 10
-_GOES_ON = b"resa-lens"
+"""For the hub's answer to which commit is the newest."""
+WAIT_S = 1.0
+"""Between two looks at what another process is fetching."""
+MEDIA = ("Audio", "Image", "Pdf", "Video")
+"""Features of `datasets` that hold no text."""
 
 
 def hub_table(repo: str, name: str, rows: int | None = None) -> Table:
@@ -44,29 +51,36 @@ def hub_table(repo: str, name: str, rows: int | None = None) -> Table:
         BadInputError: it is not in the cache and cannot be fetched.
         RunFailedError: a stream broke off, or cannot be kept.
     """
-    folder = None if rows is None else _stream(repo, rows)
-    if folder is None:
+    if rows is None:
+        return _whole(repo, name)
+    from huggingface_hub.constants import is_offline_mode
+
+    commit = None if is_offline_mode() else _newest(repo, name)
+    parts = _parts(_place(repo, commit), rows) if commit else _kept_offline(repo, rows)
+    if commit and not _enough(parts, rows):
+        parts = _fetched(repo, name, commit, rows)
+    if _enough(parts, rows):
+        return _table(parts).first(rows)
+    if is_offline_mode():  # nothing can be fetched, and what the cache holds is whole
         return _whole(repo, name).first(rows)
-    return read_table(folder).first(rows)
+    count = sum(part.rows for part in parts)
+    remedy = f"pass --data-rows {count}, or run" if count else "run"
+    raise BadInputError(
+        f"the first {rows:,} rows of {repo}: the hub does not answer, and {count:,} are kept "
+        f"here; {remedy} it once where there is a network"
+    )
 
 
 def _whole(repo: str, name: str) -> Table:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.utils import logging as hub_logging
 
     # Offline, its notes on every new try would bury the error.
     hub_logging.set_verbosity_error()
     try:
         loaded: Any = datasets.load_dataset(repo, split="train")
-    except (OSError, ValueError, RuntimeError, DatasetNotFoundError) as error:
-        known = "" if name in HUB_SETS else f", no short name ({', '.join(['tiny', *HUB_SETS])})"
-        raise BadInputError(
-            f"data {name!r} is no file{known}, and the hub's data set {repo} is not in the cache "
-            f"and cannot be fetched ({type(error).__name__}).\nWhere there is a network run "
-            f"`hf download {repo} --repo-type dataset --local-dir FOLDER`, "
-            "copy it here and pass that folder, or one of its files."
-        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _refusal(repo, name, error) from error
     files = tuple(Path(file["filename"]) for file in loaded.cache_files)
     return Table(
         lambda: (Row(row, f"row {number}") for number, row in enumerate(loaded, start=1)),
@@ -77,104 +91,219 @@ def _whole(repo: str, name: str) -> Table:
     )
 
 
-class _Kept(NamedTuple):
-    """What is kept of a stream."""
+def _refusal(repo: str, name: str, error: Exception) -> BadInputError:
+    known = "" if name in HUB_SETS else f", no short name ({', '.join(['tiny', *HUB_SETS])})"
+    return BadInputError(
+        f"data {name!r} is no file{known}, and the hub's data set {repo} is not in the cache "
+        f"and cannot be fetched ({_reason(error)}).\nWhere there is a network run "
+        f"`hf download {repo} --repo-type dataset --local-dir FOLDER`, "
+        "copy it here and pass that folder, or one of its files."
+    )
 
-    rows: int = 0
-    state: Any = None
-    """Where it goes on, as `datasets` says it."""
-    ended: bool = False
+
+def _reason(error: Exception) -> str:
+    name = type(error).__name__
+    # Of a missing split or several configurations the library says which there are.
+    return f"{name}: {_line(error)}" if isinstance(error, ValueError) else name
 
 
-def _stream(repo: str, rows: int) -> Path | None:
-    """Return a folder with the first rows of a data set; None where the hub has none to stream."""
-    streams = cache_folder("streams")
-    if streams is None:
-        raise RunFailedError(
-            f"the first {rows:,} rows of {repo} are kept in the cache folder, which cannot be "
-            "written; set XDG_CACHE_HOME to another"
-        )
-    place = streams / repo.replace("/", "--")
-    commit = _commit(repo)
-    if commit is None:
-        known = sorted(place.glob("*/"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        return next((folder for folder in known if _enough(_kept(folder), rows)), None)
-    if not _enough(_kept(place / commit), rows):
-        with run_lock(place / commit, "fetching"):
-            _fetch(place / commit, repo, commit, rows)
-    return place / commit
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _newest(repo: str, name: str) -> str | None:
+    """Return a data set's newest commit, in a process the same; None where the hub is silent."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return _commit(repo)
+    except RepositoryNotFoundError as error:
+        raise _refusal(repo, name, error) from error
+    except Exception:  # noqa: BLE001 - of whichever client the library has
+        return None
 
 
 @cache
 def _commit(repo: str) -> str | None:
-    """Return a data set's newest commit, in a process once; None where the hub has no answer."""
     from huggingface_hub import HfApi
 
-    try:
-        return HfApi().dataset_info(repo, timeout=TIMEOUT_S).sha
-    except (OSError, ValueError):
-        return None
+    return HfApi().dataset_info(repo, timeout=TIMEOUT_S).sha
 
 
-def _enough(kept: _Kept, rows: int) -> bool:
-    return kept.ended or kept.rows >= rows
+class _Part(NamedTuple):
+    """A file of a stream, whole."""
+
+    file: Path
+    first: int
+    rows: int
+    state: Any
+    """Where the stream goes on behind it, as this version of `datasets` says it."""
+    version: str
+    ended: bool
 
 
-def _kept(folder: Path) -> _Kept:
-    """Return how far the files of a stream go without a gap."""
-    kept = _Kept()
-    while (file := _file(folder, kept.rows)).exists():
+def _place(repo: str, commit: str) -> Path | None:
+    file = cache_file()
+    return file.parent / "streams" / repo.replace("/", "--") / commit if file else None
+
+
+def _parts(place: Path | None, rows: int) -> list[_Part]:
+    """Return the files that hold the first rows, as far as they go without a gap."""
+    parts: list[_Part] = []
+    while place is not None and not _enough(parts, rows):
+        first = _end(parts)
+        file = place / f"{first:012d}.jsonl"
         try:
-            metadata = pq.read_metadata(file)
-            state, ended = json.loads(metadata.metadata[_GOES_ON])
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-            break  # damaged: fetched again
-        kept = _Kept(kept.rows + metadata.num_rows, state, ended)
-        if ended:
-            break
-    return kept
+            with open_regular(file) as descriptor:
+                size = os.fstat(descriptor).st_size
+                tail = os.pread(descriptor, TAIL, max(0, size - TAIL))
+            last = tail[:-1].rpartition(b"\n")[2]
+            before, *facts = _checked(last)
+            if before + len(last) + 1 != size:
+                break
+            parts.append(_Part(file, first, *facts))
+        except (OSError, ValueError, TypeError, BadInputError):
+            break  # not there, or damaged: it is fetched again
+    return parts
 
 
-def _file(folder: Path, row: int) -> Path:
-    return folder / f"{row:012d}.parquet"
+def _end(parts: list[_Part]) -> int:
+    return parts[-1].first + parts[-1].rows if parts else 0
 
 
-def _fetch(folder: Path, repo: str, commit: str, rows: int) -> None:
+def _enough(parts: list[_Part], rows: int) -> bool:
+    return bool(parts) and (parts[-1].ended or _end(parts) >= rows)
+
+
+def _kept_offline(repo: str, rows: int) -> list[_Part]:
+    """Return the files of the commit that was fetched from last."""
+    place = _place(repo, "")
+    if place is None or not place.is_dir():
+        return []
+    every = [parts for folder in place.iterdir() if (parts := _parts(folder, rows))]
+    every.sort(key=lambda parts: (_enough(parts, rows), parts[-1].file.stat().st_mtime))
+    if every and _enough(every[-1], rows):
+        commit = every[-1][0].file.parent.name[:8]
+        claims.say(f"data {repo}: the hub is not asked; rows of its commit {commit} are read")
+    return every[-1] if every else []
+
+
+def _fetched(repo: str, name: str, commit: str, rows: int) -> list[_Part]:
+    """Return the files of the first rows; what is missing of them is fetched."""
+    streams = cache_folder("streams")
+    place = _place(repo, commit)
+    if streams is None or place is None:
+        raise RunFailedError(
+            f"the first {rows:,} rows of {repo} are kept in the cache folder, which cannot be "
+            "written; set XDG_CACHE_HOME to another"
+        )
+    while not _enough(parts := _parts(place, rows), rows):
+        try:
+            with run_lock(place, "fetching"):
+                _fetch(place, repo, name, commit, rows)
+        except TakenError:
+            # Of the processes of one training, or two commands, one fetches and the others wait.
+            time.sleep(WAIT_S)
+            continue
+        if not _enough(_parts(place, rows), rows):
+            raise RunFailedError(f"{place} is not what was written there; remove it and run again")
+    return parts
+
+
+def _fetch(place: Path, repo: str, name: str, commit: str, rows: int) -> None:
     """Fetch what is missing of the first rows, from where the kept ones end."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
-    kept = _kept(folder)
-    for file in folder.glob("*.parquet"):
-        if int(file.stem) >= kept.rows and not kept.ended:
-            file.unlink()  # behind a damaged one
-    going_on = f"; {kept.rows:,} are here" if kept.rows else ""
+    parts = _parts(place, rows)
+    done = _end(parts)
+    going_on = f"; {done:,} are here" if done else ""
     claims.say(f"data {repo}: its first {rows:,} rows are fetched{going_on}")
     try:
         stream: Any = datasets.load_dataset(repo, split="train", streaming=True, revision=commit)
-        if kept.state is not None:
-            stream.load_state_dict(kept.state)
+        columns = (stream.features or {}).items()
+        stream = stream.remove_columns([n for n, f in columns if type(f).__name__ in MEDIA])
+        if parts and parts[-1].version == datasets.__version__:
+            stream.load_state_dict(parts[-1].state)
+        elif parts:  # a state of another version: what is here is passed over
+            stream = stream.skip(done)
         source = iter(stream)
-        while not _enough(kept, rows):
-            kept = _keep(folder, kept, source, stream, rows)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise _refusal(repo, name, error) from error
+    ended = False
+    while done < rows and not ended:
+        try:
+            lines, ended = _next_lines(source, rows - done)
+        except Exception as error:
+            raise RunFailedError(
+                f"the stream of {repo} broke off after {done:,} of {rows:,} rows "
+                f"({type(error).__name__}: {_line(error)})\n"
+                "What came is kept; run again to go on from there"
+            ) from error
+        facts = [len(lines), stream.state_dict(), datasets.__version__, ended]
+        _write(place / f"{done:012d}.jsonl", lines, facts)
+        done += len(lines)
+
+
+def _next_lines(source: Iterator[Any], rows: int) -> tuple[list[bytes], bool]:
+    """Return the next rows as the lines of a file, and whether the stream ends with them."""
+    lines: list[bytes] = []
+    size = 0
+    while len(lines) < min(rows, ROWS_A_FILE) and size < BYTES_A_FILE:
+        if (row := next(source, None)) is None:
+            return lines, True
+        lines.append(_checkable(row))
+        size += len(lines[-1])
+    return lines, False
+
+
+def _checkable(value: Any) -> bytes:
+    text = json.dumps(value, default=_no_text).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def _no_text(value: Any) -> Any:
+    """Return what a cell that JSON does not have is kept as: a number's text, of bytes nothing."""
+    return None if isinstance(value, bytes | bytearray) else str(value)
+
+
+def _write(file: Path, lines: list[bytes], facts: list[Any]) -> None:
+    draft = file.with_suffix(".part")
+    try:
+        with draft.open("wb") as sink:
+            sink.writelines(lines)
+            sink.write(_checkable([sum(map(len, lines)), *facts]))
+        draft.replace(file)
+    except OSError as error:
         raise RunFailedError(
-            f"the stream of {repo} broke off after {kept.rows:,} of {rows:,} rows: "
-            f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}\n"
-            "What came is kept; run again to go on from there"
+            f"writing {file} failed: {error.strerror}; the rows of a stream are kept there.\n"
+            "Free some space, or set XDG_CACHE_HOME to a folder of a larger disk"
         ) from error
 
 
-def _keep(folder: Path, kept: _Kept, source: Iterator[Any], stream: Any, rows: int) -> _Kept:
-    """Write the next rows of a stream into a file; return what is kept then."""
-    count = min(ROWS_A_FILE, rows - kept.rows)
-    part = list(islice(source, count))
-    after = _Kept(kept.rows + len(part), stream.state_dict(), len(part) < count)
-    schema = stream.features.arrow_schema if stream.features else None
-    table = pa.Table.from_pylist(part, schema=schema)
-    goes_on = {_GOES_ON: json.dumps([after.state, after.ended])}
-    file = _file(folder, kept.rows)
-    draft = file.with_suffix(".part")
-    pq.write_table(table.replace_schema_metadata(goes_on), draft)
-    draft.replace(file)
-    return after
+def _checked(line: bytes) -> Any:
+    """Return what a line holds.
+
+    Raises:
+        ValueError: a byte of it changed.
+    """
+    check, _, text = line.partition(b" ")
+    if check != b"%08x" % zlib.crc32(text):
+        raise ValueError("a line is damaged")
+    return json.loads(text)
+
+
+def _table(parts: list[_Part]) -> Table:
+    def rows() -> Iterator[Row]:
+        for part in parts:
+            lines = read_regular(part.file).split(b"\n")
+            for place, line in enumerate(lines[: part.rows], 1):
+                try:
+                    yield Row(_checked(line), f"row {part.first + place}")
+                except (ValueError, TypeError) as error:
+                    part.file.unlink(missing_ok=True)
+                    raise DamagedError(
+                        f"{part.file} was damaged, and is removed; run again to fetch it anew"
+                    ) from error
+
+    files = tuple(part.file for part in parts)
+    return Table(rows, lambda: header(rows()), files, sum(f.stat().st_size for f in files))

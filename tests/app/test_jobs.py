@@ -225,7 +225,7 @@ def test_a_forgotten_page_costs_no_memory_for_long():
     worker.close()
 
 
-@pytest.mark.recorded
+@pytest.mark.slow
 def test_nothing_asked_is_lost_to_an_end_by_idleness():
     # Asked just when the process would end: it is answered, by this process or by a new one.
     worker = Worker([sys.executable, "-c", STUB], idle_s=0.3)

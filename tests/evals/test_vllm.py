@@ -94,7 +94,7 @@ def test_sampled_answers_are_their_documents_own(tiny):
     assert first[0].token_ids != first[2].token_ids
 
 
-@pytest.mark.recorded
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_vllm")
 def test_it_ends_when_its_caller_is_killed(tmp_path):
     """A worker whose caller is gone would hold a GPU and answer nobody."""

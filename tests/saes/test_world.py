@@ -62,7 +62,7 @@ CHOICE = [
     [
         pytest.param(ROWS, marks=pytest.mark.slow, id="rows"),
         pytest.param(CHOICE, marks=pytest.mark.recorded, id="feature-choice"),
-        pytest.param(["--spread-layers"], marks=pytest.mark.recorded, id="layers"),
+        pytest.param(["--spread-layers"], marks=pytest.mark.slow, id="layers"),
     ],
 )
 def test_the_loss_curve_is_that_of_one_process(tmp_path: Path, extra: list[str]) -> None:

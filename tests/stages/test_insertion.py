@@ -21,6 +21,7 @@ from resa_lens.layers.selectors import recommend
 from resa_lens.models.host import load_model
 from resa_lens.session.insertion import Insertion
 from resa_lens.stages import insertion
+from resa_lens.stages.config import InsertionConfig
 
 LAYER = 8
 SHORT: dict[str, Any] = {"arms": "short", "tokens": 512, "limit": 8}
@@ -163,3 +164,9 @@ def test_a_test_of_many_layers_has_a_gain_for_each(lab: Any, saes: Any) -> None:
     row = dict(test.run.layers[0])
     row["inserted"] = {"sae": {**row["inserted"]["sae"], "difference_se": 0.0}}
     assert insertion.gains(replace(test.run, layers=[row]))[5][1] == 1 / 8
+
+
+def test_the_starting_point_looks_at_as_many_tokens_as_the_command(
+    small_starting_point: int,
+) -> None:
+    assert small_starting_point == InsertionConfig().tokens

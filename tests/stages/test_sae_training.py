@@ -216,7 +216,7 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     assert (tmp_path / "c").read_bytes() == b"weights"
 
 
-@pytest.mark.recorded
+@pytest.mark.slow
 def test_seeds_that_are_trained_side_by_side_are_those_of_one_command(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, tiny: Model
 ) -> None:
