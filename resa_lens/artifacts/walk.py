@@ -78,7 +78,7 @@ class Walk:
                     self._refused(folder, error)
                 continue
             if artifact is None:
-                if any(os.path.lexists(folder / name) for name in kind.files):
+                if _holds_one(folder, kind):
                     self.problems.append(f"{folder} has no {MANIFEST}: its origin is not known")
             elif artifact.manifest.kind in KINDS:
                 self.problems.append(
@@ -123,6 +123,16 @@ def bounded_names(folder: Path, most: int) -> tuple[list[str], bool]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in islice(entries, most + 1))
     return names[:most], len(names) <= most
+
+
+def _holds_one(folder: Path, kind: type[Kind]) -> bool:
+    """Return whether a folder holds a file of a kind; any file, where the kind names none."""
+    if kind.files:
+        return any(os.path.lexists(folder / name) for name in kind.files)
+    try:
+        return any((folder / name).is_file() for name in bounded_names(folder, MOST)[0])
+    except OSError:
+        return False
 
 
 def _vanished(path: Path) -> bool:

@@ -21,6 +21,7 @@ from resa_lens.artifacts.manifest import MANIFEST
 from resa_lens.artifacts.workspace import LOCK, Workspace
 from resa_lens.errors import BadInputError, DamagedError
 from resa_lens.files import run_lock
+from resa_lens.resources import data_path
 
 COUNTS = "counts/m-00000000/r"
 GOLDEN = Path(__file__).parents[1] / "golden" / "workspace"
@@ -270,3 +271,15 @@ def test_the_smallest_of_each_kind_is_taken(tmp_path: Path):
     assert held.problems == ()
     assert {a.manifest.kind for a in held.artifacts} == set(kind_examples.RESULTS)
     assert json.dumps([a.manifest.results for a in held.artifacts])
+
+
+def test_what_has_lost_its_manifest_is_named_whatever_its_kind(tmp_path: Path):
+    """SAEs without one are another tool's; of any other kind the origin is not known."""
+    shutil.copytree(data_path("workspace"), tmp_path, dirs_exist_ok=True)
+    kinds = {a.manifest.kind: a for a in scan(tmp_path).artifacts}
+    assert "insertion" in kinds
+    for name, artifact in kinds.items():
+        (artifact.path / "manifest.json").rename(tmp_path / "away")
+        problems = scan(tmp_path).problems
+        assert [p for p in problems if artifact.path.name in p and "no manifest.json" in p], name
+        (tmp_path / "away").rename(artifact.path / "manifest.json")
