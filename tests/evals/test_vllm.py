@@ -114,6 +114,7 @@ def test_it_ends_when_its_caller_is_killed(tmp_path):
     assert process_start(worker) != started
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize("lora", ["request", "merged"])
 def test_an_adapter_goes_with_the_requests_or_into_the_weights(tiny, adapter, lora):

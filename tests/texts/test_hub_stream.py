@@ -185,8 +185,17 @@ def test_no_more_is_fetched_than_the_rows_asked_for_and_offline_they_are_there(
     assert [file.name for file in read.files] == [f"{n:012d}.jsonl" for n in (0, 150, 300)]
     hub.sent.clear()
     assert read(200, **OFFLINE) == [expected(200), 200, "q000199 why "]
+    assert hub.sent == {}
+
+
+@pytest.mark.slow
+def test_without_an_answer_what_is_kept_is_read_and_nothing_else_fetched(
+    hub: Any, read: Reader
+) -> None:
+    assert read(450)[1] == 450
+    hub.sent.clear()
     assert f"hf download {REPO} --repo-type dataset" in read(451, **OFFLINE)
-    # A hub that cannot be reached, and one that does not answer: nothing else is fetched instead.
+    # A hub that cannot be reached, and one that does not answer.
     assert read(450, **NOWHERE) == [expected(450), 450, "q000449 why "]
     hub.silent = True
     assert read(450) == [expected(450), 450, "q000449 why "]
