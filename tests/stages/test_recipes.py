@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from resa_lens.artifacts.artifact import KINDS, Artifact
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.cli import app
+from resa_lens.stages import insertion
 
 pytestmark = pytest.mark.slow
 
@@ -95,11 +96,15 @@ def figures(artifact: Artifact) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def computed(
+    tmp_path_factory: pytest.TempPathFactory, small_starting_point: int
+) -> dict[str, dict[str, Any]]:
     workspace = tmp_path_factory.mktemp("recipes") / "workspace"
-    for command in COMMANDS:
-        done = CliRunner().invoke(app, [*command, "--workspace", str(workspace), "--json"])
-        assert done.exit_code == 0, (command, done.stderr, done.exception)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(insertion, "SHORT_TOKENS", small_starting_point)
+        for command in COMMANDS:
+            done = CliRunner().invoke(app, [*command, "--workspace", str(workspace), "--json"])
+            assert done.exit_code == 0, (command, done.stderr, done.exception)
     by_kind: dict[str, dict[str, Any]] = {}
     for artifact in reversed(Workspace(workspace).artifacts()):
         name = artifact.manifest.kind
