@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.feature_tables import (
     EXAMPLE_SCHEMA,
@@ -130,10 +128,8 @@ class Tables:
                     )  # fmt: skip
 
     def _examples(self, layer: int, features: list[int]) -> dict[int, list[dict[str, Any]]]:
-        table = self.examples.read(self.examples.of(layer, features))
-        mine = (pc.field("layer") == layer) & pc.field("feature").isin(features)
         kept: dict[int, list[dict[str, Any]]] = {}
-        for row in table.filter(mine).to_pylist():
+        for row in self.examples.rows_of(layer, features).to_pylist():
             kept.setdefault(row["feature"], []).append({"interval": STRONGEST, **row})
         return {name: sorted(rows, key=lambda row: row["rank"]) for name, rows in kept.items()}
 

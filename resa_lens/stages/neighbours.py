@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.feature_tables import FEATURES, Groups, edges_of, open_groups
@@ -321,13 +321,13 @@ def _matches(
     """Return the features that a run matched with one, which is on this side of it."""
     listing, groups = reader.listing, reader.open_table(run, "matches.parquet")
     own = "feature" if side == 0 else "{}_match"
-    table = groups.read(groups.of(layer)).filter(pc.field("layer") == layer)
+    table = groups.rows_of(layer)
     similarities: dict[int, list[Similarity]] = {}
     summary = run.read("matches.json", AllMatches).root
     totals = next((row for row in summary if row.layer == layer), None)
     there = _location(listing, run.settings.saes[1 - side], layer)
     for measure in ("cosine", "correlation"):
-        mine = pc.field(own.format(measure)) == feature
+        mine = pa.array(table[own.format(measure)].to_numpy() == feature)
         other = f"{measure}_match" if side == 0 else "feature"
         for row in table.filter(mine).select([other, measure]).to_pylist():
             if row[other] is None or row[measure] is None or not math.isfinite(row[measure]):
@@ -403,10 +403,9 @@ class _Profiles:
         groups = self.open_table(run, FEATURES)
         wide = ("layer", "feature", "histogram", "fires_on", "top_tokens")
         names = [name for name in wide if name in groups.schema.names]
-        mine = (pc.field("layer") == layer) & pc.field("feature").isin(list(features))
         edges = tuple(edges_of(groups.schema, groups.file))
         profiles = {}
-        for row in groups.read(groups.of(layer, features), names).filter(mine).to_pylist():
+        for row in groups.rows_of(layer, features, names).to_pylist():
             tokens = row.get("fires_on") or row.get("top_tokens") or ()
             counts = tuple(count or 0 for count in row["histogram"] or ())
             words = tuple(token or "" for token in tokens[:TOKENS])

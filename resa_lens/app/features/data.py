@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import streamlit as st
 
 from resa_lens.app import data
@@ -259,7 +259,8 @@ def phases_of(source: Source, numbers: Sequence[int]) -> dict[int, list[str]]:
     """
     if source.activity is None:
         return {}
-    rows = _phases(source.activity).filter(pc.field("document").isin(sorted(set(numbers))))
+    rows = _phases(source.activity)
+    rows = rows.filter(pa.array(np.isin(rows["document"].to_numpy(), list(set(numbers)))))
     try:
         return {
             row["document"]: [PHASES[phase] for phase in row["phases"]] for row in rows.to_pylist()
@@ -278,11 +279,11 @@ def document_of(source: Source, number: int) -> tuple[list[int], list[str]]:
     if source.activity is None:
         raise BadInputError("activity was not measured here, so there are no documents")
     groups = opened(source.activity, DOCUMENTS)
-    mine = pc.field("document") == number
     for group in range(groups.metadata.num_row_groups):
-        if groups.read([group], ["document"]).filter(mine).num_rows:
-            rows = groups.read([group], ["document", "ids"]).filter(mine).to_pylist()
-            return rows[0]["ids"], phases_of(source, [number])[number]
+        if number in groups.read([group], ["document"])["document"].to_numpy():
+            rows = groups.read([group], ["document", "ids"]).to_pylist()
+            ids = next(row["ids"] for row in rows if row["document"] == number)
+            return ids, phases_of(source, [number])[number]
     raise BadInputError(f"{groups.file} has no document {number}; --force makes it anew")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import streamlit as st
 from numpy.typing import NDArray
 
@@ -235,17 +234,17 @@ def _base(
         chosen = pd.Index(only, dtype=np.int64).sort_values()
         judged = judged.loc[judged.index.isin(chosen)]
     rows = _read(source, layer, None if only is None and not named else chosen.to_numpy())
-    read = len(rows)
-    if len(silent := chosen.difference(rows.index)):
+    read, names = len(rows), chosen.to_numpy().astype(np.int64)
+    if (missing := ~_places(rows.index.to_numpy(), names)[1]).any():
         never = 0.0 if source.activity else np.nan
-        rows = rows.reindex(rows.index.union(silent), fill_value=never)
+        rows = rows.reindex(rows.index.union(np.unique(names[missing])), fill_value=never)
     keys = rows.index.to_numpy()
     rows["layer"] = (keys >> 32).astype(np.int32)
     rows["feature"] = (keys & 0xFFFFFFFF).astype(np.int32)
     for name, none in (("rules", 0), ("verdict", len(VERDICTS))):
         rows[name] = np.full(len(rows), none, np.int8)
         values = judged[name].dropna().astype(np.int8)
-        rows.iloc[rows.index.get_indexer(values.index), -1] = values
+        rows.iloc[_places(keys, values.index.to_numpy())[0], -1] = values
     by_phase = [rows.pop(f"density_{phase}").to_numpy() for phase in PHASES]
     # The number of each feature's densest phase; len(PHASES) where it never fires.
     whole = np.nan_to_num(np.stack(by_phase))
@@ -263,14 +262,35 @@ def _read(source: Source, layer: int | None, keys: Array | None) -> pd.DataFrame
     near = groups.of(layer)
     if keys is not None:
         near = sorted(set(near) & set(groups.holding(keys)))
-    rows = groups.read(near, names)
-    own = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
-    # Half the memory; four digits are shown.
-    columns = {name: rows[name].to_numpy().astype(np.float32) for name in names[2:]}
-    table = _unique(pd.DataFrame(columns, index=own, copy=False).sort_index())
+    # One group after the other, and in half the memory; four digits are shown.
+    parts = [_compact(groups.read([group], names)) for group in near] or [
+        (np.zeros(0, np.int64), np.zeros((len(names) - 2, 0), np.float32))
+    ]
+    own = np.concatenate([part[0] for part in parts])
+    values = np.concatenate([part[1] for part in parts], axis=1)
+    del parts
+    pa.default_memory_pool().release_unused()
+    table = pd.DataFrame(dict(zip(names[2:], values, strict=True)), index=own, copy=False)
+    if not (own[1:] > own[:-1]).all():  # not as our writer leaves it
+        table = _unique(table.sort_index())
     if keys is not None:
         return table.loc[table.index.isin(keys)]
     return table if layer is None else table.loc[layer << 32 : (layer + 1 << 32) - 1]
+
+
+def _compact(rows: pa.Table) -> tuple[Array, NDArray[np.float32]]:
+    """Return the keys of rows, and their columns behind layer and feature, a row a column."""
+    keys = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
+    columns = [rows[name].to_numpy().astype(np.float32) for name in rows.column_names[2:]]
+    return keys, np.stack(columns)
+
+
+def _places(keys: Array, some: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Return where some keys stand among sorted ones, and which of them do; no table of all."""
+    places = np.searchsorted(keys, some)
+    present = places < keys.size
+    present[present] = keys[places[present]] == some[present]
+    return places, present
 
 
 def _rules(source: Source, layers: Sequence[int]) -> dict[int, int]:
@@ -312,7 +332,8 @@ def _scores(source: Source, layer: int | None, score: str) -> pd.DataFrame:
     run, name = score_names(source)[score]
     groups = opened(run, SCORES)
     names = ["layer", "feature", "score", "value", "p", "q"]
-    rows = groups.read(groups.of(layer, score=name), names).filter(pc.field("score") == name)
+    rows = groups.read(groups.of(layer, score=name), names)
+    rows = rows.filter(pa.array(rows["score"].to_numpy() == name))
     keys = keys_of(rows["layer"].to_numpy(), rows["feature"].to_numpy())
     return _unique(pd.DataFrame({n: rows[n].to_numpy() for n in names[3:]}, index=keys))
 
