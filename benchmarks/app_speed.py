@@ -23,8 +23,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-FIRST, CLICK = 3.0, 1.0
-"""Targets in seconds."""
+ANSWERS, EVERYTHING, CLICK = 3.0, 4.0, 1.0
+"""Targets in seconds: the first page's answers, all of it, and a click."""
 MEMORY_MB = 500.0
 """Target of the server's memory at its peak, after the clicks."""
 PEAK = "the server's memory at its peak"
@@ -168,7 +168,9 @@ def main(layers: int = 26, latents: int = 65_536, rounds: int = 3) -> None:
     peak = max(rows.pop(PEAK))
     print(f"{PEAK:36} {peak:5.0f} MB {'' if peak <= MEMORY_MB else f'misses {MEMORY_MB:g} MB'}")
     for name, seconds in rows.items():
-        target = FIRST if name.startswith("first page") else CLICK
+        target = CLICK
+        if name.startswith("first page"):
+            target = EVERYTHING if name.endswith("everything") else ANSWERS
         value = median(seconds)
         print(f"{name:36} {value:5.2f} s  {'' if value <= target else f'misses {target:g} s'}")
 
