@@ -339,9 +339,16 @@ def test_a_wide_table_comes_in_parts_and_no_number_is_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = ("layer 10 (0-based; 11th of 12)", *[f"{i}23.456" for i in range(12)])
-    made = table("title", "layer", *[f"column {i}" for i in range(12)], rows=[row])
-    assert len(fitted(made, 200)) == 1
-    parts = fitted(made, 80)
+    grid = table("title", "layer", *[f"column {i}" for i in range(12)], rows=[row])
+    (whole,) = fitted(grid, 200)
+    assert whole.title == draw(grid).title
+    assert [column.header for column in whole.columns] == ["layer"] + [
+        f"column {i}" for i in range(12)
+    ]
+    assert [[str(cell) for cell in column.cells] for column in whole.columns] == [
+        [cell] for cell in row
+    ]
+    parts = fitted(grid, 80)
     assert len(parts) > 1
     for part in parts:
         Console(width=80).print(part)

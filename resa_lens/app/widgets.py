@@ -184,8 +184,8 @@ def table(
 
     def take() -> None:
         state: Any = st.session_state.get(how["key"])
-        chosen = state["selection"] if state else {}
-        rows = [*chosen.get("rows", ()), *(row for row, _ in chosen.get("cells", ()))]
+        selection = state["selection"] if state else {}
+        rows = [*selection.get("rows", ()), *(row for row, _ in selection.get("cells", ()))]
         if picked and rows and rows[0] < len(frame):
             picked(rows[0])
 

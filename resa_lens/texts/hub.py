@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from resa_lens.errors import BadInputError, DamagedError, RunFailedError, TakenE
 from resa_lens.files import open_regular, read_regular, run_lock
 from resa_lens.hashes import cache_file, cache_folder
 from resa_lens.texts.config import HUB_SETS
+from resa_lens.texts.lines import checked_line, read_line
 from resa_lens.texts.tables import Row, Table, header
 
 ROWS_A_FILE = 4096
@@ -104,22 +104,24 @@ def _refusal(repo: str, name: str, error: Exception) -> BadInputError:
 def _reason(error: Exception) -> str:
     name = type(error).__name__
     # Of a missing split or several configurations the library says which there are.
-    return f"{name}: {_line(error)}" if isinstance(error, ValueError) else name
+    return f"{name}: {_words(error)}" if isinstance(error, ValueError) else name
 
 
-def _line(error: Exception) -> str:
+def _words(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
 def _newest(repo: str, name: str) -> str | None:
     """Return a data set's newest commit, in a process the same; None where the hub is silent."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+    # Errors of the client below it come out bare, and which client that is differs by version.
+    of_client: Any = HfHubHTTPError.__bases__
     try:
         return _commit(repo)
     except RepositoryNotFoundError as error:
         raise _refusal(repo, name, error) from error
-    except Exception:  # noqa: BLE001 - of whichever client the library has
+    except (OSError, *of_client):
         return None
 
 
@@ -157,12 +159,12 @@ def _parts(place: Path | None, rows: int) -> list[_Part]:
             with open_regular(file) as descriptor:
                 size = os.fstat(descriptor).st_size
                 tail = os.pread(descriptor, TAIL, max(0, size - TAIL))
-            last = tail[:-1].rpartition(b"\n")[2]
-            before, *facts = _checked(last)
-            if before + len(last) + 1 != size:
+            last = tail.splitlines(keepends=True)[-1]
+            before, *facts = json.loads(read_line(last))
+            if before + len(last) != size:
                 break
             parts.append(_Part(file, first, *facts))
-        except (OSError, ValueError, TypeError, BadInputError):
+        except (OSError, ValueError, TypeError, IndexError, BadInputError):
             break  # not there, or damaged: it is fetched again
     return parts
 
@@ -236,7 +238,7 @@ def _fetch(place: Path, repo: str, name: str, commit: str, rows: int) -> None:
         except Exception as error:
             raise RunFailedError(
                 f"the stream of {repo} broke off after {done:,} of {rows:,} rows "
-                f"({type(error).__name__}: {_line(error)})\n"
+                f"({type(error).__name__}: {_words(error)})\n"
                 "What came is kept; run again to go on from there"
             ) from error
         facts = [len(lines), stream.state_dict(), datasets.__version__, ended]
@@ -251,14 +253,13 @@ def _next_lines(source: Iterator[Any], rows: int) -> tuple[list[bytes], bool]:
     while len(lines) < min(rows, ROWS_A_FILE) and size < BYTES_A_FILE:
         if (row := next(source, None)) is None:
             return lines, True
-        lines.append(_checkable(row))
+        lines.append(_line(row))
         size += len(lines[-1])
     return lines, False
 
 
-def _checkable(value: Any) -> bytes:
-    text = json.dumps(value, default=_no_text).encode()
-    return b"%08x %b\n" % (zlib.crc32(text), text)
+def _line(value: Any) -> bytes:
+    return checked_line(json.dumps(value, default=_no_text).encode())
 
 
 def _no_text(value: Any) -> Any:
@@ -271,7 +272,7 @@ def _write(file: Path, lines: list[bytes], facts: list[Any]) -> None:
     try:
         with draft.open("wb") as sink:
             sink.writelines(lines)
-            sink.write(_checkable([sum(map(len, lines)), *facts]))
+            sink.write(_line([sum(map(len, lines)), *facts]))
         draft.replace(file)
     except OSError as error:
         raise RunFailedError(
@@ -280,25 +281,13 @@ def _write(file: Path, lines: list[bytes], facts: list[Any]) -> None:
         ) from error
 
 
-def _checked(line: bytes) -> Any:
-    """Return what a line holds.
-
-    Raises:
-        ValueError: a byte of it changed.
-    """
-    check, _, text = line.partition(b" ")
-    if check != b"%08x" % zlib.crc32(text):
-        raise ValueError("a line is damaged")
-    return json.loads(text)
-
-
 def _table(parts: list[_Part]) -> Table:
     def rows() -> Iterator[Row]:
         for part in parts:
-            lines = read_regular(part.file).split(b"\n")
+            lines = read_regular(part.file).splitlines(keepends=True)
             for place, line in enumerate(lines[: part.rows], 1):
                 try:
-                    yield Row(_checked(line), f"row {part.first + place}")
+                    yield Row(json.loads(read_line(line)), f"row {part.first + place}")
                 except (ValueError, TypeError) as error:
                     part.file.unlink(missing_ok=True)
                     raise DamagedError(

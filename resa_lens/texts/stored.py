@@ -22,7 +22,6 @@ import shutil
 import tempfile
 import time
 import weakref
-import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +34,7 @@ from resa_lens import claims
 from resa_lens.errors import BadInputError, DamagedError, RunFailedError
 from resa_lens.files import read_json, write_json
 from resa_lens.hashes import SETTLED_S, cache_folder, digest, file_state
+from resa_lens.texts.lines import checked_line, read_line
 from resa_lens.texts.records import Columns, Doubts, Record, reader_of
 from resa_lens.texts.tables import Table
 
@@ -130,24 +130,20 @@ class StoredRecords(Sequence[Record]):
             return Selection(self, range(len(self))[index])
         number = range(len(self))[index]
         first, end = self.offsets[number : number + 2].tolist()
-        check, _, text = os.pread(self._file, end - first, first).partition(b" ")
-        if check != _checksum(text):
+        try:
+            text = read_line(os.pread(self._file, end - first, first))
+        except ValueError as error:
             raise DamagedError(
                 f"{self.folder / RECORDS}, line {number + 1} is damaged; remove {self.folder}, "
                 "which is a cache, and run again"
-            )
+            ) from error
         return Record(*json.loads(text.decode("utf-8", "surrogatepass")))
 
 
 def _line(record: Record) -> bytes:
     values = json.dumps([getattr(record, name) for name in _FIELDS], ensure_ascii=False)
     # Of a list that was written as JSON into a text, half of a character may be left.
-    text = values.encode("utf-8", "surrogatepass")
-    return b"%b %b\n" % (_checksum(text + b"\n"), text)
-
-
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
+    return checked_line(values.encode("utf-8", "surrogatepass"))
 
 
 _TEMPORARY: dict[str, StoredRecords] = {}

@@ -470,8 +470,8 @@ def test_texts_are_read_from_their_row_groups_alone(tmp_path, monkeypatch):
         return plain(self, size, row_groups, columns)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    found = answers.texts(run.key, (25, 3, 27))
-    assert {row: values["question"] for row, values in found.items()} == {
+    texts_by_row = answers.texts(run.key, (25, 3, 27))
+    assert {row: values["question"] for row, values in texts_by_row.items()} == {
         3: "What is 3?", 25: "What is 25?", 27: "What is 27?",
     }  # fmt: skip
     assert opened == [[0], [2]]
@@ -492,8 +492,8 @@ def test_rows_find_their_texts_in_any_order(tmp_path):
     assert held.scores.correct.tolist() == [[1, 0], [0, 0], [1, 1]]
     assert held.rows is not None
     assert held.rows.tolist() == [[1, 5], [3, 2], [4, 0]]
-    found = answers.texts(run.key, tuple(held.rows.ravel().tolist()))
-    assert [found[row]["gold"] for row in held.rows[:, 0].tolist()] == ["0", "1", "2"]
+    texts_by_row = answers.texts(run.key, tuple(held.rows.ravel().tolist()))
+    assert [texts_by_row[row]["gold"] for row in held.rows[:, 0].tolist()] == ["0", "1", "2"]
     assert answers.matching(run, None, Filter(text="what is 2")).tolist() == [2]
 
 
