@@ -5,8 +5,9 @@
     python benchmarks/full_shape.py --layers 4 --only "doctor|train-saes"    some commands alone
 
 A random Qwen2, SAEs and a tokenizer of that vocabulary are written into a folder; then the commands
-of docs/how-to-r1-distill.md run on them, each as a process of its own.  Printed are each one's exit
-code, seconds of the clock and of the processor, and its peak memory.  Exits with 1 if one failed.
+of docs/how-to-r1-distill.md run on them, each as a process of its own, with the model in bfloat16
+as on a card.  Printed are each one's exit code, seconds of the clock and of the processor, its peak
+memory and, where it plans, the peak that it announced.  Exits with 1 if one failed.
 """
 
 from __future__ import annotations
@@ -29,25 +30,33 @@ from typing import Any
 import typer
 
 NAME = "R1-Distill-random"
+SHORT = "--limit 2 --max-new-tokens 4"
 COMMANDS = (
     "doctor --model M",
-    "eval --model M --limit 2 --chat-template --max-new-tokens 4",
+    f"eval --model M --chat-template {SHORT}",
     "train-saes --model M --layers L --tokens 4096 --plan",
-    "train-saes --model M --layers L --tokens 4096 --no-report",
-    "train-saes --model M --mode pretrained --saes S --layers L --no-report",
+    "train-saes --model M --layers L --tokens 4096",
+    "train-saes --model M --mode pretrained --saes S --layers L",
     "count-features --model M --layers L --saes S",
+    "count-features --model M --layers L --saes S --chat-template",
     "recommend-layers --model M --saes S",
     "falsify --model M --layers L --saes S --texts 2 --shuffles 2 --no-other-seed "
     "--no-random-weights",
-    "tune --model M --layer L --saes S --steps 2 --limit 2 --max-new-tokens 4 --plan",
-    "tune --model M --layer L --saes S --preset paper --steps 2 --limit 2 --max-new-tokens 4",
-    "tune --model M --layer L --saes S --sequence 2048 --steps 1 --limit 2 --max-new-tokens 4",
-    "tune --model M --layer L --saes S --control noise --steps 2 --limit 2 --max-new-tokens 4",
-    "sweep --model M --layers L --saes S --seeds 1 --steps 2 --limit 2 --max-new-tokens 4",
+    f"tune --model M --layer L --saes S --preset paper --steps 2 {SHORT} --plan",
+    f"tune --model M --layer L --saes S --preset paper --steps 2 {SHORT}",
+    f"tune --model M --layer L --saes S --preset paper --sequence 2048 --steps 1 {SHORT}",
+    f"tune --model M --layer L --preset reference --tokens 4096 --steps 1 {SHORT}",
+    f"tune --model M --layer L --saes S --control noise --steps 2 {SHORT}",
+    f"eval --model M --adapter A --chat-template {SHORT}",
+    "runs",
+    "compare B T --flips 2",
+    f"sweep --model M --layers L --saes S --seeds 1 --steps 2 {SHORT} --plan",
+    f"sweep --model M --layers L --saes S --seeds 1 --steps 2 {SHORT}",
     "activity --model M --layers L --saes S --text-tokens 1024",
     "cost --usd-per-hour 1",
 )
-"""M is the model, L a middle layer, S the SAEs that the fourth command trained."""
+"""M is the model, L a middle layer, S the SAEs that the fourth command trained, A the adapter of
+preset paper, B and T the evaluations of the base and of that adapter."""
 
 
 def write_model(folder: Path, layers: int, width: int, vocabulary: int) -> None:
@@ -98,6 +107,35 @@ def run(words: list[str], log: Path) -> tuple[int, float, float, float]:
     return code, time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
+def words_of(command: str, model: Path, layers: int, workspace: Path) -> list[str]:
+    """Return a command's words; what stands for a result is looked up in the workspace."""
+    results = {
+        "S": (workspace / "saes", "*/scratch-mlp_out-*"),
+        "A": (workspace / "adapters", f"{NAME}*-paper-mlp_out-*"),
+        "B": (workspace / "evals", f"{NAME}-????????-????????????"),
+        "T": (workspace / "evals", f"{NAME}-????????-paper-mlp-out-*"),
+    }
+    words = []
+    for word in shlex.split(command):
+        if word in results:
+            folder, pattern = results[word]
+            there = [path for path in folder.glob(pattern) if (path / "manifest.json").exists()]
+            word = str(min(there, key=lambda path: path.stat().st_mtime, default=folder / pattern))
+        words.append({"M": str(model), "L": str(layers // 2)}.get(word, word))
+    return words
+
+
+def hosts_model(command: str) -> bool:
+    """Whether a command runs the model, and so has a device and a dtype."""
+    return shlex.split(command)[0] not in ("doctor", "runs", "compare", "cost")
+
+
+def announced_mb(log: Path) -> str:
+    """Return the megabytes at the peak that a command announced, if it did."""
+    seen = re.findall(r"(\d+) MB of memory at the peak", " ".join(log.read_text().split()))
+    return f"{int(seen[-1]):,}" if seen else ""
+
+
 def main(
     layers: int = 28,
     width: int = 1536,
@@ -105,6 +143,7 @@ def main(
     latents: int = 65_536,
     only: str = "",
     device: str = "auto",
+    dtype: str = "bfloat16",
     folder: Path | None = None,
     limit_gb: float = 0.0,
 ) -> None:
@@ -113,10 +152,10 @@ def main(
         resource.setrlimit(resource.RLIMIT_AS, (int(limit_gb * 2**30), resource.RLIM_INFINITY))
     machine = platform.processor() or platform.machine()
     print(f"{date.today()}, {machine}, {layers} layers x {width}, vocabulary {vocabulary:,}, "
-          f"{latents:,} latents, random weights")  # fmt: skip
+          f"{latents:,} latents, random weights, {dtype}")  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
-        model, workspace, middle = place / NAME, place / "workspace", str(layers // 2)
+        model, workspace = place / NAME, place / "workspace"
         if not model.exists():
             # Elsewhere: of a process that is forked the peak begins with its parent's memory.
             writer = multiprocessing.get_context("spawn").Process(
@@ -126,22 +165,19 @@ def main(
             writer.join()
             if writer.exitcode:
                 raise SystemExit(f"the model could not be written: exit {writer.exitcode}")
-        names = {"M": str(model), "L": middle}
         failed = 0
-        print("| command | exit | s | CPU s | peak MB |\n|---|---|---|---|---|")
+        print("| command | exit | s | CPU s | peak MB | announced |\n|---|---|---|---|---|---|")
         for number, command in enumerate(COMMANDS):
             if only and not re.match(only, command):
                 continue
-            names["S"] = str(next((workspace / "saes").glob("*/*/layers.*"), place).parent)
-            words = [names.get(word, word) for word in shlex.split(command)]
             own = ["--workspace", str(workspace)]
-            own += [] if words[0] in ("cost", "doctor") else ["--device", device]
-            own += ["--latents", str(latents)] if "--tokens" in words else []
+            own += ["--dtype", dtype, "--device", device] if hosts_model(command) else []
+            own += ["--latents", str(latents)] if "--tokens" in command else []
             log = place / f"{number}.log"
-            code, seconds, cpu, peak = run([*words, *own], log)
+            code, *used = run([*words_of(command, model, layers, workspace), *own], log)
             failed += code != 0
-            shown = command.replace("--model M ", "")
-            print(f"| `{shown}` | {code} | {seconds:.0f} | {cpu:.0f} | {peak:,.0f} |", flush=True)
+            cells = [f"`{command.replace('--model M ', '')}`", code, *(f"{n:,.0f}" for n in used)]
+            print("|", " | ".join(map(str, [*cells, announced_mb(log)])), "|", flush=True)
             if code:
                 print("\n".join(log.read_text().splitlines()[-6:]), file=sys.stderr)
     raise typer.Exit(min(failed, 1))

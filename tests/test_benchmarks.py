@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import full_shape
+
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.recorded
 
@@ -52,6 +54,15 @@ def test_speed_of_a_step_and_of_a_whole_training() -> None:
     )  # fmt: skip
     assert "all layers: sparsify / ours" in whole
     assert "floor with a bf16 product" in whole
+
+
+def test_every_command_of_the_guide_at_a_small_shape(tmp_path: Path) -> None:
+    shape = ["--layers", "3", "--width", "64", "--vocabulary", "2048", "--latents", "256"]
+    table = run("full_shape.py", *shape, "--folder", str(tmp_path))
+    commands = re.findall(r"^\| `([a-z-]+)[^`]*` \| 0 \|", table, re.MULTILINE)
+    assert len(commands) == len(full_shape.COMMANDS)
+    guide = (ROOT / "docs" / "how-to-r1-distill.md").read_text()
+    assert {*commands} == {*re.findall(r"^resa-lens ([a-z-]+)", guide, re.MULTILINE)} - {"app"}
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from resa_lens.models.hookpoints import (
     check_layer,
     describe_layer,
     module_layer,
+    parse_layer,
 )
 from resa_lens.models.host import Model, load_model
 from resa_lens.models.packing import end_of_documents, separate_documents
@@ -91,13 +92,15 @@ def questions_of(ctx: Context, job: TuneJob) -> list[EvalItem]:
     Nothing is loaded for it, and what the job asks of its models is checked first.
 
     Raises:
-        BadInputError: as `questions_for`, no such layer, models of different shapes, or an engine
-            that is not installed.
+        BadInputError: as `questions_for`, no such layer or one whose SAE no gradient passes,
+            models of different shapes, or an engine that is not installed.
     """
     check_engine(job.engine)
     target = ctx.unloaded(job.model, job.base)
     check_layer(job.layer, target.n_layers)
     adapted_layers(job.lora.adapter_layers, target.n_layers)
+    if job.layer != "auto" and job.control not in KINDS:
+        job.check_reach(parse_layer(job.layer, target.n_layers), target.n_layers)
     if job.source_model:
         check_shapes(ctx.unloaded(job.source_model), target)
     columns = job.elicitation

@@ -56,7 +56,7 @@ def jobs_of(config: SweepConfig, n_layers: int) -> list[Job]:
     """Return the jobs, seed by seed, so that a part of a sweep is a smaller sweep.
 
     Raises:
-        BadInputError: a layer that the model does not have.
+        BadInputError: a layer that the model does not have, or whose SAE no gradient passes.
     """
     layers = config.layers if config.layers is not None else tuple(trainable_layers(n_layers))
     at = config.control_layers
@@ -65,6 +65,7 @@ def jobs_of(config: SweepConfig, n_layers: int) -> list[Job]:
     for layer in (*layers, *at):
         if not 0 <= layer < n_layers:
             raise BadInputError(f"layer {layer}: the model has 0 to {n_layers - 1} (0-based)")
+        config.tune.check_reach(layer, n_layers)
     first = config.tune.lora.seed
     jobs = []
     for seed in range(first, first + config.seeds):

@@ -13,7 +13,7 @@ from resa_lens.evals.config import TextEngine
 from resa_lens.evals.run import EvalConfig
 from resa_lens.files import named_path
 from resa_lens.models.bounds import check_shapes
-from resa_lens.models.hookpoints import parse_layer
+from resa_lens.models.hookpoints import adapted_layers, parse_layer
 from resa_lens.models.host import Model
 from resa_lens.models.unloaded import read_unloaded
 from resa_lens.saes.train import SaeConfig
@@ -68,6 +68,10 @@ class TuneJob(Config):
     start_check: bool = False
     """First insert the SAE and tune nothing: does it carry a gain to be taught?"""
 
+    def check_reach(self, layer: int, n_layers: int) -> None:
+        """Raise BadInputError where tuning through a layer's SAE could change no adapter."""
+        self.objective.check_reach(layer, adapted_layers(self.lora.adapter_layers, n_layers))
+
 
 def with_sequence(job: TuneJob) -> TuneJob:
     """Return a job whose elicitation data say how long their sequences are.
@@ -116,14 +120,17 @@ def choose_sae(
     """Return the SAE that a job is tuned through: the recommendation's, or at the layer it names.
 
     Raises:
-        BadInputError: source and target of different shapes, no such layer, or options that
-            contradict the recommendation.
+        BadInputError: source and target of different shapes, no such layer, one whose SAE no
+            gradient passes, or options that contradict the recommendation.
     """
     source = ctx.model(job.source_model) if job.source_model else target
     check_shapes(source, target)
     if job.layer == "auto":
-        return _recommended(ctx, job, source, saes, recommendation)
+        through = _recommended(ctx, job, source, saes, recommendation)
+        job.check_reach(through.layer, target.n_layers)
+        return through
     layer = parse_layer(job.layer, target.n_layers)
+    job.check_reach(layer, target.n_layers)
     run = saes or saes_for(
         ctx,
         source,

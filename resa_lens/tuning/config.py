@@ -112,6 +112,32 @@ class Objective(Config):
                 "--reference-gradient"
             )
 
+    @property
+    def reference_learns(self) -> bool:
+        """Whether the distribution without the SAE has a gradient in the adapters."""
+        return self.reference == "adapted" and self.reference_gradient
+
+    def check_reach(self, layer: int, adapted: Sequence[int]) -> None:
+        """Check that a gradient can reach an adapter.
+
+        At a block's output nothing leads around the SAE: without a gradient through it, or through
+        the distribution without it, only adapters behind that block learn.
+
+        Args:
+            layer: where the SAE is inserted, 0-based.
+            adapted: layers that get adapters, 0-based.
+
+        Raises:
+            BadInputError: none of these layers is behind the SAE, and nothing else has a gradient.
+        """
+        around = self.site != "resid_post" or self.sae_gradient
+        if not (around or self.reference_learns or any(other > layer for other in adapted)):
+            raise BadInputError(
+                f"layer {layer} (0-based) with preset {self.preset}: no gradient passes the SAE, "
+                "and no adapter is behind it; use an earlier layer, later --adapter-layers, or "
+                "--sae-gradient"
+            )
+
 
 PRESETS: dict[str, Objective] = {
     "paper": Objective(),

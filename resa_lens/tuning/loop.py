@@ -248,6 +248,11 @@ class _Update:
         for number in range(self.world.rank, len(group), self.world.size):
             seed_batch(self.config.seed, step * len(group) + number)
             loss, metrics = self.loss_of(group[number])
+            if not loss.requires_grad:
+                raise BadInputError(
+                    f"{doing}: no gradient reaches an adapter; adapt modules that the loss "
+                    "depends on (--targets, --adapter-layers), or use another layer"
+                )
             (loss / len(group)).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 value = torch.as_tensor(value).to(loss.device, torch.float64)

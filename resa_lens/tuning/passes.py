@@ -49,16 +49,11 @@ def shared_block(objective: Objective, point: Hookpoint, peft: Any) -> int | Non
     adapters_drop, model_drops = _dropout(peft)
     if block < 0 or model_drops:
         return None
-    learns = objective.sae_gradient or not at_output or _reference_learns(objective)
+    learns = objective.sae_gradient or not at_output or objective.reference_learns
     if not learns and _zero_up_to(block, peft):
         return block
     alike = objective.reference == objective.teacher == "adapted"
     return block if alike and not adapters_drop else None
-
-
-def _reference_learns(objective: Objective) -> bool:
-    # With the adapters off there is nothing that a gradient could reach.
-    return objective.reference == "adapted" and objective.reference_gradient
 
 
 def _zero_up_to(block: int, peft: Any) -> bool:
@@ -158,7 +153,7 @@ class Passes:
             self.around = nullcontext
 
     def _without(self, ids: Tensor, keep: list[tuple[str, Any]] | None = None) -> Tensor:
-        gradient = _reference_learns(self.objective) and torch.is_grad_enabled()
+        gradient = self.objective.reference_learns and torch.is_grad_enabled()
         base = self.objective.reference == "base"
         with (
             torch.set_grad_enabled(gradient),
@@ -173,7 +168,7 @@ class Passes:
         held: list[Tensor] = []
         keep = [(BLOCK_OUTPUT.format(n=block), lambda acts, hook=None: held.append(acts))]
         # The pass that comes first decides whether the shared blocks have a gradient.
-        if (objective.sae_gradient or not at_output) and not _reference_learns(objective):
+        if (objective.sae_gradient or not at_output) and not objective.reference_learns:
             with_sae = self._with_sae(ids, insertion, keep)
             with self._after(block, held[0].detach()):
                 return with_sae, self._without(ids)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from resa_lens.errors import BadInputError
-from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.hookpoints import Hookpoint, adapted_layers
 from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.tuning.objective import (
@@ -133,9 +135,10 @@ def test_unknown_preset_is_named() -> None:
 # Gradients
 
 
-def prepared(model: Model, objective: Objective) -> tuple[Any, Any]:
+def prepared(model: Model, objective: Objective, layers: str = "all") -> tuple[Any, Any]:
     """Adapters in training, without dropout, their B matrices no longer zero."""
-    peft, bridge = add_adapters(model, objective, TuneConfig(rank=4, alpha=8, dropout=0.0))
+    config = TuneConfig(rank=4, alpha=8, dropout=0.0, adapter_layers=layers)
+    peft, bridge = add_adapters(model, objective, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in peft.named_parameters():
@@ -197,6 +200,37 @@ def test_blocked_gradient_still_passes_beside_the_mlp(
     sizes = gradients(peft)
     assert all(sizes[layer, "q_proj"] > 1e-6 for layer in range(4))
     assert sizes[1, "down_proj"] == 0.0
+
+
+@pytest.mark.parametrize("layers", ["all", "0-1"])
+def test_what_is_refused_is_what_no_gradient_reaches(
+    small: Callable[[], Model], ids: torch.Tensor, layers: str
+) -> None:
+    peft, bridge = prepared(small(), Objective(), layers)
+    outcomes = []
+    for site, layer, reference, teacher, *flags in itertools.product(
+        ("resid_post", "mlp_out", "attn_out"), (0, 1, 3), ("adapted", "base"), ("adapted", "base"),
+        (True, False), (True, False),
+    ):  # fmt: skip
+        try:
+            objective = Objective(
+                site=site, reference=reference, teacher=teacher,  # pyright: ignore[reportArgumentType]
+                sae_gradient=flags[0], reference_gradient=flags[1],
+            )  # fmt: skip
+        except BadInputError:
+            continue  # a frozen teacher and a frozen reference
+        peft.zero_grad()
+        loss = tuning_loss(bridge, peft, ids, Hookpoint(layer, site), sae(), objective)
+        if loss.requires_grad:
+            loss.backward()
+        learns = any(gradients(peft).values())
+        refusal = pytest.raises(BadInputError, match=rf"layer {layer} \(0-based\)")
+        with nullcontext() if learns else refusal:
+            objective.check_reach(layer, adapted_layers(layers, 4))
+        outcomes.append(learns)
+    # Of the 90, those at a block's output with nothing behind it and nothing beside it.
+    assert len(outcomes) == 90
+    assert outcomes.count(False) == (3 if layers == "all" else 6)
 
 
 def test_detaching_the_reference_changes_the_gradient_and_not_the_loss(

@@ -99,6 +99,13 @@ def test_layers_that_get_no_adapters(small: Callable[[], Model]) -> None:
         tuned(small(), config=replace(FAST, adapter_layers="4"))
 
 
+def test_adapters_that_the_loss_does_not_depend_on(small: Callable[[], Model]) -> None:
+    """In front of an attention's output that passes no gradient, and nowhere else."""
+    objective = preset("reference", site="attn_out", targets=("q_proj",))
+    with pytest.raises(BadInputError, match=r"no gradient reaches an adapter.*--targets"):
+        tuned(small(), objective, replace(FAST, adapter_layers="1"))
+
+
 def test_adapters_off_is_the_base_exactly(
     small: Callable[[], Model], small_folder: Path, ids: torch.Tensor
 ) -> None:
