@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,8 @@ class Context:
     """The command line that a manifest names; by default that of the process."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What was given to the command, as its `--config` takes it."""
-    spent: list[dict[str, Any]] = field(default_factory=list, init=False)
-    """What was metered since the stage at work began."""
-    metering: bool = field(default=False, init=False)
+    works: meters.Works = field(default_factory=meters.Works, repr=False)
+    """The stages at work; a copy of this context has the same."""
     noted: set[str] = field(default_factory=set, init=False)
     """What `note_once` has said."""
 
@@ -124,26 +123,9 @@ class Context:
         if changed:
             self.reporter.note(f"warning: {changed}")
 
-    @contextmanager
-    def bar(self, label: str, total: int, *, devices: int = 1) -> Iterator[Advance]:
-        """Open a progress bar over metered work: the stage's manifest holds what it cost."""
-        with self.reporter.bar(label, total) as advance, self.metered(devices):
-            yield advance
-
-    @contextmanager
-    def metered(self, devices: int = 1) -> Iterator[None]:
-        """Measure work for the stage's manifest.  Inside metered work nothing more."""
-        if self.metering:
-            yield
-            return
-        self.metering = True
-        device = next((model.device for model in self.models.values()), "cpu")
-        try:
-            with meters.meter(device, devices=devices) as meter:
-                yield
-        finally:
-            self.metering = False
-        self.spent.append(meter.to_dict())
+    def bar(self, label: str, total: int) -> AbstractContextManager[Advance]:
+        """Open a progress bar."""
+        return self.reporter.bar(label, total)
 
     def stage(
         self,
@@ -205,8 +187,9 @@ class Draft:
     results: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Added to the manifest's config: what only the work knows."""
-    seconds: float | None = None
-    """Where the work took longer than this process saw."""
+    seconds: float = 0.0
+    """What the work took in all processes that were at it, where it counts that: this one's, which
+    are metered, may be the last of several."""
     threads: int | None = None
     """Where the work ran with others than the process has now."""
     kernel_path: str | None = None
@@ -355,17 +338,13 @@ class Stage:
         ctx = self.ctx
         draft = Draft(self.work, expect=self.expect)
         with memory_errors(self.noun, self.kind.lighter):
-            outer, ctx.spent = ctx.spent, []
-            try:
+            with ctx.works.meter(self.model.device, devices=world.size) as metered:
                 self.expect(0, SMALL_MB)
                 work(draft)
-                spent = meters.combined(ctx.spent)
-            finally:
-                ctx.spent = outer
             # What another process has finished meanwhile is not replaced.
             if world.agree(self.folder.exists()) and (artifact := finished(True)):
                 return artifact
-            manifest = self._manifest(draft, spent)
+            manifest = self._manifest(draft, metered.cost())
             if world.rank == 0:
                 with ctx.workspace.artifact(self.folder, manifest) as target:
                     for name, value in draft.values.items():
@@ -378,8 +357,7 @@ class Stage:
     def _manifest(self, draft: Draft, spent: dict[str, Any]) -> Manifest:
         model = self.model
         checked(self.kind.Results, draft.results, self.folder)
-        if spent:
-            spent["tokens"] = draft.results.get("tokens")
+        spent["tokens"] = draft.results.get("tokens")
         attention = f"{model.attention if 'bridge' in vars(model) else 'plain'} attention"
         run: dict[str, Any] = {}
         if self.ctx.command:
@@ -401,7 +379,7 @@ class Stage:
             products=products(),
             kernel_path=f"{attention}; {draft.kernel_path}" if draft.kernel_path else attention,
             cost=spent,
-            seconds=round(draft.seconds, 3) if draft.seconds is not None else 0.0,
+            seconds=round(max(draft.seconds, spent["seconds"]), 3),
         )
 
     @contextmanager

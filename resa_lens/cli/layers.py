@@ -179,8 +179,8 @@ def recommend_layers(args: RecommendLayers) -> Outcome:
         ctx, model, layers=args.explicit(model), allow_mismatch=args.allow_site_mismatch,
         causal=measure_effects(ctx, model, args.rule, args.corpus),
         insertion=measure_gains(ctx, target, model, args.corpus),
-        gradient=measure_gradient(ctx, target, worked(args.corpus)),
-        change=measure_change(ctx, model, target, worked(args.corpus), args.sae.site),
+        gradient=measure_gradient(target, worked(args.corpus)),
+        change=measure_change(model, target, worked(args.corpus), args.sae.site),
         **args.pick("sae", "corpus", "count", "rule", "selector", "recipe", "saes"),
     )  # fmt: skip
     recommendation = discovery.recommendation.recommendation

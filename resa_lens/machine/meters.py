@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,55 @@ def combined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "joules": {n: round(sum(p["joules"][n] for p in parts), 3) for n in sorted(names)},
         "energy_not_readable": list(dict.fromkeys(reasons)),
     }
+
+
+@dataclass
+class Work:
+    """A piece of work that is metered but for the works within it, which are metered themselves."""
+
+    device: str
+    devices: int
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """What its stretches cost."""
+    _stretch: ExitStack = field(default_factory=ExitStack)
+    _meter: Meter | None = None
+
+    def go_on(self) -> None:
+        """Begin a stretch."""
+        self._meter = self._stretch.enter_context(meter(self.device, devices=self.devices))
+
+    def pause(self) -> None:
+        """End the stretch."""
+        self._stretch.close()
+        if self._meter is not None:
+            self.parts.append(self._meter.to_dict())
+
+    def cost(self) -> dict[str, Any]:
+        """Return what the work cost, once it is over."""
+        return combined(self.parts)
+
+
+class Works:
+    """The works that a process is at, one within another: each second is one work's alone."""
+
+    def __init__(self) -> None:
+        self._open: list[Work] = []
+
+    @contextmanager
+    def meter(self, device: str = "cpu", *, devices: int = 1) -> Iterator[Work]:
+        """Meter a work as `meter` does, and none that it stands in meanwhile."""
+        work = Work(device, devices)
+        for outer in self._open[-1:]:
+            outer.pause()
+        self._open.append(work)
+        work.go_on()
+        try:
+            yield work
+        finally:
+            work.pause()
+            self._open.remove(work)
+            for outer in self._open[-1:]:
+                outer.go_on()
 
 
 def watt_hours(cost: Mapping[str, Any]) -> float | None:

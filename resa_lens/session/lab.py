@@ -223,9 +223,9 @@ class Lab(Scoring, Probing):
         if selector == "insertion":
             gains = measure_gains(ctx, target or model, model, corpus)(saes, layers)
         if selector == "gradient-probe":
-            gradient = measure_gradient(ctx, target or model, worked(corpus))(layers)
+            gradient = measure_gradient(target or model, worked(corpus))(layers)
         if selector == "activation-change" and target is not None:
-            change = measure_change(ctx, model, target, worked(corpus), saes.site)(layers)
+            change = measure_change(model, target, worked(corpus), saes.site)(layers)
         run = recommend_run(
             ctx, model, counts.run, rule=rule, selector=selector, recipe=recipe, site=saes.site,
             quality=quality, causal=effects, insertion=gains, gradient=gradient, change=change,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +163,6 @@ def activity_run(
     )
 
     def work(draft: Draft) -> None:
-        began = time.monotonic()
         if generations:
             answers = GenerationConfig(max_new_tokens=max_new_tokens)
             texts = documents_of_answers(ctx, model, items, answers, engine, draft.work)
@@ -195,7 +193,6 @@ def activity_run(
             **written,
         }
         draft.settings = {"saes": saes.relative}
-        draft.seconds = time.monotonic() - began
         draft.write(lambda target: documents.write(target / DOCUMENTS))
         places = [job.place(point) for point in points]
         draft.write(lambda target: join_tables(places, target))

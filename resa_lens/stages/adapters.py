@@ -393,7 +393,7 @@ class _Run:
         ctx, target = self.ctx, self.target
         draft.expect(*self._needs())
         label = f"{doing} ({self.job.objective.preset}, {self.steps} steps)"
-        with self._packed(fresh), ctx.bar(label, self.steps, devices=self.world.size) as advance:
+        with self._packed(fresh), ctx.bar(label, self.steps) as advance:
             peft, course = train(advance)
         if course.resumed_at:
             ctx.reporter.note(f"went on at step {course.resumed_at} of {self.steps}")

@@ -83,11 +83,10 @@ def count_run(
         # stands beside the one whose size it has, with both of its matrices and their draws.
         largest = max(saes.size_mb(places).values())
         draft.expect((2.5 if control else 1) * largest, 0)
-        with ctx.metered():
-            coders = saes.each(model, layers, decoder=False)
-            if control:
-                coders = replace(coders, control=partial(random_coder, seed=ctx.seed))
-            counts = count_features(model, coders, config)
+        coders = saes.each(model, layers, decoder=False)
+        if control:
+            coders = replace(coders, control=partial(random_coder, seed=ctx.seed))
+        counts = count_features(model, coders, config)
         draft.results = {
             "layers": [c.to_dict() for c in counts.layers],
             "site": saes.site,

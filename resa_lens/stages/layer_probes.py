@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from resa_lens.artifacts.stage import Context
 from resa_lens.models.activation_change import activation_change
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
@@ -26,30 +25,26 @@ BATCHES, SEQUENCES = 8, 4
 """Batches, and sequences in each: enough for a standard error, and short beside a tuning."""
 
 
-def measure_gradient(ctx: Context, target: Model, corpus: CorpusConfig) -> MeasureLayers:
+def measure_gradient(target: Model, corpus: CorpusConfig) -> MeasureLayers:
     """Return what the selector gradient-probe asks for: the norms of weight gradients by layer.
 
     Args:
-        ctx: the workspace and who to tell.
         target: the model that would be tuned.
         corpus: the documents, in place of those of a tuning.
     """
 
     def measure(layers: Sequence[int]) -> Effects:
-        with ctx.metered(), packed(target, fit_corpus(corpus, target)):
+        with packed(target, fit_corpus(corpus, target)):
             table = gradient_probe(target, documents(target, corpus))
         return {layer: table[layer] for layer in layers}
 
     return measure
 
 
-def measure_change(
-    ctx: Context, source: Model, target: Model, corpus: CorpusConfig, site: str
-) -> MeasureLayers:
+def measure_change(source: Model, target: Model, corpus: CorpusConfig, site: str) -> MeasureLayers:
     """Return what the selector activation-change asks for: the site's relative change by layer.
 
     Args:
-        ctx: the workspace and who to tell.
         source: whose activations are the measure.
         target: the model that would be tuned.
         corpus: the documents, which both read.
@@ -59,28 +54,27 @@ def measure_change(
     def measure(layers: Sequence[int]) -> Effects:
         points = [Hookpoint(layer, site) for layer in layers]
         reading = fit_corpus(corpus, source)
-        with ctx.metered(), packed(source, reading), packed(target, reading):
+        with packed(source, reading), packed(target, reading):
             return activation_change(source, target, documents(source, corpus), points)
 
     return measure
 
 
 def measure_probes(
-    ctx: Context, source: Model, target: Model, job: TuneJob, layers: Sequence[int]
+    source: Model, target: Model, job: TuneJob, layers: Sequence[int]
 ) -> dict[str, Effects]:
     """Return both tables of a sweep, by the names that `sweep_tables.analyse` gives them.
 
     Args:
-        ctx: the workspace and who to tell.
         source: the SAEs' model.
         target: the model that is tuned; where it is the source, nothing can have changed.
         job: what the sweep's tunings share: documents and site.
         layers: 0-based.
     """
     corpus, objective = job.elicitation, job.objective
-    tables = {"gradient": measure_gradient(ctx, target, corpus)(layers)}
+    tables = {"gradient": measure_gradient(target, corpus)(layers)}
     if source is not target:
-        tables["change"] = measure_change(ctx, source, target, corpus, objective.site)(layers)
+        tables["change"] = measure_change(source, target, corpus, objective.site)(layers)
     return tables
 
 

@@ -24,14 +24,14 @@ from resa_lens.stages.config import InsertionConfig
 from resa_lens.stages.plans import (
     answer_levers,
     answers_part,
+    documents_part,
     engine_notes,
     fitting_questions,
     missing_saes,
     plan_of,
 )  # fmt: skip
-from resa_lens.stages.sae_plan import plan_run, try_report
-from resa_lens.stages.sae_quality import report_batches
-from resa_lens.stages.saes import phased_corpus, split_records
+from resa_lens.stages.sae_plan import plan_run
+from resa_lens.stages.saes import phased_corpus
 from resa_lens.stages.trials import try_answers
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
@@ -79,10 +79,10 @@ def plan_insert(
     full, count = config.arms == "full", len(layers)
     # SAE and noise; PCA and both ablations; the target's own SAE and the source itself.
     arms = 2 + (3 + 2 * other if full else 0)
-    held_out = split_records(corpora.read_records(corpus))[1]
-    batches = report_batches(target, held_out, corpus, config.tokens)
-    report = try_report(target, point, saes.coder, batches)
-    documents = count * (3 if full else 2)
+    documents = documents_part(
+        "documents", target, point, saes.coder, corpus,
+        tokens=config.tokens, readings=count * (3 if full else 2),
+    )  # fmt: skip
     parts = list(saes.parts)
     notes = []
     if full and other:
@@ -92,7 +92,7 @@ def plan_insert(
     parts += [
         answers_part("answers of the target", questions, every, base),
         answers_part("answers with something inserted", questions, every, inserted, count * arms),
-        part_of("documents", documents, "readings", report.time * documents, report.peak_memory_mb),
+        documents,
     ]
     each = inserted.time.seconds * arms
     levers = [

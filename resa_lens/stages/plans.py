@@ -19,16 +19,17 @@ from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.saes.plan import RESERVE, Meter
 from resa_lens.saes.train import SaeConfig
+from resa_lens.stages import insertion
 from resa_lens.stages.adapters import (
     adapter_mb,
     default_steps,
     elicitation_records,
     questions_of,
 )  # fmt: skip
-from resa_lens.stages.insertion import SHORT
 from resa_lens.stages.recommendation import newest_recommendation
-from resa_lens.stages.sae_plan import plan_run
-from resa_lens.stages.saes import SaeRun, find_saes, fit_corpus, open_saes
+from resa_lens.stages.sae_plan import plan_run, try_report
+from resa_lens.stages.sae_quality import report_batches
+from resa_lens.stages.saes import SaeRun, find_saes, fit_corpus, open_saes, split_records
 from resa_lens.stages.scores import answers_mb
 from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
 from resa_lens.stages.trials import (
@@ -39,6 +40,7 @@ from resa_lens.stages.trials import (
     try_tuning,
 )
 from resa_lens.stages.tune_job import TuneJob, with_sequence
+from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.sft import KINDS
 
@@ -89,6 +91,32 @@ def answers_part(
         name, times * len(questions), "answers", trial.time * times, trial.peak_memory_mb,
         disk_mb=round(times * answers_mb(questions, config), 1), at_most=trial.at_most,
     )  # fmt: skip
+
+
+def documents_part(
+    name: str,
+    model: Model,
+    point: Hookpoint,
+    coder: SparseCoder,
+    corpus: CorpusConfig,
+    *,
+    tokens: int,
+    readings: int,
+) -> Part:
+    """Return the part of an insertion test that reads documents, so many times.
+
+    Args:
+        name: the part's.
+        model: the model that reads.
+        point: where the SAE stands.
+        coder: of the size of those that will be inserted.
+        corpus: the documents, of which those held out are read.
+        tokens: of one reading.
+        readings: two for each layer: with worked steps, and without.
+    """
+    held_out = split_records(corpora.read_records(corpus))[1]
+    report = try_report(model, point, coder, report_batches(model, held_out, corpus, tokens))
+    return part_of(name, readings, "readings", report.time * readings, report.peak_memory_mb)
 
 
 def answer_levers(questions: Sequence[Asked], config: EvalConfig, trial: AnswersTrial) -> list[str]:
@@ -225,7 +253,8 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
     inserted, start = None, ()
     if start_layers:
         inserted = try_answers(target, questions, every, point, saes.coder)
-        share = min(1.0, min(SHORT, job.evaluation.limit or SHORT) / len(items))
+        asked = min(insertion.SHORT, job.evaluation.limit or insertion.SHORT)
+        share = min(1.0, asked / len(items))
         some = questions[: math.ceil(share * len(questions))]
         time = (base.time + inserted.time * (2 * start_layers)) * share
         start = (
@@ -234,6 +263,10 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
                 max(base.peak_memory_mb, inserted.peak_memory_mb),
                 disk_mb=round((1 + 2 * start_layers) * answers_mb(some, every), 1),
                 at_most=base.at_most or inserted.at_most,
+            ),
+            documents_part(
+                "documents before the tuning", target, point, saes.coder, job.elicitation,
+                tokens=insertion.SHORT_TOKENS, readings=2 * start_layers,
             ),
         )  # fmt: skip
     tuning = try_tuning(ctx, job, target, records, point, saes.coder, questions)

@@ -109,19 +109,18 @@ def recommend_run(
     )
 
     def work(draft: Draft) -> None:
-        with ctx.metered():
-            answer = recommend(
-                counts.counts.table(rule),
-                n_layers=model.n_layers,
-                selector=selector,
-                recipe=recipe,
-                seed=ctx.seed,
-                quality=quality.measure() if quality else None,
-                causal=causal,
-                insertion=insertion,
-                gradient=gradient,
-                change=change,
-            )
+        answer = recommend(
+            counts.counts.table(rule),
+            n_layers=model.n_layers,
+            selector=selector,
+            recipe=recipe,
+            seed=ctx.seed,
+            quality=quality.measure() if quality else None,
+            causal=causal,
+            insertion=insertion,
+            gradient=gradient,
+            change=change,
+        )
         draft.results = {
             "recommended": list(answer.recommended),
             "selector": answer.selector,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -142,10 +141,9 @@ def _train_groups(
     model, config, work = job.model, job.config, draft.work
     groups = _groups(ctx, job, draft, memory_limit_mb, world, report)
     world.barrier()
-    began = time.monotonic()
     parts = []
     label = f"training {len(job.layers)} SAEs ({config.latents} latents, k {config.k})"
-    with ctx.bar(label, len(groups) * job.steps, devices=world.size) as advance:
+    with ctx.bar(label, len(groups) * job.steps) as advance:
         for number, group in enumerate(groups):
             place = work / f"group-{number}"
             found = _read_group(place)
@@ -167,7 +165,7 @@ def _train_groups(
         "n_layers": model.n_layers,
     }
     draft.kernel_path = kernel_path(model.device)
-    draft.seconds = sum(part["seconds"] for part in parts) or time.monotonic() - began
+    draft.seconds = sum(part["seconds"] for part in parts)
     draft.json("losses.json", {k: v for part in parts for k, v in part["losses"].items()})
 
     def write(target: Path) -> None:

@@ -7,10 +7,9 @@ command share the jobs: a job belongs to the process that has claimed it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from resa_lens.artifacts.artifact import Artifact, Parent
@@ -191,7 +190,6 @@ class _Plan(JobStage):
     stage: Stage
     before: str | None
     """When the sweep that was there at the start was made."""
-    began: float = field(default_factory=time.monotonic)
 
     @property
     def layers(self) -> list[int]:
@@ -272,7 +270,6 @@ class _Plan(JobStage):
         """Compute what the finished jobs say, and fill the draft with it."""
         base, start, done = self.base(), self.start(), self.results()
         _analyse(self, base, start, done, self.jobs.failed(), draft)
-        draft.seconds = time.monotonic() - self.began
 
 
 def _analyse(
@@ -311,7 +308,7 @@ def _analyse(
         if config.effects
         else None
     )
-    probed = measure_probes(ctx, source, target, shared, layers) if config.probes else {}
+    probed = measure_probes(source, target, shared, layers) if config.probes else {}
     sweep = analyse(
         base=base.result,
         runs=runs,

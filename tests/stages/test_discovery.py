@@ -253,13 +253,13 @@ def test_the_command_measures_gradients_and_changes(
     assert "standard error" in energy["reason"]
     # The tables are those that the measures give, and are in the recommendation's settings.
     model, corpus = ctx.model("tiny-reasoner"), worked(CorpusConfig())
-    table = measure_gradient(ctx, model, corpus)(LAYERS)
+    table = measure_gradient(model, corpus)(LAYERS)
     assert energy["recommended"][0] == max(table, key=lambda layer: table[layer][0])
-    change = measure_change(ctx, model, ctx.model("tiny-reasoner-rl"), corpus, "mlp_out")(LAYERS)
+    change = measure_change(model, ctx.model("tiny-reasoner-rl"), corpus, "mlp_out")(LAYERS)
     assert changed["recommended"][0] == max(change, key=lambda layer: change[layer][0])
     # A sweep's, of what its tunings adapt; where source and target are one, nothing changed.
     job = TuneJob(model="tiny-reasoner", objective=Objective(targets=("q_proj",)))
-    both = measure_probes(ctx, ctx.model("tiny-reasoner-rl"), model, job, [2, 3])
+    both = measure_probes(ctx.model("tiny-reasoner-rl"), model, job, [2, 3])
     assert {name: set(values) for name, values in both.items()} == {
         "gradient": {2, 3}, "change": {2, 3},
     }  # fmt: skip
