@@ -50,8 +50,8 @@ from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.tuning.log import LOG
 from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
-from resa_lens.tuning.sft import KINDS, OwnConfig, sft_batches, sft_loss
-from resa_lens.tuning.train import add_lora, left_out, lora_targets, save_adapter, tune
+from resa_lens.tuning.sft import KINDS, OwnConfig, sft_batches
+from resa_lens.tuning.train import left_out, lora_targets, prepare_sft, save_adapter, tune
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,9 @@ class _Run:
                 ctx, target, kind, self.records, own=own, generation=drawing, engine=job.engine
             )
             fresh = self._fresh()
-            peft = add_lora(fresh.model, lora_targets(fresh.model, objective.targets), job.lora)
+            peft, loss_of = prepare_sft(
+                fresh.model, objective.targets, job.lora, note=ctx.reporter.note
+            )
             batches = sft_batches(
                 fresh.tokenizer, items, self.corpus, tokens=self.tokens, batch=job.lora.batch
             )
@@ -279,7 +281,7 @@ class _Run:
                     peft,
                     batches,
                     self.steps,
-                    lambda batch: sft_loss(peft, batch),
+                    loss_of,
                     job.lora,
                     schedule=objective.schedule,
                     clip_norm=objective.clip_norm,

@@ -1,4 +1,4 @@
-"""KL between the outputs of two passes without their logits: token by token through the head.
+"""KL between two passes, and cross entropy, without their logits: token by token through the head.
 
 At a vocabulary of 151,936 the two sets of logits, their softmaxes and gradients are most of the
 memory of a plain training step.  Here the model runs to the head's input, and the frozen head is
@@ -9,13 +9,14 @@ precision; `objective.kl_divergence` is the plain way and what the tests compare
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -77,12 +78,56 @@ def find_head(bridge: Any) -> tuple[Head | None, str]:
     Returns:
         The head, or None and why the logits must be computed the plain way.
     """
-    linear = getattr(bridge.unembed, "original_component", None)
+
+    def run(ids: Tensor, held: list[Tensor], scale: float) -> Tensor:
+        with bridge.hooks(fwd_hooks=[(HEAD_INPUT, keep_head_input(held, scale=scale))]):
+            return bridge(ids, use_cache=False)
+
+    return _read_head(
+        getattr(bridge.unembed, "original_component", None), bridge.original_model.config, run
+    )
+
+
+@torch.no_grad()
+def find_plain_head(model: Any) -> tuple[Head | None, str]:
+    """Do as `find_head` for a model of transformers, plain or wrapped by PEFT."""
+
+    def run(ids: Tensor, held: list[Tensor], scale: float) -> Tensor:
+        with _at_head(model, keep_head_input(held, scale=scale)):
+            return model(input_ids=ids, use_cache=False).logits
+
+    return _read_head(model.get_output_embeddings(), model.config, run)
+
+
+def head_input(
+    model: Any, ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position d_model"]:
+    """Run a model of transformers to the input of its head, and spare the head its work."""
+    held: list[Tensor] = []
+    with _at_head(model, keep_head_input(held)):
+        model(input_ids=ids, use_cache=False)
+    return held[0]
+
+
+@contextmanager
+def _at_head(model: Any, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (hook(args[0]),)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _read_head(
+    linear: Any, config: Any, run: Callable[[Tensor, list[Tensor], float], Tensor]
+) -> tuple[Head | None, str]:
     if type(linear) is not nn.Linear:
         return None, f"the head is a {type(linear).__name__}, not a plain matrix"
     if linear.weight.requires_grad:
         return None, "the head is trained"
-    config = bridge.original_model.config.get_text_config()
+    config = config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     # The bridge gives every head a bias of zeros.
@@ -91,8 +136,7 @@ def find_head(bridge: Any) -> tuple[Head | None, str]:
     ids = torch.arange(4, device=linear.weight.device)[None]
     held: list[Tensor] = []
     # Times a hundred, so that a cap which the configuration names otherwise would show.
-    with bridge.hooks(fwd_hooks=[(HEAD_INPUT, keep_head_input(held, scale=100.0))]):
-        theirs = bridge(ids, use_cache=False)
+    theirs = run(ids, held, 100.0)
     ours = head.logits(held[0] * 100.0)
     loose = 1e-4 if theirs.dtype == torch.float32 else 2e-2
     if not torch.allclose(ours, theirs, rtol=loose, atol=loose * theirs.abs().max().item()):
@@ -170,17 +214,12 @@ class _ChunkedKl(torch.autograd.Function):
         for start in range(0, len(p_flat), rows):
             part = slice(start, start + rows)
             y_p, y_q = head.logits(p_flat[part]).float(), head.logits(q_flat[part]).float()
-            caps = [
-                None if head.softcap is None or grad is None else 1 - (y / head.softcap) ** 2
-                for y, grad in ((y_p, p_grad), (y_q, q_grad))
-            ]
+            caps = [None if grad is None else _cap_slope(head, y)
+                    for y, grad in ((y_p, p_grad), (y_q, q_grad))]  # fmt: skip
             total += kl_and_slopes(y_p, y_q, p_needs, q_needs)
             for grad, dy, cap in ((p_grad, y_p, caps[0]), (q_grad, y_q, caps[1])):
                 if grad is not None:
-                    dz = dy if cap is None else dy.mul_(cap)
-                    if head.scale != 1.0:
-                        dz.mul_(head.scale)
-                    torch.mm(dz.to(head.weight.dtype), head.weight, out=grad[part])
+                    _through_head(head, dy, cap, grad[part])
         ctx.save_for_backward(p_grad, q_grad)
         ctx.shape = p.shape
         return total
@@ -195,6 +234,69 @@ class _ChunkedKl(torch.autograd.Function):
             for held in ctx.saved_tensors
         ]
         return (*made, None, None, None, None, None)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "row d_model"],
+    wanted: Int[Tensor, " row"],
+    head: Head,
+    *,
+    logit_bytes: int | None = None,
+) -> Float[Tensor, ""]:
+    """Return the sum over rows of the cross entropy of the logits that the head makes.
+
+    Args:
+        hidden: what goes into the head.
+        wanted: the token of each row.
+        head: frozen: no gradient goes to its weights.
+        logit_bytes: largest piece of the logits in float32; see `piece_bytes`.
+    """
+    vocab = head.weight.shape[0]
+    largest = piece_bytes(vocab, hidden.device) if logit_bytes is None else logit_bytes
+    total: Any = _ChunkedCrossEntropy.apply(hidden, wanted, head, max(1, largest // (4 * vocab)))
+    return total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum over rows; the gradient is made on the way and waits for its factor."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: Head, rows: int) -> Tensor:
+        grad = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            y = head.logits(hidden[part]).float()
+            cap = _cap_slope(head, y)
+            chosen = wanted[part, None]
+            # d/dy = softmax(y) - one at the wanted token
+            log_p = y.log_softmax(1)
+            total -= log_p.gather(1, chosen).sum()
+            dy = log_p.exp_()
+            dy.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=dy.dtype))
+            _through_head(head, dy, cap, grad[part])
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Any, ...]:
+        return ctx.saved_tensors[0] * grads[0], None, None, None
+
+
+def _cap_slope(head: Head, y: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"] | None:
+    """Return the derivative of the soft cap at its outcome, None where there is no cap."""
+    return None if head.softcap is None else 1 - (y / head.softcap) ** 2
+
+
+def _through_head(head: Head, dy: Tensor, cap: Tensor | None, out: Tensor) -> None:
+    """Put the gradient to the head's input in `out`; that to the logits is overwritten."""
+    dz = dy if cap is None else dy.mul_(cap)
+    if head.scale != 1.0:
+        dz.mul_(head.scale)
+    torch.mm(dz.to(head.weight.dtype), head.weight, out=out)
 
 
 def _kl_and_slopes(

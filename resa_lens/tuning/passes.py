@@ -75,6 +75,21 @@ def _dropout(peft: Any) -> tuple[bool, bool]:
     return bool(adapters), own or len(adapters) < len(active)
 
 
+def checkpoint_blocks(model: Any, **options: Any) -> None:
+    """Let a model of transformers compute its blocks' activations again on the way back.
+
+    Args:
+        model: plain or wrapped by PEFT; changed in place, at work while it trains.
+        options: of `torch.utils.checkpoint`.
+    """
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, **options}
+    )
+    # transformers makes the embeddings require gradients, for the reentrant kind alone;
+    # they would flow through blocks that have no use for them.
+    model.disable_input_require_grads()
+
+
 class Passes:
     """Loss and metrics of a batch; the adapters must be fresh, or zero below a blocked hook."""
 
@@ -100,16 +115,9 @@ class Passes:
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         """The context in which a block of the current pass is computed again."""
         if gradient_checkpointing:
-            model = bridge.original_model
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={
-                    "use_reentrant": False,
-                    "context_fn": lambda: (nullcontext(), self.around()),
-                }
+            checkpoint_blocks(
+                bridge.original_model, context_fn=lambda: (nullcontext(), self.around())
             )
-            # transformers makes the embeddings require gradients, for the reentrant kind alone;
-            # they would flow through blocks that have no use for them.
-            model.disable_input_require_grads()
 
     def __call__(
         self, ids: Int[Tensor, "batch position"]

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from resa_lens.errors import BadInputError
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.tuning.kl import Head, chunked_cross_entropy, head_input
 
 KINDS = ("cot-free", "cot", "own-samples")
 IGNORED = -100
@@ -154,7 +155,9 @@ def _windows(
             ids, labels = ids[config.sequence :], labels[config.sequence :]
 
 
-def sft_loss(model: Any, batch: SftBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+def sft_loss(
+    model: Any, batch: SftBatch, head: Head | None = None
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """Return the mean cross entropy of the learned tokens, and the counts of tokens.
 
     The first token of a sequence has no context and is not learned.  A batch without a learned
@@ -163,14 +166,21 @@ def sft_loss(model: Any, batch: SftBatch) -> tuple[Float[Tensor, ""], dict[str, 
     Args:
         model: a causal language model, plain or wrapped by PEFT.
         batch: see `SftBatch`.
+        head: the model's, to go through it a piece at a time (`kl.find_plain_head`); without it
+            the logits of all learned tokens are there at once.
     """
     device = next(model.parameters()).device
     ids, labels = batch.ids.to(device), batch.labels.to(device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wanted = labels[:, 1:]
     learned = wanted != IGNORED
-    # Only the learned rows are taken to single precision.
-    total = F.cross_entropy(logits[learned].float(), wanted[learned], reduction="sum")
+    if head is None:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        # Only the learned rows are taken to single precision.
+        total = F.cross_entropy(logits[learned].float(), wanted[learned], reduction="sum")
+    else:
+        total = chunked_cross_entropy(
+            head_input(model, ids)[:, :-1][learned], wanted[learned], head
+        )
     count = int(learned.sum())
     return total / max(1, count), {"tokens": ids.numel(), "learned": count}
 

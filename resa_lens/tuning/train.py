@@ -25,12 +25,14 @@ from resa_lens.saes.baselines import Replacement
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.world import ALONE, World
 from resa_lens.tuning.collapse import CollapseWatch, document_loss
-from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
+from resa_lens.tuning.kl import find_plain_head
+from resa_lens.tuning.loop import LossOf, TuneConfig, TuneResult, fit
 from resa_lens.tuning.lora import AdapterSwitch, shorten_lora
 from resa_lens.tuning.norms import shorten_norms
 from resa_lens.tuning.objective import MLP, PRESETS, Objective
-from resa_lens.tuning.passes import Passes
+from resa_lens.tuning.passes import Passes, checkpoint_blocks
 from resa_lens.tuning.rotary import shorten_rotary
+from resa_lens.tuning.sft import sft_loss
 
 __all__ = [
     "TuneConfig",
@@ -205,6 +207,33 @@ def add_adapters(
         shorten_norms(bridge)
         shorten_rotary(bridge)
     return peft, bridge
+
+
+def prepare_sft(
+    model: Any,
+    targets: tuple[str, ...],
+    config: TuneConfig,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[Any, LossOf]:
+    """Put fresh LoRA layers onto a plain transformers model that will be fine-tuned on texts.
+
+    Args:
+        model: changed in place.
+        targets: of the objective.
+        config: LoRA and optimizer.
+        note: called with what a user should know.
+
+    Returns:
+        The PeftModel, and the loss of a batch (`sft.sft_loss`) for `loop.fit`.
+    """
+    peft = add_lora(model, lora_targets(model, targets), config)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
+    head, reason = find_plain_head(model)
+    if head is None:
+        note(f"logits of all learned tokens at once, which takes more memory: {reason}")
+    return peft, lambda batch: sft_loss(peft, batch, head)
 
 
 def tune(

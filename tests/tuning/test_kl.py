@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -28,8 +29,11 @@ from resa_lens.tuning.kl import (
     LOGIT_BYTES,
     CompiledSlopes,
     Head,
+    chunked_cross_entropy,
     chunked_kl,
     find_head,
+    find_plain_head,
+    head_input,
     keep_head_input,
     piece_bytes,
 )
@@ -85,6 +89,19 @@ def test_loss_and_gradients_are_the_plain_ones(
             assert worst(a.grad, b.grad) < 1e-5
         else:
             assert a.grad is None
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_cross_entropy_and_its_gradient_are_the_plain_ones(name: str, rows: int) -> None:
+    made, wanted = head(**HEADS[name]), torch.arange(22) * 13 % 300
+    ours, plain = (sides()[0].flatten(0, 1).requires_grad_() for _ in range(2))
+    loss = chunked_cross_entropy(ours, wanted, made, logit_bytes=4 * 300 * rows)
+    (loss * 0.5).backward()
+    expected = F.cross_entropy(made.logits(plain), wanted, reduction="sum")
+    (expected * 0.5).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert worst(ours.grad, plain.grad) < 1e-5
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -175,6 +192,19 @@ def test_the_head_of_a_model_gives_its_logits(name: str) -> None:
         spared = bridge(ids)
     assert spared.shape == (2, 0, 64)
     torch.testing.assert_close(found.logits(held[0]), bridge(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_of_a_plain_model_gives_its_logits(name: str) -> None:
+    model = MODELS[name]().requires_grad_(False).eval()
+    found, reason = find_plain_head(model)
+    assert found is not None, reason
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        ours, theirs = found.logits(head_input(model, ids)), model(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: out.sin())
+    assert find_plain_head(model)[0] is None
 
 
 def test_a_head_that_is_not_understood_is_said_to_be() -> None:

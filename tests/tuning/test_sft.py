@@ -29,7 +29,7 @@ from resa_lens.tuning.sft import (
     sft_batches,
     sft_loss,
 )
-from resa_lens.tuning.train import add_lora
+from resa_lens.tuning.train import add_lora, prepare_sft
 
 RECORDS = [
     Record(f"What is {n}+{n + 1}?", str(2 * n + 1), f"{n}+{n + 1}={2 * n + 1}")
@@ -156,6 +156,34 @@ def test_it_is_transformers_own_loss(tiny: Model) -> None:
         ours, _ = sft_loss(tiny.model, batch)
         theirs = tiny.model(input_ids=batch.ids, labels=batch.labels).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_its_training_is_that_of_whole_logits_and_activations(
+    small: Callable[[], Model], checkpointing: bool
+) -> None:
+    """Through the head in pieces, and with blocks that are computed again on the way back."""
+    config = TuneConfig(rank=4, alpha=8, dropout=0.1, gradient_checkpointing=checkpointing)
+
+    def gradients(model: Model, peft: Any, loss_of: Callable[[SftBatch], Any]) -> torch.Tensor:
+        entered: list[int] = []
+        block = model.model.model.layers[1]
+        block.register_forward_pre_hook(lambda *_: entered.append(1))
+        (batch,) = batches(model.tokenizer, examples(RECORDS, "cot"), count=1)
+        peft.train()
+        torch.manual_seed(0)
+        loss_of(batch)[0].backward()
+        again = checkpointing and block.gradient_checkpointing
+        assert len(entered) == (2 if again else 1)
+        return torch.cat([p.grad.flatten() for p in peft.parameters() if p.requires_grad])
+
+    model, plain = small(), small()
+    ours = gradients(model, *prepare_sft(model.model, ATTENTION, config))
+    assert model.model.model.layers[1].gradient_checkpointing is checkpointing
+    peft = add_lora(plain.model, ATTENTION, config)
+    expected = gradients(plain, peft, lambda batch: sft_loss(peft, batch))
+    assert expected.norm() > 1e-3
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_nothing_to_learn_is_no_loss_and_no_gradient() -> None:
