@@ -42,6 +42,8 @@ SANITY = ("none", "identity")
 MATCHED = ("noise", "pca", "shuffled", "random", "random-weights")
 """These leave as much variance unexplained as the SAE does on the target's activations."""
 CONTROLS = (*SANITY, *MATCHED)
+OWN_QUESTIONS = 1000
+"""Of own samples, so many of the records are asked at most."""
 RANDOM_WEIGHTS = "matched"
 """The random model's weights have the trained ones' mean and spread, as in the falsification."""
 
@@ -156,7 +158,7 @@ def sft_examples(
     records: Sequence[Record],
     *,
     own: OwnConfig | None = None,
-    questions: int = 1000,
+    questions: int = OWN_QUESTIONS,
     generation: GenerationConfig | None = None,
     engine: TextEngine = "hf",
 ) -> tuple[list[Example], OwnSamples | None]:

@@ -14,7 +14,7 @@ from resa_lens.features.config import CountConfig, FalsifyConfig
 from resa_lens.features.responses import respond
 from resa_lens.features.stimuli import PLAIN_TEXTS, trials
 from resa_lens.machine.hardware import MB
-from resa_lens.machine.plans import Part, Plan, Trial, duration, part_of, timed
+from resa_lens.machine.plans import Part, Plan, Trial, duration, part_of, timed, within
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.saes.plan import Meter
@@ -87,7 +87,7 @@ def plan_insert(
     notes = []
     if full and other:
         own = plan_run(ctx, target, layers, sae, corpus)
-        parts += [replace(part, name=f"{part.name} of the target") for part in own.parts]
+        parts += within(own.parts, " of the target")
         notes.append("the source beside the target is reckoned as an SAE in it")
     parts += [
         answers_part("answers of the target", questions, every, base),
@@ -222,13 +222,7 @@ def plan_falsify(
     ):  # fmt: skip
         if included and training:
             plan = plan_run(ctx, model, layers, *training)
-            parts += [
-                replace(
-                    part, name=f"{part.name}, {name}",
-                    peak_memory_mb=round(part.peak_memory_mb + extra_mb, 1),
-                )
-                for part in plan.parts
-            ]  # fmt: skip
+            parts += within(plan.parts, f", {name}", beside_mb=extra_mb)
             work, sets = max(work, plan.work_disk_mb), sets + 1
     texts = trials(
         model, count, texts=config.texts, shuffles=config.shuffles, plain_texts=plain_texts,

@@ -26,6 +26,8 @@ from resa_lens.stages.adapters import (
     elicitation_records,
     questions_of,
 )  # fmt: skip
+from resa_lens.stages.control_plans import own_answers_part, random_weights_parts
+from resa_lens.stages.controls import MATCHED
 from resa_lens.stages.recommendation import newest_recommendation
 from resa_lens.stages.sae_plan import plan_run, try_report
 from resa_lens.stages.sae_quality import report_batches
@@ -227,13 +229,24 @@ class _Trials:
     target: Model
     questions: list[Asked]
     config: EvalConfig
-    saes: MissingSaes
+    saes: MissingSaes | None
+    """None of a fine-tuning on texts, which needs none."""
     steps: int
     sequence: int
     base: AnswersTrial
     inserted: AnswersTrial | None
     tuning: TuningTrial
     start: tuple[Part, ...]
+
+    @property
+    def sae_parts(self) -> tuple[Part, ...]:
+        """What training SAEs takes, of those that are missing."""
+        return self.saes.parts if self.saes else ()
+
+    @property
+    def work_disk_mb(self) -> float:
+        """That training them keeps while it runs."""
+        return self.saes.work_disk_mb if self.saes else 0.0
 
 
 def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers: int) -> _Trials:
@@ -245,13 +258,15 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
     site = job.objective.site
     layers = layers or trainable_layers(target.n_layers)
     point = Hookpoint(layers[len(layers) // 2], site)
-    saes = missing_saes(
-        ctx, source, layers, replace(job.sae, site=site), job.trigger, job.saes,
-        allow_mismatch=job.allow_mismatch, layer=point.layer,
-    )  # fmt: skip
+    saes = None
+    if job.control not in KINDS:
+        saes = missing_saes(
+            ctx, source, layers, replace(job.sae, site=site), job.trigger, job.saes,
+            allow_mismatch=job.allow_mismatch, layer=point.layer,
+        )  # fmt: skip
     base = try_answers(target, questions, every)
     inserted, start = None, ()
-    if start_layers:
+    if start_layers and saes:
         inserted = try_answers(target, questions, every, point, saes.coder)
         asked = min(insertion.SHORT, job.evaluation.limit or insertion.SHORT)
         share = min(1.0, asked / len(items))
@@ -269,7 +284,7 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
                 tokens=insertion.SHORT_TOKENS, readings=2 * start_layers,
             ),
         )  # fmt: skip
-    tuning = try_tuning(ctx, job, target, records, point, saes.coder, questions)
+    tuning = try_tuning(ctx, job, target, records, questions, (point, saes.coder) if saes else None)
     corpus = fit_corpus(job.elicitation, target)
     steps = job.steps or default_steps(target, records, corpus, job.lora)
     return _Trials(
@@ -277,13 +292,35 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
     )
 
 
-def _tuning_part(job: TuneJob, trials: _Trials, times: int = 1) -> Part:
-    time = trials.tuning.update * trials.steps + trials.tuning.looks
+def _tuning_part(
+    job: TuneJob, trials: _Trials, tuning: TuningTrial, times: int = 1, name: str = "tuning"
+) -> Part:
+    time = tuning.update * trials.steps + tuning.looks
     kept = trials.steps // job.lora.checkpoint_every if job.lora.checkpoint_every else 0
     return part_of(
-        "tuning", times * trials.steps, "updates", time * times, trials.tuning.peak_memory_mb,
+        name, times * trials.steps, "updates", time * times, tuning.peak_memory_mb,
         disk_mb=round(times * (1 + kept) * adapter_mb(trials.target, job), 1),
     )  # fmt: skip
+
+
+def _control_parts(
+    ctx: Context,
+    job: TuneJob,
+    trials: _Trials,
+    control: str | None,
+    layers: Sequence[int],
+    seeds: int = 1,
+) -> list[Part]:
+    """Return the parts of what a control needs before its updates."""
+    if control == "own-samples":
+        return [own_answers_part(trials.target, elicitation_records(job), seeds)]
+    if control == "random-weights" and trials.saes:
+        given = replace(job.sae, site=job.objective.site), job.trigger
+        return random_weights_parts(
+            ctx, trials.target, layers[0], trials.saes.run, trials.saes.coder, given,
+            times=len(layers) * seeds,
+        )  # fmt: skip
+    return []
 
 
 def _tuning_levers(job: TuneJob, trials: _Trials) -> list[str]:
@@ -302,13 +339,9 @@ def engine_notes(engine: EngineName) -> list[str]:
     return [] if engine == "hf" else [f"tried with engine hf; {engine} has another time"]
 
 
-def _notes(job: TuneJob) -> list[str]:
-    notes = engine_notes(job.engine)
-    if job.control in KINDS:
-        notes.append(f"control {job.control} is planned as a tuning through an SAE, which is more")
-    elif job.control:
-        notes.append(f"matching control {job.control} is not in it")
-    return notes
+def _notes(job: TuneJob, controls: Sequence[str]) -> list[str]:
+    matched = [name for name in controls if name in MATCHED]
+    return engine_notes(job.engine) + [f"matching control {name} is not in it" for name in matched]
 
 
 def plan_tune(ctx: Context, job: TuneJob) -> Plan:
@@ -323,7 +356,8 @@ def plan_tune(ctx: Context, job: TuneJob) -> Plan:
     """
     job = with_sequence(job)
     target = ctx.model(job.model, job.base)
-    notes, layers = _notes(job), None
+    notes, layers = _notes(job, [job.control] if job.control else []), None
+    through = job.control not in KINDS
     if job.layer != "auto":
         layers = [parse_layer(job.layer, target.n_layers)]
     else:
@@ -331,11 +365,13 @@ def plan_tune(ctx: Context, job: TuneJob) -> Plan:
         newest = newest_recommendation(ctx, source, job.objective.site)
         if newest:
             layers = [int(newest.manifest.results["recommended"][0])]
-        else:
+        elif through:
             notes.append("no recommendation is there: counting, which chooses the layer, is short")
-    trials = _try(ctx, job, layers, 1 if job.start_check and job.control not in KINDS else 0)
+    trials = _try(ctx, job, layers, 1 if job.start_check and through else 0)
     parts = [
-        *trials.saes.parts, *trials.start, _tuning_part(job, trials),
+        *trials.sae_parts, *trials.start,
+        *_control_parts(ctx, job, trials, job.control, layers or [0]),
+        _tuning_part(job, trials, trials.tuning),
         answers_part("answers of the base", trials.questions, trials.config, trials.base),
         answers_part(
             "answers of the tuned", trials.questions, trials.config, trials.tuning.answers
@@ -344,7 +380,7 @@ def plan_tune(ctx: Context, job: TuneJob) -> Plan:
     levers = _tuning_levers(job, trials) + answer_levers(
         trials.questions, trials.config, trials.base
     )
-    work = max(trials.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
+    work = max(trials.work_disk_mb, 2 * 3 * adapter_mb(target, job))
     return plan_of(ctx, "tune", target, parts, levers, work_disk_mb=work, notes=notes)
 
 
@@ -364,10 +400,20 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
     layers = sorted({one.layer for one in jobs if one.layer is not None})
     trials = _try(ctx, job, layers, len(layers) if config.start_check else 0)
     n, answers = len(jobs), trials.tuning.answers
+    tunings = [_tuning_part(job, trials, trials.tuning, sum(one.layer is not None for one in jobs))]
+    for control in config.controls:
+        at = sorted({one.layer for one in jobs if one.control == control and one.layer is not None})
+        tunings += _control_parts(ctx, job, trials, control, at, config.seeds)
+        if control in KINDS:
+            texts = try_tuning(
+                ctx, replace(job, control=control), target, elicitation_records(job),
+                trials.questions, None,
+            )  # fmt: skip
+            tunings.append(_tuning_part(job, trials, texts, config.seeds, f"tuning, {control}"))
     parts = [
-        *trials.saes.parts, *trials.start,
+        *trials.sae_parts, *trials.start,
         answers_part("answers of the base", trials.questions, trials.config, trials.base),
-        _tuning_part(job, trials, n),
+        *tunings,
         answers_part("answers of the tuned", trials.questions, trials.config, answers, n),
         *_looks(ctx, config, trials, layers),
     ]  # fmt: skip
@@ -381,14 +427,14 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
         *_tuning_levers(job, trials),
         f"a smaller --limit: half as many answers take {duration(n * answers.time.seconds / 2)}",
     ]
-    work = max(trials.saes.work_disk_mb, 2 * 3 * adapter_mb(target, job))
-    notes = engine_notes(job.engine)
+    work = max(trials.work_disk_mb, 2 * 3 * adapter_mb(target, job))
+    notes = _notes(job, config.controls)
     return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work, notes=notes)
 
 
 def _looks(ctx: Context, config: SweepConfig, trials: _Trials, layers: Sequence[int]) -> list[Part]:
     """Return the parts that a sweep's tables take besides its tunings and answers."""
-    if not layers:
+    if not layers or not trials.saes:
         return []
     job, target = config.tune, trials.target
     source = ctx.model(job.source_model) if job.source_model else target

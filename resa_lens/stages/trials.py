@@ -33,7 +33,9 @@ from resa_lens.texts import corpora
 from resa_lens.texts.corpora import Record
 from resa_lens.tuning.collapse import LOOKS
 from resa_lens.tuning.gradient_probe import gradient_probe
-from resa_lens.tuning.train import save_adapter, tune
+from resa_lens.tuning.loop import fit
+from resa_lens.tuning.sft import examples, sft_batches
+from resa_lens.tuning.train import prepare_sft, save_adapter, tune
 
 ANSWER_SECONDS = 20.0
 """Of a batch of answers that is tried: where it takes longer, the rest is reckoned."""
@@ -115,9 +117,8 @@ def try_tuning(
     job: TuneJob,
     target: Model,
     records: Sequence[Record],
-    point: Hookpoint,
-    coder: SparseCoder,
     questions: Sequence[Asked],
+    through: tuple[Hookpoint, SparseCoder] | None,
 ) -> TuningTrial:
     """Take a few updates and answer a batch with their adapters; nothing is left of them.
 
@@ -126,9 +127,8 @@ def try_tuning(
         job: what is tuned.
         target: loaded, and left as it is.
         records: that are tuned on.
-        point: where the SAE is inserted.
-        coder: an SAE of the size of the one that will be inserted.
         questions: the questions.
+        through: where the SAE is inserted, and one of its size; None of a fine-tuning on texts.
     """
     corpus = fit_corpus(job.elicitation, target)
     marks: list[tuple[str, float, float]] = []
@@ -140,14 +140,24 @@ def try_tuning(
     with Meter(target.device).peak() as peak:
         fresh = load_model(job.model, base=job.base, **options)
         updates = UPDATES * job.lora.accumulation * job.lora.batch
-        batches = corpora.batches(
-            fresh.tokenizer, records, corpus, tokens=updates * corpus.sequence,
-            batch=job.lora.batch,
-        )  # fmt: skip
-        peft, _ = tune(
-            fresh, coder, point, batches, UPDATES, job.objective, job.lora,
-            advance=lambda _: mark("begun"), trackers=[lambda _: mark("updated")],
-        )  # fmt: skip
+        size = {"tokens": updates * corpus.sequence, "batch": job.lora.batch}
+        marking: Any = {
+            "advance": lambda _: mark("begun"), "trackers": [lambda _: mark("updated")],
+        }  # fmt: skip
+        if through:
+            point, coder = through
+            batches = corpora.batches(fresh.tokenizer, records, corpus, **size)
+            peft, _ = tune(
+                fresh, coder, point, batches, UPDATES, job.objective, job.lora, **marking
+            )
+        else:
+            # Own answers are drawn later; packed, they are as many tokens.
+            items = examples(records, "cot" if job.control == "cot" else "cot-free")
+            peft, loss_of = prepare_sft(fresh.model, job.objective.targets, job.lora)
+            fit(
+                peft, sft_batches(fresh.tokenizer, items, corpus, **size), UPDATES, loss_of,
+                job.lora, device=fresh.device, **marking,
+            )  # fmt: skip
     with TemporaryDirectory() as folder:
         save_adapter(peft, Path(folder), target.folder)
         del peft, fresh

@@ -86,6 +86,34 @@ def test_a_plan_names_its_parts_and_leaves_nothing(tmp_path: Path, command: str)
         assert amounts["answers with something inserted"] == 5 * 4
 
 
+def test_controls_have_parts_of_their_own(tmp_path: Path) -> None:
+    """Own answers are four a question and seed; SAEs of random weights one a layer and seed."""
+    data = tmp_path / "data.jsonl"
+    rows = ({"question": f"What is {n}+1?", "answer": str(n + 1), "steps": "-"} for n in range(3))
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shared = ("--model", "tiny-reasoner", "--data", str(data), *SAE, *ASKED)
+    shared += ("--steps", "7", "--rank", "2")
+
+    def amounts(command: str, *options: str) -> dict[str, int]:
+        parts = planned(tmp_path, command, *shared, *options)["parts"]
+        return {part["name"]: part["amount"] for part in parts}
+
+    assert amounts("tune", "--control", "own-samples") == {
+        "own answers": 12, "tuning": 7, "answers of the base": 4, "answers of the tuned": 4,
+    }  # fmt: skip
+    # No gradient passes this SAE: a fine-tuning has none.
+    last = amounts("tune", "--layer", "11", "--preset", "reference", "--control", "cot-free")
+    assert list(last) == ["tuning", "answers of the base", "answers of the tuned"]
+    many = amounts(
+        "sweep", "--layers", "4,5,6", "--seeds", "2", "--controls", "own-samples,random-weights",
+        "--no-effects",
+    )  # fmt: skip
+    assert many["own answers"] == 2 * 12
+    assert (many["tuning"], many["tuning, own-samples"]) == (7 * 2 * (3 + 2), 7 * 2)
+    assert many["training 1 SAEs, random weights'"] == 2 * 2 * 512
+    assert many["answers of the tuned"] == 4 * 2 * (3 + 2 + 1)
+
+
 def test_given_saes_are_measured_and_not_trained(tmp_path: Path) -> None:
     """Mode pretrained: each is read, measured, copied, and reported on."""
     for layer in (3, 5):

@@ -1,0 +1,74 @@
+"""What controls take besides their updates and scores: own answers, a random model's SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from resa_lens.artifacts.stage import Context
+from resa_lens.evals.config import EvalConfig
+from resa_lens.evals.run import Asked
+from resa_lens.evals.tasks import EvalItem
+from resa_lens.machine.hardware import MB
+from resa_lens.machine.plans import Part, part_of, within
+from resa_lens.models.host import Model
+from resa_lens.saes.coder import SparseCoder
+from resa_lens.saes.config import SaeConfig
+from resa_lens.stages.controls import OWN_QUESTIONS, own_generation
+from resa_lens.stages.sae_plan import plan_run
+from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.trials import try_answers
+from resa_lens.texts import prompts
+from resa_lens.texts.corpora import CorpusConfig, Record
+from resa_lens.tuning.sft import OwnConfig
+
+
+def own_answers_part(model: Model, records: Sequence[Record], times: int = 1) -> Part:
+    """Return the part of drawing the model's own answers, from a batch of them.
+
+    Args:
+        model: the model that answers.
+        records: the elicitation data.
+        times: seeds, each of which draws its own.
+    """
+    own = OwnConfig()
+    config = EvalConfig(generation=own_generation(own))
+    questions = [
+        Asked(EvalItem(str(number), record.question, record.answer), sample,
+              prompts.question_prompt(record.question), "")
+        for number, record in enumerate(records[:OWN_QUESTIONS])
+        for sample in range(own.samples)
+    ]  # fmt: skip
+    trial = try_answers(model, questions, config)
+    return part_of(
+        "own answers", times * len(questions), "answers", trial.time * times,
+        trial.peak_memory_mb, at_most=trial.at_most,
+    )  # fmt: skip
+
+
+def random_weights_parts(
+    ctx: Context,
+    model: Model,
+    layer: int,
+    run: SaeRun | None,
+    coder: SparseCoder,
+    given: tuple[SaeConfig, CorpusConfig],
+    *,
+    times: int = 1,
+) -> list[Part]:
+    """Return the parts of training SAEs of models with random weights, one at a time.
+
+    Args:
+        ctx: the workspace, in which nothing is made.
+        model: the target, beside which the random model stands.
+        layer: 0-based.
+        run: the SAEs in whose place they will stand, where they are there.
+        coder: one of these.
+        given: how they would be trained; of those that are there it is known.
+        times: layers and seeds.
+    """
+    config, corpus = (run.training() or (SaeConfig(), CorpusConfig())) if run else given
+    config = replace(config, site=given[0].site, latents=coder.num_latents, k=coder.cfg.k)
+    plan = plan_run(ctx, model, [layer], config, corpus)
+    beside = sum(weight.nbytes for weight in model.model.parameters()) / MB
+    return within(plan.parts, ", random weights'", times=times, beside_mb=beside)
