@@ -6,7 +6,8 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -442,8 +443,9 @@ def default_steps(
         return 100
     tokenizer: Any = model.tokenizer
     system = len(tokenizer(prompts.resolve_system_prompt(corpus.system_prompt))["input_ids"])
-    sample = records[:200]
-    texts = [corpora.trigger_document(record) for record in sample]
-    length = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(sample)
+    # As they are read: drawn from all rows, and as many with their worked steps.
+    stream = corpora.documents(records, replace(corpus, system_share=0.0))
+    texts = list(islice(stream, min(200, len(records))))
+    length = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(texts)
     tokens = len(records) * (length + 1 + corpus.system_share * system)
     return max(1, math.ceil(2 * tokens / (lora.batch * lora.accumulation * corpus.sequence)))

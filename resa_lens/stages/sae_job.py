@@ -135,7 +135,7 @@ def sae_job(
     training, held_out_records = split_records(records)
     if config.mode != "pretrained":
         check_places(config, (config.batch or 1) * corpus.sequence)
-    return SaeJob(
+    job = SaeJob(
         model=model,
         layers=tuple(layers),
         config=config,
@@ -146,3 +146,10 @@ def sae_job(
         source=parent,
         initial=initial,
     )
+    asked = config.tokens
+    if config.mode != "pretrained" and asked is not None and job.tokens > asked:
+        ctx.note_once([
+            f"warning: SAEs are trained on {job.tokens:,} tokens, not {asked:,}: one batch is "
+            f"{config.batch} sequences of {corpus.sequence}; use a smaller --batch"
+        ])  # fmt: skip
+    return job

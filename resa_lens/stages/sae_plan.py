@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resa_lens.artifacts.stage import Context
+from resa_lens.errors import BadInputError
 from resa_lens.machine.hardware import MB
 from resa_lens.machine.limits import free_disk_mb
 from resa_lens.machine.plans import (
@@ -23,7 +24,7 @@ from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.saes.checkpoint import COST, planned_writes
 from resa_lens.saes.coder import SparseCoder, new_coder
-from resa_lens.saes.plan import Meter, TrainingPlan, plan_training
+from resa_lens.saes.plan import RESERVE, Meter, TrainingPlan, plan_training
 from resa_lens.saes.quality import measure_quality
 from resa_lens.saes.train import SaeConfig, keep_pretrained
 from resa_lens.saes.world import ALONE, World
@@ -69,7 +70,7 @@ def plan_run(
         own = count, try_thoughts(model, job.training, job.corpus)
     with packed(model, job.corpus):
         if job.config.mode == "pretrained":
-            return _plan_pretrained(ctx, job, report)
+            return _plan_pretrained(ctx, job, memory_limit_mb, report)
         return plan_job(
             ctx, job, memory_limit_mb, world, report=report, own_thoughts=own, seeds=seeds
         )[1]
@@ -121,15 +122,36 @@ def _try_report(job: SaeJob, coder: SparseCoder) -> ReportTrial:
     )
 
 
-def _plan_pretrained(ctx: Context, job: SaeJob, report: bool) -> Plan:
+def pretrained_mb(job: SaeJob, memory_limit_mb: float | None) -> float:
+    """Return the MB of one of the SAEs that are taken as they are.
+
+    Raises:
+        BadInputError: the process may not take as much as reading and copying one needs.
+    """
+    assert job.initial is not None
+    coder = next(iter(job.initial.values()))
+    each = sum(tensor.nbytes for tensor in coder.state_dict().values()) / MB
+    peak = Meter(job.model.device).now() + 2 * each
+    if memory_limit_mb is not None and peak > memory_limit_mb:
+        raise BadInputError(
+            f"one SAE of {each:.0f} MB needs {peak:.0f} MB at the peak, {memory_limit_mb:.0f} MB "
+            "are available; use a larger --memory-limit"
+        )
+    return each
+
+
+def _plan_pretrained(
+    ctx: Context, job: SaeJob, memory_limit_mb: float | None, report: bool
+) -> Plan:
     """Return what taking SAEs as they are needs, from the first of them."""
     assert job.initial is not None
+    each = pretrained_mb(job, memory_limit_mb)
     model, meter = job.model, Meter(job.model.device)
+    available = memory_limit_mb or meter.now() + meter.available() * (1 - RESERVE)
     point = Hookpoint(job.layers[0], job.config.site)
     with meter.peak() as peak, timed(model.device) as trial:
         coder = job.initial[point]
         keep_pretrained(model, [point], {point: coder}, job.held_out())
-    each = sum(tensor.nbytes for tensor in coder.state_dict().values()) / MB
     count, disk = len(job.layers), ctx.workspace.root
     time = (trial[0] + Trial(write_seconds(disk, each))) * count
     size = {"disk_mb": round(count * each, 1)}
@@ -139,7 +161,7 @@ def _plan_pretrained(ctx: Context, job: SaeJob, report: bool) -> Plan:
         parts.append(part_of("quality report", count, "SAEs", one.time * count, one.peak_memory_mb))
     return Plan(
         stage="train-saes", model=model.name, device=model.device, parts=tuple(parts),
-        available_mb=round(meter.now() + meter.available(), 1),
+        available_mb=round(available, 1),
         free_disk_mb=round(free_disk_mb(disk), 1), details={"layers": list(job.layers)},
         levers=(f"fewer --layers: each takes {duration(time.seconds / count)}",),
     )  # fmt: skip

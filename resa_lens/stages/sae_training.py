@@ -16,7 +16,6 @@ from typing import Any
 from resa_lens.artifacts.kinds.saes import Saes
 from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.files import named_path, read_json, write_errors, write_json
-from resa_lens.machine.hardware import MB
 from resa_lens.machine.plans import duration
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
@@ -27,7 +26,7 @@ from resa_lens.saes.train import SaeConfig, TrainedSaes, keep_pretrained, train_
 from resa_lens.saes.world import ALONE, World
 from resa_lens.stages.own_thoughts import try_thoughts, with_own_thoughts
 from resa_lens.stages.sae_job import SaeJob, sae_job
-from resa_lens.stages.sae_plan import plan_job
+from resa_lens.stages.sae_plan import plan_job, pretrained_mb
 from resa_lens.stages.saes import SaeRun, find_saes, open_saes, packed, sae_run
 from resa_lens.texts.corpora import CorpusConfig
 
@@ -194,9 +193,7 @@ def _groups(
     work, file = draft.work, draft.work / "groups.json"
     groups = [tuple(group) for group in read_json(file)] if file.exists() else []
     if job.config.mode == "pretrained":
-        assert job.initial is not None
-        first = next(iter(job.initial.values()))
-        each = sum(t.nbytes for t in first.state_dict().values()) / MB
+        each = pretrained_mb(job, memory_limit_mb)
         draft.expect(2 * each, len(job.layers) * each)
         return [job.layers]
     left = [layer for number, group in enumerate(groups or [job.layers])

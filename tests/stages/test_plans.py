@@ -110,7 +110,7 @@ def test_controls_have_parts_of_their_own(tmp_path: Path) -> None:
     )  # fmt: skip
     assert many["own answers"] == 2 * 12
     assert (many["tuning"], many["tuning, own-samples"]) == (7 * 2 * (3 + 2), 7 * 2)
-    assert many["training 1 SAEs, random weights'"] == 2 * 2 * 512
+    assert many["training 1 SAEs, random weights'"] == 2 * 2 * many["training 3 SAEs"]
     assert many["answers of the tuned"] == 4 * 2 * (3 + 2 + 1)
 
 
@@ -127,6 +127,29 @@ def test_given_saes_are_measured_and_not_trained(tmp_path: Path) -> None:
     assert [part["amount"] for part in plan["parts"]] == [2, 2]
     assert plan["disk_mb"] == pytest.approx(2 * (2 * 256 * 128) * 4 / 2**20, rel=0.1)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("plan", [("--plan",), ()], ids=["plan", "run"])
+def test_given_saes_that_a_limit_leaves_no_room_for(tmp_path: Path, plan: tuple[str, ...]) -> None:
+    identity_coder(128).save_to_disk(tmp_path / "saes/layers.3.mlp")
+    words = (
+        "train-saes", "--model", "tiny-reasoner", "--mode", "pretrained", "--saes",
+        str(tmp_path / "saes"), "--layers", "3", "--memory-limit", "0.001", *plan,
+        "--workspace", str(tmp_path / "w"),
+    )  # fmt: skip
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 2
+    assert "1 MB are available; use a larger --memory-limit" in " ".join(result.stderr.split())
+    assert not (tmp_path / "w").exists() or not list((tmp_path / "w").rglob("manifest.json"))
+
+
+def test_one_batch_of_more_tokens_than_asked_for_is_said(tmp_path: Path) -> None:
+    words = ("train-saes", "--layers", "5", "--latents", "64", "--tokens", "512", "--plan")
+    result = CliRunner().invoke(
+        app, [*words, "--model", "tiny-reasoner", "--workspace", str(tmp_path / "w")]
+    )
+    said = " ".join(result.stderr.split())
+    assert "SAEs are trained on 1,024 tokens, not 512: one batch is 4 sequences of 256" in said
 
 
 def wide_vocabulary(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
 from resa_lens.evals.run import EvalConfig
 from resa_lens.models.hookpoints import Hookpoint
-from resa_lens.models.host import load_model
+from resa_lens.models.host import Model, load_model
 from resa_lens.saes.coder import new_coder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.saes.world import ALONE
@@ -31,7 +32,8 @@ from resa_lens.stages.adapters import adapter_run, elicitation_records
 from resa_lens.stages.saes import SaeRun
 from resa_lens.stages.tune_job import ALL_CONTROLS, Through, TuneJob, with_sequence
 from resa_lens.stages.tuning import tune_run
-from resa_lens.texts.corpora import CorpusConfig
+from resa_lens.texts import corpora
+from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.tuning.config import preset
 from resa_lens.tuning.log import read_log
 from resa_lens.tuning.loop import TuneConfig
@@ -234,3 +236,19 @@ def test_two_processes_make_the_adapter_of_one(ctx, demo, tmp_path):
         torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-5)
     for place, made, count in ((ctx.workspace, alone, 1), (Workspace(both), shared, 2)):
         assert place.read(Path(made["adapter"])).manifest.config["processes"] == count
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_two_epochs_are_of_the_documents_that_are_read(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """With worked steps they are longer, and behind the first rows longer still."""
+    monkeypatch.setattr(adapters, "WIDE", 0)
+    records = [
+        Record(f"What is {n}+1?", str(n + 1), f"{n} " * (1 + n // 20)) for n in range(1000)
+    ]  # fmt: skip
+    corpus = CorpusConfig(thought_share=share, system_share=0.0)
+    steps = adapters.default_steps(tiny, records, corpus, TuneConfig())
+    texts = list(islice(corpora.documents(records, corpus), 2 * len(records)))
+    tokens = sum(len(ids) + 1 for ids in tiny.tokenizer(texts)["input_ids"])  # pyright: ignore
+    assert steps == pytest.approx(tokens / 256, rel=0.12)
