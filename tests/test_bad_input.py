@@ -237,6 +237,7 @@ def test_saes_that_are_not_there(refused: Refused, saes: Path, tmp_path: Path) -
         (("train-saes", "--layers", "12"), "'12'"),
         (("train-saes", "--layers", "3-40"), "'40'"),
         (("train-saes", "--layers", "13th"), "'13th'"),
+        (("train-saes", "--layers", "5", "--sequence", "4096"), "reads 1024 tokens"),
         (("train-saes", "--layers", "7-3"), "7-3"),
         (("train-saes", "--layers", "some"), "some"),
         (("count-features", "--layers", "99"), "99"),

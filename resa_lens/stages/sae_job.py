@@ -118,6 +118,11 @@ def sae_job(
         raise BadInputError("--saes goes with --mode finetune or pretrained")
     config = config.for_width(model.d_model)
     longest, corpus = corpus.sequence, fit_corpus(corpus, model)
+    if corpus.sequence < longest and longest != CorpusConfig().sequence:
+        raise BadInputError(
+            f"--sequence {longest}: {model.name} reads {corpus.sequence} tokens; use at most that "
+            "many"
+        )
     if corpus.sequence < longest:
         ctx.note_once([
             f"sequences of {corpus.sequence} tokens, the most that {model.name} reads, in place of "
