@@ -130,7 +130,7 @@ def part_of(
 
 
 def within(
-    parts: Sequence[Part], what: str, *, times: int = 1, beside_mb: float = 0.0
+    parts: Sequence[Part], what: str, *, times: int = 1, extra_mb: float = 0.0
 ) -> list[Part]:
     """Return the parts of a work that is done within another, so many times.
 
@@ -138,14 +138,14 @@ def within(
         parts: of the work, done once.
         what: put behind their names.
         times: how often it is done.
-        beside_mb: that the process has beside it.
+        extra_mb: that the process has beside it.
     """
     return [
         replace(
             part, name=f"{part.name}{what}", amount=part.amount * times,
             seconds=part.seconds * times, cpu_seconds=part.cpu_seconds * times,
             disk_mb=round(part.disk_mb * times, 1),
-            peak_memory_mb=round(part.peak_memory_mb + beside_mb, 1),
+            peak_memory_mb=round(part.peak_memory_mb + extra_mb, 1),
         )
         for part in parts
     ]  # fmt: skip

@@ -52,7 +52,7 @@ def random_weights_parts(
     layer: int,
     run: SaeRun | None,
     coder: SparseCoder,
-    given: tuple[SaeConfig, CorpusConfig],
+    training: tuple[SaeConfig, CorpusConfig],
     *,
     times: int = 1,
 ) -> list[Part]:
@@ -64,11 +64,11 @@ def random_weights_parts(
         layer: 0-based.
         run: the SAEs in whose place they will stand, where they are there.
         coder: one of these.
-        given: how they would be trained; of those that are there it is known.
+        training: how they would be trained; of those that are there it is known.
         times: layers and seeds.
     """
-    config, corpus = (run.training() or (SaeConfig(), CorpusConfig())) if run else given
-    config = replace(config, site=given[0].site, latents=coder.num_latents, k=coder.cfg.k)
+    config, corpus = (run.training() or (SaeConfig(), CorpusConfig())) if run else training
+    config = replace(config, site=training[0].site, latents=coder.num_latents, k=coder.cfg.k)
     plan = plan_run(ctx, model, [layer], config, corpus)
-    beside = sum(weight.nbytes for weight in model.model.parameters()) / MB
-    return within(plan.parts, ", random weights'", times=times, beside_mb=beside)
+    host_mb = sum(weight.nbytes for weight in model.model.parameters()) / MB
+    return within(plan.parts, ", random weights'", times=times, extra_mb=host_mb)

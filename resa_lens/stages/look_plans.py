@@ -222,7 +222,7 @@ def plan_falsify(
     ):  # fmt: skip
         if included and training:
             plan = plan_run(ctx, model, layers, *training)
-            parts += within(plan.parts, f", {name}", beside_mb=extra_mb)
+            parts += within(plan.parts, f", {name}", extra_mb=extra_mb)
             work, sets = max(work, plan.work_disk_mb), sets + 1
     texts = trials(
         model, count, texts=config.texts, shuffles=config.shuffles, plain_texts=plain_texts,

@@ -268,8 +268,8 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
     inserted, start = None, ()
     if start_layers and saes:
         inserted = try_answers(target, questions, every, point, saes.coder)
-        asked = min(insertion.SHORT, job.evaluation.limit or insertion.SHORT)
-        share = min(1.0, asked / len(items))
+        limit = min(insertion.SHORT, job.evaluation.limit or insertion.SHORT)
+        share = min(1.0, limit / len(items))
         some = questions[: math.ceil(share * len(questions))]
         time = (base.time + inserted.time * (2 * start_layers)) * share
         start = (
@@ -315,9 +315,9 @@ def _control_parts(
     if control == "own-samples":
         return [own_answers_part(trials.target, elicitation_records(job), seeds)]
     if control == "random-weights" and trials.saes:
-        given = replace(job.sae, site=job.objective.site), job.trigger
+        training = replace(job.sae, site=job.objective.site), job.trigger
         return random_weights_parts(
-            ctx, trials.target, layers[0], trials.saes.run, trials.saes.coder, given,
+            ctx, trials.target, layers[0], trials.saes.run, trials.saes.coder, training,
             times=len(layers) * seeds,
         )  # fmt: skip
     return []

@@ -151,10 +151,10 @@ def sae_job(
         source=parent,
         initial=initial,
     )
-    asked = config.tokens
-    if config.mode != "pretrained" and asked is not None and job.tokens > asked:
+    tokens = config.tokens
+    if config.mode != "pretrained" and tokens is not None and job.tokens > tokens:
         ctx.note_once([
-            f"warning: SAEs are trained on {job.tokens:,} tokens, not {asked:,}: one batch is "
+            f"warning: SAEs are trained on {job.tokens:,} tokens, not {tokens:,}: one batch is "
             f"{config.batch} sequences of {corpus.sequence}; use a smaller --batch"
         ])  # fmt: skip
     return job

@@ -79,8 +79,8 @@ def find_head(bridge: Any) -> tuple[Head | None, str]:
         The head, or None and why the logits must be computed the plain way.
     """
 
-    def run(ids: Tensor, held: list[Tensor], scale: float) -> Tensor:
-        with bridge.hooks(fwd_hooks=[(HEAD_INPUT, keep_head_input(held, scale=scale))]):
+    def run(ids: Tensor, inputs: list[Tensor], scale: float) -> Tensor:
+        with bridge.hooks(fwd_hooks=[(HEAD_INPUT, keep_head_input(inputs, scale=scale))]):
             return bridge(ids, use_cache=False)
 
     return _read_head(
@@ -92,8 +92,8 @@ def find_head(bridge: Any) -> tuple[Head | None, str]:
 def find_plain_head(model: Any) -> tuple[Head | None, str]:
     """Do as `find_head` for a model of transformers, plain or wrapped by PEFT."""
 
-    def run(ids: Tensor, held: list[Tensor], scale: float) -> Tensor:
-        with _at_head(model, keep_head_input(held, scale=scale)):
+    def run(ids: Tensor, inputs: list[Tensor], scale: float) -> Tensor:
+        with _at_head(model, keep_head_input(inputs, scale=scale)):
             return model(input_ids=ids, use_cache=False).logits
 
     return _read_head(model.get_output_embeddings(), model.config, run)
@@ -103,10 +103,10 @@ def head_input(
     model: Any, ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position d_model"]:
     """Run a model of transformers to the input of its head, and spare the head its work."""
-    held: list[Tensor] = []
-    with _at_head(model, keep_head_input(held)):
+    inputs: list[Tensor] = []
+    with _at_head(model, keep_head_input(inputs)):
         model(input_ids=ids, use_cache=False)
-    return held[0]
+    return inputs[0]
 
 
 @contextmanager
@@ -238,7 +238,7 @@ class _ChunkedKl(torch.autograd.Function):
 
 def chunked_cross_entropy(
     hidden: Float[Tensor, "row d_model"],
-    wanted: Int[Tensor, " row"],
+    targets: Int[Tensor, " row"],
     head: Head,
     *,
     logit_bytes: int | None = None,
@@ -247,13 +247,13 @@ def chunked_cross_entropy(
 
     Args:
         hidden: what goes into the head.
-        wanted: the token of each row.
+        targets: the token of each row.
         head: frozen: no gradient goes to its weights.
         logit_bytes: largest piece of the logits in float32; see `piece_bytes`.
     """
     vocab = head.weight.shape[0]
     largest = piece_bytes(vocab, hidden.device) if logit_bytes is None else logit_bytes
-    total: Any = _ChunkedCrossEntropy.apply(hidden, wanted, head, max(1, largest // (4 * vocab)))
+    total: Any = _ChunkedCrossEntropy.apply(hidden, targets, head, max(1, largest // (4 * vocab)))
     return total
 
 
@@ -261,15 +261,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The sum over rows; the gradient is made on the way and waits for its factor."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: Head, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int) -> Tensor:
         grad = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             y = head.logits(hidden[part]).float()
             cap = _cap_slope(head, y)
-            chosen = wanted[part, None]
-            # d/dy = softmax(y) - one at the wanted token
+            chosen = targets[part, None]
+            # d/dy = softmax(y) - one at the target
             log_p = y.log_softmax(1)
             total -= log_p.gather(1, chosen).sum()
             dy = log_p.exp_()
