@@ -338,7 +338,8 @@ class Stage:
         ctx = self.ctx
         draft = Draft(self.work, expect=self.expect)
         with memory_errors(self.noun, self.kind.lighter):
-            with ctx.works.meter(self.model.device, devices=world.size) as metered:
+            device = next((model.device for model in ctx.models.values()), "cpu")
+            with ctx.works.meter(device, devices=world.size) as metered:
                 self.expect(0, SMALL_MB)
                 work(draft)
             # What another process has finished meanwhile is not replaced.
