@@ -45,6 +45,28 @@ def plain_name(name: str) -> str:
     return name.replace("._original_component", "")
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's own modules by the names that they have without a bridge.
+
+    What a bridge wraps stands in its wrapper's place, and the wrapper's other parts are left out:
+    they are the bridge's, such as the halves into which it cuts a fused projection.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            while (inner := child._modules.get("_original_component")) is not None:
+                child = inner
+            if id(child) not in seen:
+                seen.add(id(child))
+                found[prefix + name] = child
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep other projects' import messages and bars off the terminal; errors still come."""
