@@ -224,17 +224,18 @@ def add_adapters(
         The PeftModel and the bridge over its inner model.
 
     Raises:
-        BadInputError: a module is to be adapted that the bridge's own attention goes around.
+        BadInputError: a module is to be adapted that the bridge's own attention or MLP goes around.
     """
     targets = lora_targets(model.model, objective.targets)
     peft = add_lora(model.model, targets, config, shortened=shortened)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
     bridge, attention, reason = boot(inner, model.tokenizer, model.name)
-    if attention == "stock" and (cut := sorted(set(targets) & {*chain(*EQUIVALENTS["q_proj"])})):
+    fused = {*chain(*EQUIVALENTS["q_proj"]), "gate_up_proj"}
+    if attention == "stock" and (cut := sorted(set(targets) & fused)):
         raise BadInputError(
-            f"{model.name}: TransformerLens' own attention is used ({reason}), which goes around "
-            f"an adapter on {cut[0]}; choose others with --targets"
+            f"{model.name}: TransformerLens' own attention and MLP are used ({reason}), which go "
+            f"around an adapter on {cut[0]}; choose others with --targets"
         )
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():

@@ -21,7 +21,7 @@ from resa_lens.models.host import Model, load_model
 from resa_lens.stages.adapters import adapter_mb
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.tuning.config import ATTENTION, PRESETS, TuneConfig, preset
-from resa_lens.tuning.train import add_lora, lora_targets, modules_in, save_adapter
+from resa_lens.tuning.train import add_adapters, add_lora, lora_targets, modules_in, save_adapter
 
 CONFIG = TuneConfig(rank=3)
 SHORT = ("--steps", "2", "--rank", "2", "--tokens", "1024", "--latents", "64", "--limit", "2",
@@ -99,6 +99,19 @@ def test_what_peft_cannot_adapt_is_refused(
     # What is offered instead is adapted, by dropout too, and nothing else is.
     peft = add_lora(model, lora_targets(model, tuple(offered)), CONFIG)
     assert not peft.peft_config["default"].target_parameters
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4"])
+def test_an_adapter_on_a_fused_mlp_is_in_the_passes_with_hooks(
+    variant: Callable[[str], Path], name: str
+) -> None:
+    """TransformerLens' own MLP computes with copies of the halves, around the adapter."""
+    model, objective = load_model(str(variant(name))), preset("paper", targets=("gate_up_proj",))
+    peft, bridge = add_adapters(model, objective, CONFIG)
+    bridge(torch.arange(8, 40)[None]).std().backward()
+    learning = {n: p.grad for n, p in peft.named_parameters() if "lora_B" in n}
+    assert len(learning) == 2
+    assert all(grad is not None and bool(grad.any()) for grad in learning.values())
 
 
 def written(model: Model, targets: tuple[str, ...], config: TuneConfig = CONFIG) -> set[str]:
