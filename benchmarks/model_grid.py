@@ -12,25 +12,40 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from resa_lens.evals.engines.base import GenerationConfig
 from resa_lens.evals.engines.hf import HFEngine
 from resa_lens.features.exclusive import count_features
+from resa_lens.machine.hardware import MB
 from resa_lens.models.activations import stream_activations
-from resa_lens.models.hookpoints import Hookpoint
+from resa_lens.models.bridge import plain_name
+from resa_lens.models.hookpoints import POST, Hookpoint, inside
 from resa_lens.models.host import Model, load_model
 from resa_lens.resources import data_path
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.saes.formats import find_coders, save_coder
 from resa_lens.saes.train import SaeConfig, train_saes
-from resa_lens.tuning.objective import preset
-from resa_lens.tuning.train import TuneConfig, tune
+from resa_lens.stages.adapters import adapter_mb
+from resa_lens.stages.tune_job import TuneJob
+from resa_lens.tuning.config import ATTENTION
+from resa_lens.tuning.objective import Objective, preset
+from resa_lens.tuning.train import (
+    TuneConfig,
+    adaptable,
+    lora_targets,
+    modules_in,
+    save_adapter,
+    tune,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, WIDTH, LAYERS = 576, 32, 2
@@ -80,6 +95,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smollm3": {**GROUPED, "pad_token_id": 0},
 }  # fmt: skip
 """By transformers' model_type: what makes the configuration small."""
+ROUTED = {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"}
+"""Mixtures whose MLPs get no adapters: of preset reference they take the attention alone."""
+BEFORE = {post: out for out, post in POST.items()}
+"""The module's own place, by that behind its norm or factor."""
 REFUSALS: dict[tuple[str, str], str] = {}
 """(variant, column): the message of TransformerLens or transformers where it fails itself."""
 
@@ -169,6 +188,9 @@ def sites(s: Subject) -> None:
     modules = {p: names.huggingface(p) for p in points}
     with recording(s.plain, [m for m in modules.values() if m is not None]) as held:
         s.plain(s.ids)
+    for point, name in product(points, adaptable(s.plain)):
+        part = modules[Hookpoint(point.layer, BEFORE.get(point.site, point.site))]
+        assert inside(name, point) == name.startswith(f"{part}."), (name, point)
     acts = next(iter(stream_activations(s.model, [s.ids], points))).acts
     factor = getattr(s.plain.config, "residual_multiplier", 1.0)
     for point, module in modules.items():
@@ -176,7 +198,7 @@ def sites(s: Subject) -> None:
             expected = held[module]
             s.plain.base_model.get_submodule(names.sparsify(point))
         else:
-            before = Hookpoint(point.layer, point.site.replace("_post", "_out"))
+            before = Hookpoint(point.layer, BEFORE[point.site])
             expected = held[str(modules[before])] * factor
         torch.testing.assert_close(acts[point], expected, atol=1e-5, rtol=1e-4)
         for name in (names.sparsify(point), names.saelens(point), point.transformer_lens):
@@ -207,18 +229,44 @@ def count(s: Subject) -> None:
 
 
 def tuning(s: Subject) -> None:
-    """Two steps of SAE-Tuning change the adapters and nothing else."""
-    point = Hookpoint(1)
+    """Two steps of SAE-Tuning change the adapters and nothing else; PEFT reads what is written."""
+    for name in ("paper", "reference"):
+        objective = preset(name)
+        if name == "reference" and s.plain.config.model_type in ROUTED:
+            objective = preset(name, targets=ATTENTION)
+        tune_briefly(s, objective)
+
+
+def tune_briefly(s: Subject, objective: Objective) -> None:
+    """Tune two steps through the first layer, and compare what moved with what should."""
+    point = Hookpoint(0, objective.site)
     peft, course = tune(
-        s.fresh(), s.coders[point], point, [s.ids[:2], s.ids[2:]], 2, preset("paper"),
+        s.fresh(), s.coders[point], point, [s.ids[:2], s.ids[2:]], 2, objective,
         TuneConfig(rank=2, learning_rate=1e-2),
     )  # fmt: skip
     assert all(loss > 0 for loss in course.losses)
     trained = {n for n, p in peft.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
+    asked = modules_in(s.model.model, lora_targets(s.model.model, objective.targets), "all")
+    learns = {n for n in asked if objective.learns(n, point)}
     changed = {n for n, p in peft.named_parameters() if "lora_B" in n and bool(p.any())}
-    assert changed == {name for name in trained if "lora_B" in name}
+    assert {_adapted(name) for name in changed} == learns
+    assert {_adapted(name) for name in trained} == asked.keys()
+    with tempfile.TemporaryDirectory() as place:
+        save_adapter(peft, Path(place), s.folder)
+        written = load_file(Path(place) / "adapter_model.safetensors")
+        read: Any = PeftModel.from_pretrained(s.fresh().model, place)
+    job = TuneJob(s.plain.config.model_type, objective=objective, lora=TuneConfig(rank=2))
+    assert adapter_mb(s.model, job) * MB == sum(4 * weight.numel() for weight in written.values())
+    again = {n.replace(".default", ""): p for n, p in read.named_parameters() if "lora_" in n}
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[name], weight) for name, weight in written.items())
+
+
+def _adapted(name: str) -> str:
+    """Return the module that a LoRA weight is of."""
+    return plain_name(name).removeprefix("base_model.model.").split(".lora_")[0]
 
 
 def generate(s: Subject) -> None:

@@ -45,6 +45,28 @@ def plain_name(name: str) -> str:
     return name.replace("._original_component", "")
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's own modules by the names that they have without a bridge.
+
+    What a bridge wraps stands in its wrapper's place, and the wrapper's other parts are left out:
+    they are the bridge's, such as the halves into which it cuts a fused projection.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            while (inner := child._modules.get("_original_component")) is not None:
+                child = inner
+            if id(child) not in seen:
+                seen.add(id(child))
+                found[prefix + name] = child
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep other projects' import messages and bars off the terminal; errors still come."""
@@ -87,6 +109,10 @@ def _build(model: Any, tokenizer: Any, name: str, *, native: bool) -> Any:
     """Build the bridge, with the model's own attention or with TransformerLens'."""
     with quiet():
         from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+        from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import (
+            JointGateUpMLPBridge,
+        )
+        from transformer_lens.model_bridge.generalized_components.mlp import MLPBridge
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
         from transformer_lens.model_bridge.sources._hf_format import (
             determine_architecture_from_hf_config,
@@ -97,6 +123,12 @@ def _build(model: Any, tokenizer: Any, name: str, *, native: bool) -> Any:
 
         def set_rotary_emb(self, rotary_emb: Any) -> None:
             """Take what adapters hand to attention that they compute themselves."""
+
+    def keep_aliases(component: Any) -> None:
+        """Drop the aliases of parts that are not there."""
+        for aliases in ("hook_aliases", "property_aliases"):
+            named, parts = getattr(component, aliases).items(), component.submodules
+            setattr(component, aliases, {a: t for a, t in named if t.split(".")[0] in parts})
 
     kept, replaced = model.config._attn_implementation, [False]
 
@@ -117,10 +149,14 @@ def _build(model: Any, tokenizer: Any, name: str, *, native: bool) -> Any:
             requires_position_embeddings=stock.requires_position_embeddings,
             requires_attention_mask=stock.requires_attention_mask,
         )
-        for aliases in ("hook_aliases", "property_aliases"):
-            named = getattr(attention, aliases).items()
-            setattr(attention, aliases, {a: t for a, t in named if t.split(".")[0] in parts})
+        keep_aliases(attention)
         replaced[0] = True
+        mlp = blocks.submodules.get("mlp")
+        if isinstance(mlp, JointGateUpMLPBridge):
+            # It computes with copies of the fused projection's halves, around an adapter on it.
+            whole = {part: m for part, m in mlp.submodules.items() if part not in ("gate", "in")}
+            blocks.submodules["mlp"] = MLPBridge(mlp.name, adapter.cfg, whole)
+            keep_aliases(blocks.submodules["mlp"])
 
     with quiet():
         bridge = build_bridge_from_module(

@@ -207,6 +207,18 @@ def module_layer(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def inside(module: str, point: Hookpoint) -> bool:
+    """Return whether a module, by its dotted name, works on what a place is the output of.
+
+    Of an architecture that calls its attention or MLP something unusual, none is.
+    """
+    if module_layer(module) != point.layer:
+        return False
+    site = next((out for out, post in POST.items() if post == point.site), point.site)
+    parts = (SITES[site].module, *MODULES.get(site, ()))
+    return any(f"{_module('', point.layer, part)}." in f".{module}" for part in parts)
+
+
 def list_layers(layers: Sequence[int], *, one_based: bool = False) -> str:
     """Return 0-based layers in a few words: "layer 3, 7"."""
     return f"layer {', '.join(str(layer + one_based) for layer in layers)}"

@@ -27,7 +27,6 @@ from resa_lens.models.hookpoints import (
     adapted_layers,
     check_layer,
     describe_layer,
-    module_layer,
     parse_layer,
 )
 from resa_lens.models.host import Model, load_model
@@ -143,6 +142,7 @@ def adapter_run(
             f"{job.model} is an adapter; tune its base model (adapters on adapters are not stacked)"
         )
     ctx.note_once(left_out(target.model, lora_targets(target.model, job.objective.targets)))
+    job.check_modules(target)
     corpus = fit_corpus(job.elicitation, target)
     steps = job.steps or default_steps(target, records, corpus, job.lora)
     run = _Run(ctx, job, target, records, corpus, steps, world)
@@ -425,14 +425,8 @@ class _Run:
 
 def adapter_mb(model: Model, job: TuneJob) -> float:
     """Return the MB of a job's adapter, whose weights are in float32."""
-    names = {*lora_targets(model.model, job.objective.targets)}
-    layers = {*adapted_layers(job.lora.adapter_layers, model.n_layers)}
-    adapted = (
-        weight.shape
-        for name, weight in model.model.named_parameters()
-        if weight.ndim == 2 and names & {*name.split(".")} and module_layer(name) in layers
-    )
-    return job.lora.rank * 4 * sum(map(sum, adapted)) / MB
+    sizes = (sum(module.weight.shape) for module in job.modules(model).values())
+    return job.lora.rank * 4 * sum(sizes) / MB
 
 
 def default_steps(

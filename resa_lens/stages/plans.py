@@ -253,6 +253,7 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
     """Try all that a tuning is made of, through the middle one of the layers."""
     items, records = questions_of(ctx, job), elicitation_records(job)
     target = ctx.model(job.model, job.base)
+    job.check_modules(target, layers or ())
     source = ctx.model(job.source_model) if job.source_model else target
     questions, every = fitting_questions(target, items, job.evaluation)
     site = job.objective.site

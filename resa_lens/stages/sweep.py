@@ -116,6 +116,7 @@ def _plan(ctx: Context, config: SweepConfig) -> _Plan:
     source = ctx.model(shared.source_model) if shared.source_model else target
     jobs = jobs_of(config, target.n_layers)
     layers = sorted({job.layer for job in jobs if job.layer is not None})
+    shared.check_modules(target, layers)
     site = shared.objective.site
     saes = in_turn(
         ctx,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from resa_lens.tuning.config import Control
 from resa_lens.tuning.loop import TuneConfig
 from resa_lens.tuning.objective import Objective
 from resa_lens.tuning.sft import KINDS
+from resa_lens.tuning.train import lora_targets, modules_in
 
 ALL_CONTROLS = (*CONTROLS, *KINDS)
 REFERENCE_SEQUENCE = 2048
@@ -69,8 +71,31 @@ class TuneJob(Config):
     """First insert the SAE and tune nothing: does it carry a gain to be taught?"""
 
     def check_reach(self, layer: int, n_layers: int) -> None:
-        """Raise BadInputError where tuning through a layer's SAE could change no adapter."""
-        self.objective.check_reach(layer, adapted_layers(self.lora.adapter_layers, n_layers))
+        """Raise BadInputError where tuning through a layer's SAE could change no adapter.
+
+        The target is not loaded: only layers are known, and `check_modules` says the rest.
+        """
+        layers = adapted_layers(self.lora.adapter_layers, n_layers)
+        self.objective.check_reach(layer, [f"{other}." for other in layers])
+
+    def check_modules(self, target: Model, layers: Iterable[int] = ()) -> None:
+        """Check what of a loaded target is adapted, and that it learns through layers' SAEs.
+
+        Raises:
+            BadInputError: as `modules`, or tuning through an SAE could change no adapter.
+        """
+        modules = self.modules(target)
+        for layer in layers if self.control not in KINDS else ():
+            self.objective.check_reach(layer, modules)
+
+    def modules(self, target: Model) -> dict[str, Any]:
+        """Return the modules of a loaded target that get adapters, by their whole names.
+
+        Raises:
+            BadInputError: the target lacks them, or has none of them in the adapted layers.
+        """
+        names = lora_targets(target.model, self.objective.targets)
+        return modules_in(target.model, names, self.lora.adapter_layers)
 
 
 def with_sequence(job: TuneJob) -> TuneJob:
@@ -127,10 +152,10 @@ def choose_sae(
     check_shapes(source, target)
     if job.layer == "auto":
         through = _recommended(ctx, job, source, saes, recommendation)
-        job.check_reach(through.layer, target.n_layers)
+        job.check_modules(target, [through.layer])
         return through
     layer = parse_layer(job.layer, target.n_layers)
-    job.check_reach(layer, target.n_layers)
+    job.check_modules(target, [layer])
     run = saes or saes_for(
         ctx,
         source,

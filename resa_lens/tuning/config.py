@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from resa_lens.config import Config, check_value, execution, setting
 from resa_lens.errors import BadInputError
 from resa_lens.files import named_path
-from resa_lens.models.hookpoints import DEFAULT_SITE, SITES, check_adapted_layers
+from resa_lens.models.hookpoints import (
+    DEFAULT_SITE,
+    SITES,
+    Hookpoint,
+    check_adapted_layers,
+    inside,
+    module_layer,
+)
 
 Schedule = Literal["cosine", "constant"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -117,26 +124,42 @@ class Objective(Config):
         """Whether the distribution without the SAE has a gradient in the adapters."""
         return self.reference == "adapted" and self.reference_gradient
 
-    def check_reach(self, layer: int, adapted: Sequence[int]) -> None:
+    def check_reach(self, layer: int, adapted: Iterable[str]) -> None:
         """Check that a gradient can reach an adapter.
-
-        At a block's output nothing leads around the SAE: without a gradient through it, or through
-        the distribution without it, only adapters behind that block learn.
 
         Args:
             layer: where the SAE is inserted, 0-based.
-            adapted: layers that get adapters, 0-based.
+            adapted: whole names of the modules that get adapters.
 
         Raises:
-            BadInputError: none of these layers is behind the SAE, and nothing else has a gradient.
+            BadInputError: none of them is behind the SAE or beside it, and nothing else has a
+                gradient.
         """
-        around = self.site != "resid_post" or self.sae_gradient
-        if not (around or self.reference_learns or any(other > layer for other in adapted)):
+        point = Hookpoint(layer, self.site)
+        if not any(self.learns(module, point) for module in adapted):
             raise BadInputError(
-                f"layer {layer} (0-based) with preset {self.preset}: no gradient passes the SAE, "
-                "and no adapter is behind it; use an earlier layer, later --adapter-layers, or "
-                "--sae-gradient"
+                f"layer {layer} (0-based), {self.site}, with preset {self.preset}: no gradient "
+                "passes the SAE, and no adapter is behind or beside it; use an earlier layer, "
+                "later --adapter-layers, other --targets, or --sae-gradient"
             )
+
+    def learns(self, module: str, point: Hookpoint) -> bool:
+        """Return whether an adapter has a gradient, as far as its module's name tells.
+
+        Without a gradient through the SAE, or through the distribution without it, adapters learn
+        behind the SAE, and before it by what leads around it: the residual stream, which passes
+        attention and MLP but not the block.
+
+        Args:
+            module: the adapted module's whole name.
+            point: where the SAE is inserted.
+        """
+        if self.sae_gradient or self.reference_learns:
+            return True
+        other = module_layer(module)
+        if other is None or other == point.layer:
+            return not inside(module, point)
+        return other > point.layer or point.site != "resid_post"
 
 
 PRESETS: dict[str, Objective] = {

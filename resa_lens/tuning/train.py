@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resa_lens.config import config_dict
 from resa_lens.errors import BadInputError
-from resa_lens.models.bridge import boot, plain_name
+from resa_lens.models.bridge import boot, plain_modules, plain_name
 from resa_lens.models.files import check_safetensors
 from resa_lens.models.hookpoints import Hookpoint, adapted_layers, module_layer
 from resa_lens.models.host import Model
@@ -62,10 +62,14 @@ EQUIVALENTS["gate_proj"] = (("up_proj",), *EQUIVALENTS["up_proj"])
 def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
     """Return the module names that get adapters: those of a preset by what the model calls them.
 
+    Args:
+        model: a transformers model, with a bridge over it or plain.
+        wanted: names, or whole endings of names with dots.
+
     Raises:
         BadInputError: the model has no module of a name, which is given with those that it has.
     """
-    modules = [name for name, module in model.named_modules() if _adaptable(module)]
+    modules = adaptable(model)
 
     def present(name: str) -> bool:
         return any(module == name or module.endswith(f".{name}") for module in modules)
@@ -77,7 +81,10 @@ def lora_targets(model: torch.nn.Module, wanted: tuple[str, ...]) -> list[str]:
         found = next((names for names in named if all(map(present, names))), None)
         if found is None:
             has = sorted({module.rsplit(".", 1)[-1] for module in modules} - {"lm_head"})
-            experts = " (its experts are stacked in one tensor a layer, which LoRA leaves alone)"
+            experts = (
+                " (its experts are stacked in one tensor a layer, which LoRA leaves alone, and so "
+                "it does with routers and what PEFT takes for experts by its name)"
+            )
             raise BadInputError(
                 f"the model has no module named {name!r} to adapt"
                 f"{experts if has_experts(model) else ''}; choose --targets from {', '.join(has)}"
@@ -109,36 +116,59 @@ def left_out(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
     ]
 
 
-def _adaptable(module: torch.nn.Module) -> bool:
-    """Whether LoRA can be put onto a module: a matrix, and no norm or embedding."""
-    weight = getattr(module, "weight", None)
-    kinds = torch.nn.Embedding, torch.nn.LayerNorm
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, kinds)
+def adaptable(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the modules that LoRA can be put onto, by their names without a bridge's."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = torch.nn.Linear, Conv1D
+    found = {n: m for n, m in plain_modules(model).items() if isinstance(m, kinds)}
+    taken = _taken_for_experts(model, {name.rsplit(".", 1)[-1] for name in found})
+    return {n: m for n, m in found.items() if n.rsplit(".", 1)[-1] not in taken}
 
 
-def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> list[str]:
-    """Return the whole names of the modules that get adapters where only some layers do.
+def _taken_for_experts(model: torch.nn.Module, names: set[str]) -> set[str]:
+    """Return the names that PEFT takes for those of routed experts, whatever else has them.
+
+    Since transformers stacks experts, PEFT rewrites an adapter's targets for many mixtures, when
+    it makes the adapter and again when it reads one: `down_proj` then means all routed experts and
+    no shared one, and no other spelling of the target means anything else.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    taken = set()
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # the name alone is half of a fused tensor
+            taken.add(name)
+        else:
+            taken |= {name} if config.target_parameters else set()
+    return taken
+
+
+def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> dict[str, Any]:
+    """Return the modules that get adapters, by their whole names without a bridge's.
 
     Args:
-        model: a plain transformers model.
+        model: a transformers model, with a bridge over it or plain.
         targets: as `lora_targets` returns them.
-        layers: `TuneConfig.adapter_layers`.
+        layers: `TuneConfig.adapter_layers`; where it is all, modules outside of layers are in it.
 
     Raises:
         BadInputError: a layer outside the model, or layers that have no such module.
     """
     endings = tuple(f".{name}" for name in targets)
-    placed = {
-        name: layer
-        for name, module in model.named_modules()
-        if f".{name}".endswith(endings) and _adaptable(module)
-        if (layer := module_layer(name)) is not None
-    }
+    named = {n: m for n, m in adaptable(model).items() if f".{n}".endswith(endings)}
+    if layers == "all":
+        return named
     config: Any = model.config
     adapted = {*adapted_layers(layers, config.get_text_config().num_hidden_layers)}
-    if not (names := [name for name, layer in placed.items() if layer in adapted]):
+    placed = {name: module for name, module in named.items() if module_layer(name) in adapted}
+    if not placed:
         raise BadInputError(f"--adapter-layers {layers}: none of {', '.join(targets)} is in them")
-    return names
+    return placed
 
 
 def add_lora(
@@ -146,15 +176,19 @@ def add_lora(
 ) -> Any:
     """Put fresh LoRA layers onto a plain transformers model; return the PeftModel.
 
+    PEFT gets the bare names where they mean just the modules that `modules_in` returns, so that an
+    adapter's configuration stays short.
+
     Their weights are in float32 whatever the model's dtype (PEFT's rule): at a learning rate of
     1e-6 a bfloat16 weight would round most updates away.  With `shortened` they compute the same in
     fewer operations (`lora.shorten_lora`).
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules = list(targets)
-    if config.adapter_layers != "all":
-        modules = modules_in(model, targets, config.adapter_layers)
+    modules = modules_in(model, targets, config.adapter_layers)
+    endings = tuple(f".{name}" for name in targets)
+    meant = {name for name, _ in model.named_modules() if f".{name}".endswith(endings)}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         peft = get_peft_model(
@@ -163,10 +197,14 @@ def add_lora(
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=modules,
+                target_modules=list(targets if meant == modules.keys() else modules),
                 task_type="CAUSAL_LM",
             ),
         )
+    inner: Any = peft.base_model.model
+    # How PEFT reads targets is its own matter, and has changed with its versions.
+    made = {name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert made == modules.keys(), sorted(made ^ modules.keys())
     if shortened:
         shorten_lora(peft)
     return peft
@@ -188,17 +226,18 @@ def add_adapters(
         The PeftModel and the bridge over its inner model.
 
     Raises:
-        BadInputError: a module is to be adapted that the bridge's own attention goes around.
+        BadInputError: a module is to be adapted that the bridge's own attention or MLP goes around.
     """
     targets = lora_targets(model.model, objective.targets)
     peft = add_lora(model.model, targets, config, shortened=shortened)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
     bridge, attention, reason = boot(inner, model.tokenizer, model.name)
-    if attention == "stock" and (cut := sorted(set(targets) & {*chain(*EQUIVALENTS["q_proj"])})):
+    fused = {*chain(*EQUIVALENTS["q_proj"]), "gate_up_proj"}
+    if attention == "stock" and (cut := sorted(set(targets) & fused)):
         raise BadInputError(
-            f"{model.name}: TransformerLens' own attention is used ({reason}), which goes around "
-            f"an adapter on {cut[0]}; choose others with --targets"
+            f"{model.name}: TransformerLens' own attention and MLP are used ({reason}), which go "
+            f"around an adapter on {cut[0]}; choose others with --targets"
         )
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():

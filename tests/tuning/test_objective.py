@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from resa_lens.errors import BadInputError
-from resa_lens.models.hookpoints import Hookpoint, adapted_layers
+from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder, new_coder
+from resa_lens.tuning.config import ATTENTION
 from resa_lens.tuning.objective import (
     PRESETS,
     Insertion,
@@ -24,7 +25,7 @@ from resa_lens.tuning.objective import (
     preset,
     tuning_loss,
 )
-from resa_lens.tuning.train import TuneConfig, add_adapters
+from resa_lens.tuning.train import TuneConfig, add_adapters, modules_in
 
 ALL_SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -202,11 +203,29 @@ def test_blocked_gradient_still_passes_beside_the_mlp(
     assert sizes[1, "down_proj"] == 0.0
 
 
-@pytest.mark.parametrize("layers", ["all", "0-1"])
+@pytest.mark.parametrize(
+    ("targets", "layers", "refused"),
+    [
+        # At a block's output with nothing behind it and nothing beside it.
+        (ATTENTION, "all", 3),
+        (ATTENTION, "0-1", 6),
+        # Inside of a block besides, where all adapters are in the part that the SAE replaces.
+        (("q_proj",), "1", 9),
+        (("gate_proj", "up_proj"), "1", 9),
+        (("down_proj",), "3", 6),
+        (("q_proj", "down_proj"), "1", 6),
+    ],
+)
 def test_what_is_refused_is_what_no_gradient_reaches(
-    small: Callable[[], Model], ids: torch.Tensor, layers: str
+    small: Callable[[], Model],
+    ids: torch.Tensor,
+    targets: tuple[str, ...],
+    layers: str,
+    refused: int,
 ) -> None:
-    peft, bridge = prepared(small(), Objective(), layers)
+    model = small()
+    adapted = modules_in(model.model, targets, layers)
+    peft, bridge = prepared(model, Objective(targets=targets), layers)
     outcomes = []
     for site, layer, reference, teacher, *flags in itertools.product(
         ("resid_post", "mlp_out", "attn_out"), (0, 1, 3), ("adapted", "base"), ("adapted", "base"),
@@ -226,11 +245,10 @@ def test_what_is_refused_is_what_no_gradient_reaches(
         learns = any(gradients(peft).values())
         refusal = pytest.raises(BadInputError, match=rf"layer {layer} \(0-based\)")
         with nullcontext() if learns else refusal:
-            objective.check_reach(layer, adapted_layers(layers, 4))
+            objective.check_reach(layer, adapted)
         outcomes.append(learns)
-    # Of the 90, those at a block's output with nothing behind it and nothing beside it.
     assert len(outcomes) == 90
-    assert outcomes.count(False) == (3 if layers == "all" else 6)
+    assert outcomes.count(False) == refused
 
 
 def test_detaching_the_reference_changes_the_gradient_and_not_the_loss(
