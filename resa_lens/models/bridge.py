@@ -51,7 +51,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     What a bridge wraps stands in its wrapper's place, and the wrapper's other parts are left out:
     they are the bridge's, such as the halves into which it cuts a fused projection.
     """
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -60,11 +60,11 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
                 child = inner
             if id(child) not in seen:
                 seen.add(id(child))
-                found[prefix + name] = child
+                modules[prefix + name] = child
                 visit(child, f"{prefix}{name}.")
 
     visit(model, "")
-    return found
+    return modules
 
 
 @contextmanager

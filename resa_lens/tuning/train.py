@@ -121,12 +121,12 @@ def adaptable(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     kinds = torch.nn.Linear, Conv1D
-    found = {n: m for n, m in plain_modules(model).items() if isinstance(m, kinds)}
-    taken = _taken_for_experts(model, {name.rsplit(".", 1)[-1] for name in found})
-    return {n: m for n, m in found.items() if n.rsplit(".", 1)[-1] not in taken}
+    modules = {n: m for n, m in plain_modules(model).items() if isinstance(m, kinds)}
+    experts = _expert_names(model, {name.rsplit(".", 1)[-1] for name in modules})
+    return {n: m for n, m in modules.items() if n.rsplit(".", 1)[-1] not in experts}
 
 
-def _taken_for_experts(model: torch.nn.Module, names: set[str]) -> set[str]:
+def _expert_names(model: torch.nn.Module, names: set[str]) -> set[str]:
     """Return the names that PEFT takes for those of routed experts, whatever else has them.
 
     Since transformers stacks experts, PEFT rewrites an adapter's targets for many mixtures, when
@@ -136,16 +136,16 @@ def _taken_for_experts(model: torch.nn.Module, names: set[str]) -> set[str]:
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    taken = set()
+    experts = set()
     for name in names:
         config = LoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(config, model, None)
         except ValueError:  # the name alone is half of a fused tensor
-            taken.add(name)
+            experts.add(name)
         else:
-            taken |= {name} if config.target_parameters else set()
-    return taken
+            experts |= {name} if config.target_parameters else set()
+    return experts
 
 
 def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def add_lora(
 
     modules = modules_in(model, targets, config.adapter_layers)
     endings = tuple(f".{name}" for name in targets)
-    meant = {name for name, _ in model.named_modules() if f".{name}".endswith(endings)}
+    named = {name for name, _ in model.named_modules() if f".{name}".endswith(endings)}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         peft = get_peft_model(
@@ -197,14 +197,18 @@ def add_lora(
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=list(targets if meant == modules.keys() else modules),
+                target_modules=list(targets if named == modules.keys() else modules),
                 task_type="CAUSAL_LM",
             ),
         )
     inner: Any = peft.base_model.model
     # How PEFT reads targets is its own matter, and has changed with its versions.
-    made = {name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
-    assert made == modules.keys(), sorted(made ^ modules.keys())
+    adapted = {name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+    if adapted != modules.keys():
+        raise BadInputError(
+            f"PEFT reads the targets otherwise, at {sorted(adapted ^ modules.keys())[0]}; choose "
+            "others with --targets"
+        )
     if shortened:
         shorten_lora(peft)
     return peft
