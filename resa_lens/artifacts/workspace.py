@@ -200,7 +200,8 @@ def has_progress(folder: Path) -> bool:
     if answers.is_file():
         # The first line is the run's settings.
         with answers.open("rb") as stream:
-            return len(list(zip(stream, range(2), strict=False))) == 2
+            if len(list(zip(stream, range(2), strict=False))) == 2:
+                return True
     marks = ("checkpoint-*", "group-*/checkpoint-*", "*/figures.json", "*.parquet", "jobs/*.json",
              "generations.jsonl")  # fmt: skip
     return any(any(folder.glob(mark)) for mark in marks)

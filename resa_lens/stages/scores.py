@@ -277,12 +277,12 @@ def _answered(
 ) -> None:
     """Generate and grade, and fill the draft."""
     work = draft.work
-    expect_answers(draft, model, asked, config)
+    expect_answers(draft, model, asked, config, replicates)
     log = AnswerLog(work / "answers.jsonl")
     if log.answers:
         ctx.reporter.note(f"{len(log.answers)} of {len(asked)} answers are there; going on")
     elif engine != "vllm" and config.generation.max_new_tokens >= LONG_ANSWERS:
-        _warn_of_hours(ctx, model, asked, config, engine)
+        _warn_of_hours(ctx, model, asked, config, engine, replicates)
     with (
         _threads(ctx, model, engine, asked, log),
         open_engine(model, engine, lora=lora) as generator,
@@ -291,15 +291,9 @@ def _answered(
             log,
             ctx.bar(f"scoring {label}", len(asked)) as advance,
         ):
-            before = 0
-
-            def progress(done: int, total: int) -> None:
-                nonlocal before
-                advance(done - before)
-                before = done
 
             def answer(questions: Sequence[Asked]) -> list[Generation]:
-                return answer_all(generator, questions, config.generation, log, progress)
+                return answer_all(generator, questions, config.generation, log, advance)
 
             peer = None
             if engine == "lighteval":
@@ -318,10 +312,11 @@ def _answered(
             else:
                 generations = answer(asked)
         graded = score(asked, generations, extraction=config.extraction)
-        noise = {}
+        noise, again = {}, 0.0
         if replicates > 1:
-            again = replicate_noise(ctx, generator, asked, config, graded, replicates)
-            noise = {"replicates": again}
+            noise["replicates"], again = replicate_noise(
+                ctx, generator, asked, config, graded, replicates, work=work, settings=log.settings
+            )
     result = replace(graded, seconds=log.seconds + graded.seconds, peer=peer, unanswerable=left_out)
     if result.timed_out:
         ctx.reporter.note(
@@ -337,7 +332,7 @@ def _answered(
         "threads_probe": log.settings["probe"],
         **noise,
     }
-    draft.seconds = result.seconds
+    draft.seconds = result.seconds + again
     draft.threads = log.settings["threads"]
     draft.json("results.json", result.to_dict())
     draft.write(lambda target: evals_run.write_samples(result, target / "samples.parquet"))
@@ -350,15 +345,21 @@ LONG_ANSWERS = 8192
 
 
 def _warn_of_hours(
-    ctx: Context, model: Model, questions: Sequence[Asked], config: EvalConfig, engine: EngineName
+    ctx: Context,
+    model: Model,
+    questions: Sequence[Asked],
+    config: EvalConfig,
+    engine: EngineName,
+    times: int,
 ) -> None:
     """Say what long answers will take with an engine that was not made for them."""
     from resa_lens.stages.trials import try_answers
 
     trial = try_answers(model, questions, config)
-    if trial.time.seconds >= HOUR:
+    seconds = times * trial.time.seconds
+    if seconds >= HOUR:
         ctx.reporter.note(
-            f"warning: {'at most' if trial.at_most else 'about'} {duration(trial.time.seconds)} "
+            f"warning: {'at most' if trial.at_most else 'about'} {duration(seconds)} "
             f"with engine {engine}, by one batch of answers; --engine vllm is made for long ones"
         )
 
