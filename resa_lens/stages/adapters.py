@@ -265,9 +265,12 @@ class _Run:
         stage = self._stage(kind, {"objective": part, **sampled}, {}, {"objective": part})
 
         def work(draft: Draft) -> None:
-            items, samples = sft_examples(
-                ctx, target, kind, self.records, own=own, generation=drawing, engine=job.engine
-            )
+            items, samples = self.world.first(
+                lambda: sft_examples(
+                    ctx, draft, target, kind, self.records, own=own, generation=drawing,
+                    engine=job.engine,
+                )
+            )  # fmt: skip
             fresh = self._fresh()
             peft = add_lora(fresh.model, lora_targets(fresh.model, objective.targets), job.lora)
             batches = sft_batches(

@@ -27,7 +27,7 @@ from resa_lens.evals.engines import Generation, HFEngine
 from resa_lens.evals.engines.choice import check_engine, engine_part, generated_by, open_engine
 from resa_lens.evals.engines.hf import probe_threads
 from resa_lens.evals.engines.vllm import Lora
-from resa_lens.evals.resume import AnswerLog, answer_all
+from resa_lens.evals.resume import AnswerLog, Named, answer_all
 from resa_lens.evals.run import (
     Asked,
     EvalConfig,
@@ -368,17 +368,31 @@ FEWER_ANSWERS = "A smaller --limit or --max-new-tokens takes less."
 
 
 def expect_answers(
-    draft: Draft, model: Model, asked: Sequence[Asked], config: EvalConfig, times: int = 1
+    draft: Draft,
+    model: Model,
+    asked: Sequence[Named],
+    config: EvalConfig,
+    times: int = 1,
+    fewer: str = FEWER_ANSWERS,
 ) -> None:
-    """Compare what answering will take with what is free (`Stage.expect`), for `times` rounds."""
+    """Compare what answering will take with what is free (`Stage.expect`).
+
+    Args:
+        draft: of what the answers are for.
+        model: the model that answers.
+        asked: the prompts.
+        config: how they are asked.
+        times: so often are they answered.
+        fewer: which options take less disk.
+    """
     prompts = [len(one.prompt) for one in asked]
     longest, new = max(prompts, default=0) // 3, config.generation.max_new_tokens
     rows = min(len(asked), config.generation.batch_size)
     memory = generation_mb(model.model.config, rows, longest + new, model.model.dtype.itemsize)
-    draft.expect(memory, times * answers_mb(asked, config), FEWER_ANSWERS)
+    draft.expect(memory, times * answers_mb(asked, config), fewer)
 
 
-def answers_mb(asked: Sequence[Asked], config: EvalConfig) -> float:
+def answers_mb(asked: Sequence[Named], config: EvalConfig) -> float:
     """Return the MB that answers take at most: as lines while they come, and as a table."""
     # Texts, and ids of about 7 characters a token.
     letters = 2 * sum(len(one.prompt) for one in asked)
