@@ -200,7 +200,8 @@ def has_progress(folder: Path) -> bool:
     if answers.is_file():
         # The first line is the run's settings.
         with answers.open("rb") as stream:
-            return len(list(zip(stream, range(2), strict=False))) == 2
+            if len(list(zip(stream, range(2), strict=False))) == 2:
+                return True
     marks = ("checkpoint-*", "group-*/checkpoint-*", "*/figures.json", "*.parquet", "jobs/*.json",
              "generations.jsonl")  # fmt: skip
     return any(any(folder.glob(mark)) for mark in marks)
@@ -212,7 +213,10 @@ def how_far(folder: Path) -> str:
     def several(n: int, what: str) -> str:
         return f"{n} {what}{'' if n == 1 else 's'}"
 
-    if (folder / "answers.jsonl").is_file():
+    places = (folder, *folder.glob("group-*"))
+    steps = [p.name.rpartition("-")[2] for place in places for p in place.glob("checkpoint-*")]
+    # A tuning on a model's own answers has steps once it has all of these.
+    if not steps and (folder / "answers.jsonl").is_file():
         # The first line is the run's settings.
         with (folder / "answers.jsonl").open("rb") as stream:
             lines = sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
@@ -221,6 +225,4 @@ def how_far(folder: Path) -> str:
         return several(len(list((folder / "jobs").glob("*.json"))), "job")
     if arms := len(list(folder.glob("*.parquet"))):
         return several(arms, "arm")
-    places = (folder, *folder.glob("group-*"))
-    steps = [p.name.rpartition("-")[2] for place in places for p in place.glob("checkpoint-*")]
     return f"step {max((int(step) for step in steps if step.isdigit()), default=0)}"

@@ -103,7 +103,7 @@ def evaluate(args: Eval) -> Outcome:
     if args.plan:
         from resa_lens.stages.plans import plan_eval
 
-        plan = plan_eval(ctx, model, items, config, args.engine)
+        plan = plan_eval(ctx, model, items, config, args.engine, args.replicates)
         return plan.to_dict(), plan_report(plan)
     run = eval_run(
         ctx, model, items, config, source=args.tasks, engine=args.engine,

@@ -156,12 +156,11 @@ def sweep(args: Sweep) -> Outcome:
     Example: resa-lens sweep --model tiny-reasoner --layers all --seeds 3 --learning-rate 1e-4
     """
     ctx = args.context()
-    from resa_lens.stages.adapters import questions_of
     from resa_lens.stages.reports.jobs import share as share_report
     from resa_lens.stages.sweep import sweep_join, sweep_run
-    from resa_lens.stages.sweep_jobs import jobs_of
+    from resa_lens.stages.sweep_jobs import jobs_of, sweep_questions
 
-    questions_of(ctx, args.job(args.model))
+    sweep_questions(ctx, args.job(args.model))
     check_data(args.corpus)
     n_layers = ctx.unloaded(args.model, args.base).n_layers
     config = args.config(n_layers)

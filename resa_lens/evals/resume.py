@@ -137,7 +137,7 @@ def answer_all(
     asked: Sequence[Named],
     config: GenerationConfig,
     log: AnswerLog,
-    progress: Callable[[int, int], None] | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Generate the answers that the log lacks, keep each as it ends, and return all.
 
@@ -146,7 +146,8 @@ def answer_all(
         asked: the prompts, in the order of the result.
         config: how to generate.
         log: the open file of answers.
-        progress: called with (finished, all) answers.
+        advance: called with the number of answers that came since the last call; those that are
+            there come first.
 
     Raises:
         BadInputError: what the engine refuses before it begins.
@@ -160,11 +161,11 @@ def answer_all(
         nonlocal done
         log.add(missing[index].key, answer)
         done += 1
-        if progress is not None:
-            progress(done, total)
+        if advance is not None:
+            advance(1)
 
-    if progress is not None and done:
-        progress(done, total)
+    if advance is not None and done:
+        advance(done)
     try:
         if missing:
             engine.generate(

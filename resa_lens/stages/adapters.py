@@ -266,9 +266,12 @@ class _Run:
         stage = self._stage(kind, {"objective": part, **sampled}, {}, {"objective": part})
 
         def work(draft: Draft) -> None:
-            items, samples = sft_examples(
-                ctx, target, kind, self.records, own=own, generation=drawing, engine=job.engine
-            )
+            items, samples = self.world.first(
+                lambda: sft_examples(
+                    ctx, draft, target, kind, self.records, own=own, generation=drawing,
+                    engine=job.engine,
+                )
+            )  # fmt: skip
             fresh = self._fresh()
             peft, loss_of = prepare_sft(
                 fresh.model, objective.targets, job.lora, note=ctx.reporter.note

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resa_lens.artifacts.stage import Context
+from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.errors import BadInputError
-from resa_lens.evals.config import GenerationConfig, TextEngine
+from resa_lens.evals.config import EvalConfig, GenerationConfig, TextEngine
+from resa_lens.evals.engines import Generation
 from resa_lens.evals.engines.choice import check_engine, open_engine
 from resa_lens.evals.grading import is_correct
+from resa_lens.evals.resume import AnswerLog, answer_all
 from resa_lens.models.activations import stream_activations
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
@@ -26,10 +28,12 @@ from resa_lens.saes.baselines import (
     fvu_on,
     random_weights_model,
 )
+from resa_lens.saes.checkpoint import machine
 from resa_lens.saes.coder import SparseCoder, new_coder
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import fit_corpus, packed
+from resa_lens.stages.scores import expect_answers
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.tuning.config import Objective, TuneConfig
@@ -153,6 +157,7 @@ def _random_weights_coder(
 
 def sft_examples(
     ctx: Context,
+    draft: Draft,
     model: Model,
     kind: str,
     records: Sequence[Record],
@@ -166,6 +171,8 @@ def sft_examples(
 
     Args:
         ctx: who to tell.
+        draft: in its folder own samples are kept as they come; those that a killed run left there
+            are not drawn again.
         model: the target; of own samples, the model that answers.
         kind: a name of `tuning.sft.KINDS`.
         records: the elicitation data.
@@ -189,7 +196,7 @@ def sft_examples(
     asked = list(records)
     if len(asked) > questions:
         asked = random.Random(f"own/{own.seed}").sample(asked, questions)
-    found = sample_answers(ctx, model, asked, own, generation, engine)
+    found = sample_answers(ctx, draft, model, asked, own, generation, engine)
     ctx.reporter.note(
         f"own samples: {found.right} of {found.answers} answers right, {found.solved} of "
         f"{found.questions} questions solved at least once; {len(found.examples)} to imitate"
@@ -202,8 +209,23 @@ def own_generation(own: OwnConfig) -> GenerationConfig:
     return GenerationConfig(temperature=1.0, seed=own.seed)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """One sample of one record's question."""
+
+    prompt: str
+    stream: tuple[int, int]
+    """The record's number and the sample's."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The record's number, as text, and the sample's."""
+        return str(self.stream[0]), self.stream[1]
+
+
 def sample_answers(
     ctx: Context,
+    draft: Draft,
     model: Model,
     records: Sequence[Record],
     config: OwnConfig,
@@ -212,29 +234,35 @@ def sample_answers(
 ) -> OwnSamples:
     """Let a model answer questions and keep its right answers, with a bar.
 
+    All answers are in the draft's folder: a tuning that goes on must imitate what it began with,
+    and an engine need not give the same answers twice.
+
     Raises:
         BadInputError: as `own_samples`, or an engine that is not installed.
         RunFailedError: the engine failed.
     """
     check_engine(engine)
-    total = len(records) * config.samples
-    with (
-        open_engine(model, engine) as generator,
-        ctx.bar(f"{model.name}: own answers", total) as advance,
-    ):
-        done = 0
 
-        def progress(finished: int) -> None:
-            nonlocal done
-            advance(finished - done)
-            done = finished
+    def answers(texts: Sequence[str], names: Sequence[tuple[int, int]]) -> list[Generation]:
+        samples = [_Sample(text, name) for text, name in zip(texts, names, strict=True)]
+        expect_answers(
+            draft, model, samples, EvalConfig(generation=generation),
+            fewer="Fewer --data-rows take less.",
+        )  # fmt: skip
+        log = AnswerLog(draft.work / "answers.jsonl", machine(model.device))
+        # An engine may take minutes to open.
+        if any(one.key not in log.answers for one in samples):
+            if log.answers:
+                ctx.reporter.note(f"{len(log.answers)} of {len(samples)} own answers are there")
+            with (
+                open_engine(model, engine) as generator,
+                log,
+                ctx.bar(f"{model.name}: own answers", len(samples)) as advance,
+            ):
+                answer_all(generator, samples, generation, log, advance)
+        return [log.answers[one.key] for one in samples]
 
-        return own_samples(
-            records,
-            lambda texts, names: generator.generate(texts, generation, progress, streams=names),
-            is_correct,
-            config,
-        )
+    return own_samples(records, answers, is_correct, config)
 
 
 def starting_losses(

@@ -97,7 +97,7 @@ def plan_insert(
     each = inserted.time.seconds * arms
     levers = [
         f"fewer --layers: each takes {duration(each)}",
-        *answer_levers(questions, every, inserted),
+        *answer_levers(questions, every, inserted, count * arms),
     ]
     if full:
         levers.append(f"--arms short: each layer takes {duration(2 * inserted.time.seconds)}")
@@ -153,7 +153,7 @@ def plan_activity(
         questions, _ = answerable(ask(items, asking), model.tokenizer, model.context)
         answers = try_answers(model, questions, asking)
         parts.append(answers_part("answers", questions, asking, answers))
-        levers = answer_levers(questions, asking, answers)
+        levers = answer_levers(questions, asking, answers, option="--generations")
         # A prompt of a question is as long as its document without an answer.
         read: int = sum(map(len, model.tokenizer([one.prompt for one in questions])["input_ids"]))  # pyright: ignore
         tokens = read + answers.tokens

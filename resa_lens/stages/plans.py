@@ -33,7 +33,7 @@ from resa_lens.stages.sae_plan import plan_run, try_report
 from resa_lens.stages.sae_quality import report_batches
 from resa_lens.stages.saes import SaeRun, find_saes, fit_corpus, open_saes, split_records
 from resa_lens.stages.scores import answers_mb
-from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
+from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of, sweep_questions
 from resa_lens.stages.trials import (
     AnswersTrial,
     TuningTrial,
@@ -121,13 +121,28 @@ def documents_part(
     return part_of(name, readings, "readings", report.time * readings, report.peak_memory_mb)
 
 
-def answer_levers(questions: Sequence[Asked], config: EvalConfig, trial: AnswersTrial) -> list[str]:
-    """Say what fewer and shorter answers would save."""
+def answer_levers(
+    questions: Sequence[Asked],
+    config: EvalConfig,
+    trial: AnswersTrial,
+    times: int = 1,
+    option: str = "--limit",
+) -> list[str]:
+    """Say what fewer and shorter answers would save.
+
+    Args:
+        questions: all prompts.
+        config: how they are asked.
+        trial: what answering them once takes.
+        times: so often are they answered.
+        option: that says in the command how many they are.
+    """
     day = int(len(questions) * DAY / max(trial.time.seconds, 1e-9))
-    levers = [f"a smaller --limit: {day:,} answers take a day"]
+    levers = [f"a smaller {option}: {day:,} answers take a day"]
     if trial.at_most:
         half = config.generation.max_new_tokens // 2
-        levers.append(f"--max-new-tokens {half:,}: at most {duration(trial.time.seconds / 2)}")
+        shorter = duration(times * trial.time.seconds / 2)
+        levers.append(f"--max-new-tokens {half:,}: at most {shorter}")
     return levers
 
 
@@ -145,6 +160,7 @@ def plan_eval(
     items: Sequence[EvalItem],
     config: EvalConfig,
     engine: EngineName = "hf",
+    replicates: int = 1,
 ) -> Plan:
     """Return what an evaluation will take, from one batch of its answers.
 
@@ -154,14 +170,17 @@ def plan_eval(
         items: all that is asked.
         config: how it is asked.
         engine: what would generate; engine hf is tried.
+        replicates: how often all is answered.
     """
     questions, every = fitting_questions(model, items, config)
     trial = try_answers(model, questions, every)
-    levers = answer_levers(questions, every, trial)
+    levers = answer_levers(questions, every, trial, replicates)
     if config.samples > 1:
-        each = duration(trial.time.seconds / config.samples)
+        each = duration(replicates * trial.time.seconds / config.samples)
         levers.append(f"fewer --samples: each takes {each}")
-    parts = [answers_part("answers", questions, every, trial)]
+    if replicates > 1:
+        levers.append(f"fewer --replicates: each takes {duration(trial.time.seconds)}")
+    parts = [answers_part("answers", questions, every, trial, replicates)]
     return plan_of(ctx, "eval", model, parts, levers, notes=engine_notes(engine))
 
 
@@ -396,6 +415,7 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
         BadInputError: as `stages.sweep.sweep_run`.
     """
     job = with_sequence(config.tune)
+    sweep_questions(ctx, job)
     target = ctx.model(job.model, job.base)
     jobs = jobs_of(config, target.n_layers)
     layers = sorted({one.layer for one in jobs if one.layer is not None})

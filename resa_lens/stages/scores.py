@@ -27,7 +27,7 @@ from resa_lens.evals.engines import Generation, HFEngine
 from resa_lens.evals.engines.choice import check_engine, engine_part, generated_by, open_engine
 from resa_lens.evals.engines.hf import probe_threads
 from resa_lens.evals.engines.vllm import Lora
-from resa_lens.evals.resume import AnswerLog, answer_all
+from resa_lens.evals.resume import AnswerLog, Named, answer_all
 from resa_lens.evals.run import (
     Asked,
     EvalConfig,
@@ -277,12 +277,12 @@ def _answered(
 ) -> None:
     """Generate and grade, and fill the draft."""
     work = draft.work
-    expect_answers(draft, model, asked, config)
+    expect_answers(draft, model, asked, config, replicates)
     log = AnswerLog(work / "answers.jsonl")
     if log.answers:
         ctx.reporter.note(f"{len(log.answers)} of {len(asked)} answers are there; going on")
     elif engine != "vllm" and config.generation.max_new_tokens >= LONG_ANSWERS:
-        _warn_of_hours(ctx, model, asked, config, engine)
+        _warn_of_hours(ctx, model, asked, config, engine, replicates)
     with (
         _threads(ctx, model, engine, asked, log),
         open_engine(model, engine, lora=lora) as generator,
@@ -291,15 +291,9 @@ def _answered(
             log,
             ctx.bar(f"scoring {label}", len(asked)) as advance,
         ):
-            before = 0
-
-            def progress(done: int, total: int) -> None:
-                nonlocal before
-                advance(done - before)
-                before = done
 
             def answer(questions: Sequence[Asked]) -> list[Generation]:
-                return answer_all(generator, questions, config.generation, log, progress)
+                return answer_all(generator, questions, config.generation, log, advance)
 
             peer = None
             if engine == "lighteval":
@@ -318,10 +312,11 @@ def _answered(
             else:
                 generations = answer(asked)
         graded = score(asked, generations, extraction=config.extraction)
-        noise = {}
+        noise, again = {}, 0.0
         if replicates > 1:
-            again = replicate_noise(ctx, generator, asked, config, graded, replicates)
-            noise = {"replicates": again}
+            noise["replicates"], again = replicate_noise(
+                ctx, generator, asked, config, graded, replicates, work=work, settings=log.settings
+            )
     result = replace(graded, seconds=log.seconds + graded.seconds, peer=peer, unanswerable=left_out)
     if result.timed_out:
         ctx.reporter.note(
@@ -337,7 +332,7 @@ def _answered(
         "threads_probe": log.settings["probe"],
         **noise,
     }
-    draft.seconds = result.seconds
+    draft.seconds = result.seconds + again
     draft.threads = log.settings["threads"]
     draft.json("results.json", result.to_dict())
     draft.write(lambda target: evals_run.write_samples(result, target / "samples.parquet"))
@@ -350,15 +345,21 @@ LONG_ANSWERS = 8192
 
 
 def _warn_of_hours(
-    ctx: Context, model: Model, questions: Sequence[Asked], config: EvalConfig, engine: EngineName
+    ctx: Context,
+    model: Model,
+    questions: Sequence[Asked],
+    config: EvalConfig,
+    engine: EngineName,
+    times: int,
 ) -> None:
     """Say what long answers will take with an engine that was not made for them."""
     from resa_lens.stages.trials import try_answers
 
     trial = try_answers(model, questions, config)
-    if trial.time.seconds >= HOUR:
+    seconds = times * trial.time.seconds
+    if seconds >= HOUR:
         ctx.reporter.note(
-            f"warning: {'at most' if trial.at_most else 'about'} {duration(trial.time.seconds)} "
+            f"warning: {'at most' if trial.at_most else 'about'} {duration(seconds)} "
             f"with engine {engine}, by one batch of answers; --engine vllm is made for long ones"
         )
 
@@ -367,17 +368,31 @@ FEWER_ANSWERS = "A smaller --limit or --max-new-tokens takes less."
 
 
 def expect_answers(
-    draft: Draft, model: Model, asked: Sequence[Asked], config: EvalConfig, times: int = 1
+    draft: Draft,
+    model: Model,
+    asked: Sequence[Named],
+    config: EvalConfig,
+    times: int = 1,
+    fewer: str = FEWER_ANSWERS,
 ) -> None:
-    """Compare what answering will take with what is free (`Stage.expect`), for `times` rounds."""
+    """Compare what answering will take with what is free (`Stage.expect`).
+
+    Args:
+        draft: of what the answers are for.
+        model: the model that answers.
+        asked: the prompts.
+        config: how they are asked.
+        times: so often are they answered.
+        fewer: which options take less disk.
+    """
     prompts = [len(one.prompt) for one in asked]
     longest, new = max(prompts, default=0) // 3, config.generation.max_new_tokens
     rows = min(len(asked), config.generation.batch_size)
     memory = generation_mb(model.model.config, rows, longest + new, model.model.dtype.itemsize)
-    draft.expect(memory, times * answers_mb(asked, config), FEWER_ANSWERS)
+    draft.expect(memory, times * answers_mb(asked, config), fewer)
 
 
-def answers_mb(asked: Sequence[Asked], config: EvalConfig) -> float:
+def answers_mb(asked: Sequence[Named], config: EvalConfig) -> float:
     """Return the MB that answers take at most: as lines while they come, and as a table."""
     # Texts, and ids of about 7 characters a token.
     letters = 2 * sum(len(one.prompt) for one in asked)

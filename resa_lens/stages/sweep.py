@@ -16,7 +16,7 @@ from resa_lens.artifacts.artifact import Artifact, Parent
 from resa_lens.artifacts.kinds.sweep import SWEEP, Sweep, SweepTables
 from resa_lens.artifacts.stage import Context, Draft, Stage
 from resa_lens.config import config_dict
-from resa_lens.errors import BadInputError, RunFailedError
+from resa_lens.errors import RunFailedError
 from resa_lens.evals.compare import run_scores
 from resa_lens.evals.engines.choice import engine_part
 from resa_lens.evals.run import ask
@@ -25,7 +25,7 @@ from resa_lens.features.config import RULES, CountConfig
 from resa_lens.hashes import digest
 from resa_lens.jobs.cluster import Cluster
 from resa_lens.models.host import Model
-from resa_lens.stages.adapters import adapter_mb, elicitation_records, questions_of
+from resa_lens.stages.adapters import adapter_mb, elicitation_records
 from resa_lens.stages.attribution import measure_effects
 from resa_lens.stages.counts import count_run
 from resa_lens.stages.insertion import InsertionRun, gains, starting_point
@@ -42,7 +42,7 @@ from resa_lens.stages.scores import (
     questions_hash,
     read_result,
 )
-from resa_lens.stages.sweep_jobs import Job, SweepConfig, jobs_of
+from resa_lens.stages.sweep_jobs import Job, SweepConfig, jobs_of, sweep_questions
 from resa_lens.stages.sweep_page import PAGE, write_sweep_page
 from resa_lens.stages.sweep_tables import JobScores, analyse, write_tables
 from resa_lens.stages.sweep_tunings import RemoteTunings, Tunings, recorded
@@ -105,11 +105,7 @@ def _plan(ctx: Context, config: SweepConfig) -> _Plan:
     """
     config = replace(config, tune=with_sequence(config.tune))
     shared = config.tune
-    items = questions_of(ctx, shared)
-    if len(items) < 2:
-        raise BadInputError(
-            f"{len(items)} question to score: intervals over questions need two or more"
-        )
+    items = sweep_questions(ctx, shared)
     trigger, elicited = corpora.read_records(shared.trigger), elicitation_records(shared)
     note_overlap(ctx, items, elicited)
     target = ctx.model(shared.model, shared.base)

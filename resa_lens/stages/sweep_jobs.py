@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resa_lens.artifacts.stage import Context
 from resa_lens.config import Config, setting
 from resa_lens.errors import BadInputError
+from resa_lens.evals.tasks import EvalItem
 from resa_lens.features.config import Rule
 from resa_lens.models.hookpoints import trainable_layers
+from resa_lens.stages.adapters import questions_of
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.tuning.config import Control
 from resa_lens.tuning.sft import KINDS
@@ -52,6 +55,20 @@ class Job:
     control: str | None = None
 
 
+def sweep_questions(ctx: Context, job: TuneJob) -> list[EvalItem]:
+    """Return the questions that every job of a sweep is scored on.
+
+    Raises:
+        BadInputError: as `questions_of`, or a single question.
+    """
+    items = questions_of(ctx, job)
+    if len(items) < 2:
+        raise BadInputError(
+            f"{len(items)} question to score: intervals over questions need two or more"
+        )
+    return items
+
+
 def jobs_of(config: SweepConfig, n_layers: int) -> list[Job]:
     """Return the jobs, seed by seed, so that a part of a sweep is a smaller sweep.
 
@@ -62,10 +79,6 @@ def jobs_of(config: SweepConfig, n_layers: int) -> list[Job]:
     at = config.control_layers
     if at is None:
         at = tuple(dict.fromkeys(layers[len(layers) * i // 3] for i in (1, 2)))
-    for layer in (*layers, *at):
-        if not 0 <= layer < n_layers:
-            raise BadInputError(f"layer {layer}: the model has 0 to {n_layers - 1} (0-based)")
-        config.tune.check_reach(layer, n_layers)
     first = config.tune.lora.seed
     jobs = []
     for seed in range(first, first + config.seeds):
@@ -75,4 +88,9 @@ def jobs_of(config: SweepConfig, n_layers: int) -> list[Job]:
                 jobs.append(Job(f"{name}-s{seed}", None, seed, name))
             else:
                 jobs += [Job(f"L{x:02d}-{name}-s{seed}", x, seed, name) for x in at]
+    # Only where something is tuned: fine-tuned controls leave their layers unused.
+    for layer in dict.fromkeys(job.layer for job in jobs if job.layer is not None):
+        if not 0 <= layer < n_layers:
+            raise BadInputError(f"layer {layer}: the model has 0 to {n_layers - 1} (0-based)")
+        config.tune.check_reach(layer, n_layers)
     return jobs

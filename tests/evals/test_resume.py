@@ -32,10 +32,10 @@ class Engine:
         return [found[i] for i in range(len(prompts))]
 
 
-def run(path, engine, progress=None):
+def run(path, engine, advance=None):
     log = AnswerLog(path, {"threads": 3})
     with log:
-        return answer_all(engine, ASKED, GenerationConfig(), log, progress), log
+        return answer_all(engine, ASKED, GenerationConfig(), log, advance), log
 
 
 def test_a_crash_keeps_what_was_finished(tmp_path):
@@ -45,10 +45,10 @@ def test_a_crash_keeps_what_was_finished(tmp_path):
         run(path, Engine(breaks=5))
     assert len(str(e.value).splitlines()) <= 3
     engine, seen = Engine(), []
-    answers, log = run(path, engine, lambda *done: seen.append(done))
+    answers, log = run(path, engine, seen.append)
     assert [a.text for a in answers] == [a.text for a in whole]
     assert engine.asked == [one.stream for one in ASKED[:7]]
-    assert seen == [(5 + i, 12) for i in range(8)]
+    assert seen == [5] + 7 * [1]
     assert log.settings == {"threads": 3}
     third = Engine()
     assert run(path, third)[0] == answers

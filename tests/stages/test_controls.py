@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from resa_lens.artifacts.artifact import Artifact
 from resa_lens.artifacts.kinds.saes import Saes
-from resa_lens.artifacts.stage import Context
+from resa_lens.artifacts.stage import Context, Draft
 from resa_lens.artifacts.workspace import Workspace
 from resa_lens.errors import BadInputError
-from resa_lens.evals.engines import GenerationConfig
+from resa_lens.evals.engines import GenerationConfig, HFEngine
 from resa_lens.evals.grading import is_correct
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model, load_model
@@ -23,7 +25,9 @@ from resa_lens.saes import checkpoint
 from resa_lens.saes.baselines import substitute
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.train import SaeConfig
+from resa_lens.stages import adapters
 from resa_lens.stages import controls as module
+from resa_lens.stages.adapters import adapter_run
 from resa_lens.stages.controls import (
     CONTROLS,
     MATCHED,
@@ -35,6 +39,7 @@ from resa_lens.stages.controls import (
 )
 from resa_lens.stages.sae_training import train_run
 from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig, Record, load_records
 from resa_lens.tuning.objective import preset
@@ -207,10 +212,16 @@ def test_saes_of_unknown_training_have_none(run: SaeRun) -> None:
 # What is imitated
 
 
-def test_own_samples_are_the_models_right_answers(ctx: Context, tiny: Model) -> None:
+@pytest.fixture
+def draft(tmp_path: Path) -> Draft:
+    return Draft(tmp_path / "work")
+
+
+def test_own_samples_are_the_models_right_answers(ctx: Context, tiny: Model, draft: Draft) -> None:
     generation = GenerationConfig(temperature=1.0, seed=4)
     items, found = sft_examples(
-        ctx, tiny, "own-samples", RECORDS, own=OwnConfig(samples=2, easy_share=1.0), questions=12,
+        ctx, draft, tiny, "own-samples", RECORDS,
+        own=OwnConfig(samples=2, easy_share=1.0), questions=12,
         generation=generation,
     )  # fmt: skip
     assert found is not None
@@ -224,28 +235,73 @@ def test_own_samples_are_the_models_right_answers(ctx: Context, tiny: Model) -> 
         assert is_correct("<think>" + item.completion, gold[item.question])
     assert f"{found.right} of 24 answers right" in notes(ctx)[-1]
     again, _ = sft_examples(
-        ctx, tiny, "own-samples", RECORDS, own=OwnConfig(samples=2, easy_share=1.0), questions=12,
+        ctx, draft, tiny, "own-samples", RECORDS,
+        own=OwnConfig(samples=2, easy_share=1.0), questions=12,
         generation=generation,
     )  # fmt: skip
     assert again == items
 
 
-def test_the_records_kinds_and_bad_data(ctx: Context, tiny: Model) -> None:
-    items, found = sft_examples(ctx, tiny, "cot", RECORDS)
+def test_the_records_kinds_and_bad_data(ctx: Context, tiny: Model, draft: Draft) -> None:
+    items, found = sft_examples(ctx, draft, tiny, "cot", RECORDS)
     assert found is None
     assert len(items) == len(RECORDS)
     with pytest.raises(BadInputError, match=r"'sft' is unknown; use cot-free"):
-        sft_examples(ctx, tiny, "sft", RECORDS)
+        sft_examples(ctx, draft, tiny, "sft", RECORDS)
     for kind in ("cot-free", "cot", "own-samples"):
         with pytest.raises(BadInputError, match="hold no record"):
-            sft_examples(ctx, tiny, kind, [])
+            sft_examples(ctx, draft, tiny, kind, [])
     with pytest.raises(BadInputError, match="no steps"):
-        sft_examples(ctx, tiny, "cot", [Record("What is 1+1?", "2")])
+        sft_examples(ctx, draft, tiny, "cot", [Record("What is 1+1?", "2")])
 
 
 def test_a_model_that_is_never_right_cannot_teach_itself(
-    ctx: Context, tiny: Model, monkeypatch: pytest.MonkeyPatch
+    ctx: Context, tiny: Model, draft: Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "is_correct", lambda text, gold: False)
     with pytest.raises(BadInputError, match=r"none of 8 answers.*0 are right"):
-        sft_examples(ctx, tiny, "own-samples", RECORDS, questions=2)
+        sft_examples(ctx, draft, tiny, "own-samples", RECORDS, questions=2)
+
+
+def test_own_answers_that_are_there_are_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at the second update of a tuning: it goes on with the texts that it began on."""
+    monkeypatch.setattr(checkpoint, "UNNOTICED_S", 10**9)
+    file, drawn = tmp_path / "rows.jsonl", []
+    rows = [{"question": r.question, "answer": r.answer} for r in RECORDS[:6]]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    job = TuneJob(
+        model="tiny-reasoner", control="own-samples", lora=TuneConfig(rank=2), steps=2,
+        elicitation=CorpusConfig(source=str(file), sequence=64),
+    )  # fmt: skip
+    generate, fit = HFEngine.generate, adapters.fit
+
+    def counted(self: HFEngine, prompts: Any, *args: Any, **options: Any) -> Any:
+        drawn.append(len(prompts))
+        return generate(self, prompts, *args, **options)
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        def advance(done: int) -> None:
+            if done:
+                raise KeyboardInterrupt
+
+        return fit(*args, **{**options, "advance": advance})
+
+    monkeypatch.setattr(HFEngine, "generate", counted)
+
+    def tuned(place: str) -> Artifact:
+        return adapter_run(Context(Workspace(tmp_path / place), device="cpu"), job).artifact
+
+    whole = tuned("whole")
+    assert drawn == [24]
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "fit", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tuned("w")
+    assert drawn == [24, 24]
+    again = tuned("w")
+    assert drawn == [24, 24]
+    assert again.manifest.results["resumed_at"] == 1
+    assert again.manifest.results["losses"] == whole.manifest.results["losses"]
+    assert again.manifest.results["own_samples"] == whole.manifest.results["own_samples"]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 from whole_process import run_whole
 
@@ -70,6 +72,7 @@ def test_a_plan_names_its_parts_and_leaves_nothing(tmp_path: Path, command: str)
         assert part["seconds"] >= 0
         # The process itself is in it.
         assert 300 < part["peak_memory_mb"] < plan["available_mb"]
+    assert set(re.findall(r"--[a-z-]+", " ".join(plan["levers"]))) <= options_of(command)
     assert plan["cpu_seconds"] > 0
     assert plan["seconds"] == pytest.approx(sum(p["seconds"] for p in plan["parts"]), abs=0.1)
     if command == "sweep":
@@ -112,6 +115,28 @@ def test_controls_have_parts_of_their_own(tmp_path: Path) -> None:
     assert (many["tuning"], many["tuning, own-samples"]) == (7 * 2 * (3 + 2), 7 * 2)
     assert many["training 1 SAEs, random weights'"] == 2 * 2 * many["training 3 SAEs"]
     assert many["answers of the tuned"] == 4 * 2 * (3 + 2 + 1)
+
+
+def test_replicates_are_answers_too(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "eval", "--model", "tiny-reasoner", *ASKED, "--replicates", "5")
+    assert [part["amount"] for part in plan["parts"]] == [5 * 4]
+    assert any("fewer --replicates" in lever for lever in plan["levers"])
+
+
+def options_of(command: str) -> set[str]:
+    """Return the options that a command has."""
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    return {name for option in group.commands[command].params for name in option.opts}
+
+
+def test_levers_of_generated_texts_are_the_commands_options(tmp_path: Path) -> None:
+    plan = planned(
+        tmp_path, "activity", "--layers", "5", *SAE, "--generations", "4", "--max-new-tokens", "8"
+    )
+    options_named = set(re.findall(r"--[a-z-]+", " ".join(plan["levers"])))
+    assert "--generations" in options_named
+    assert options_named <= options_of("activity")
 
 
 def test_given_saes_are_measured_and_not_trained(tmp_path: Path) -> None:

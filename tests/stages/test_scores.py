@@ -21,7 +21,7 @@ from resa_lens.artifacts.stage import Context
 from resa_lens.artifacts.workspace import LOCK, Workspace
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError, RunFailedError, TakenError
-from resa_lens.evals.engines import GenerationConfig
+from resa_lens.evals.engines import Generation, GenerationConfig, HFEngine
 from resa_lens.evals.engines.choice import check_engine
 from resa_lens.evals.run import EvalConfig, read_samples
 from resa_lens.files import run_lock
@@ -259,20 +259,61 @@ def test_replicates_of_greedy_answers_with_hf_have_no_noise(tmp_path):
     assert again.artifact.path == run.artifact.path
 
 
+def test_a_replicate_that_is_finished_is_not_answered_again(tmp_path, monkeypatch):
+    """Interrupted while the third of four is graded: only the fourth is left to answer."""
+    model = load_model("tiny-reasoner")
+    whole = eval_run(context(tmp_path / "whole"), model, ITEMS[:3], CONFIG, replicates=4)
+    generate, score, drawn, graded = HFEngine.generate, replicates.score, [], []
+
+    def counted(self, prompts, *args, **options):
+        drawn.append(len(prompts))
+        return generate(self, prompts, *args, **options)
+
+    def interrupted(*args, **options):
+        graded.append(1)
+        if len(graded) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **options)
+
+    monkeypatch.setattr(HFEngine, "generate", counted)
+    monkeypatch.setattr(replicates, "score", interrupted)
+    ctx = context(tmp_path / "w", threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        eval_run(ctx, model, ITEMS[:3], CONFIG, replicates=4)
+    assert drawn == [3, 3, 3]
+    assert "the same command goes on" in ctx.reporter.said[-1]
+    drawn.clear()
+    run = eval_run(context(tmp_path / "w", threads=1), model, ITEMS[:3], CONFIG, replicates=4)
+    assert drawn == [3]
+    assert run.result.samples == whole.result.samples
+    results = (one.artifact.manifest.results["replicates"] for one in (run, whole))
+    assert len({json.dumps(noise) for noise in results}) == 1
+    assert works(tmp_path / "w") == []
+
+
 def test_an_engine_that_answers_otherwise_has_its_noise_measured(tmp_path):
     """One answer of four is right in one replicate of three."""
-    asked = [SimpleNamespace(prompt="", stream=(n,)) for n in range(4)]
+    asked = [SimpleNamespace(prompt="", stream=(n,), key=(str(n), 0)) for n in range(4)]
     rounds = iter([[1, 0, 1, 1], [1, 0, 0, 1]])
 
     def graded(verdicts):
-        return SimpleNamespace(samples=[{"correct": bool(right)} for right in verdicts])
+        return SimpleNamespace(seconds=0.0, samples=[{"correct": bool(r)} for r in verdicts])
 
-    engine = SimpleNamespace(generate=lambda *_, **__: next(rounds))
+    def generate(prompts, config, *, streams, answered):
+        for number, right in enumerate(next(rounds)):
+            answered(number, Generation(str(right), (right,), 1, True))
+
+    engine = SimpleNamespace(generate=generate)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicates, "score", lambda asked, answers, extraction: graded(answers))
-        noise = replicates.replicate_noise(
-            context(tmp_path), engine, asked, CONFIG, graded([1, 0, 0, 1]), 3
-        )
+        patch.setattr(
+            replicates, "score",
+            lambda asked, answers, extraction: graded([answer.text == "1" for answer in answers]),
+        )  # fmt: skip
+        noise, seconds = replicates.replicate_noise(
+            context(tmp_path), engine, asked, CONFIG, graded([1, 0, 0, 1]), 3,
+            work=tmp_path / "work", settings={},
+        )  # fmt: skip
+    assert seconds > 0
     assert noise["accuracies"] == [0.5, 0.75, 0.5]
     assert noise["flips"] == 0.25
     assert noise["sd"] == pytest.approx(0.1443, abs=1e-4)

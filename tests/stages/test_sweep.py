@@ -36,6 +36,7 @@ from resa_lens.stages.sweep_jobs import SweepConfig, jobs_of
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.texts.corpora import CorpusConfig
 from resa_lens.tuning.loop import TuneConfig
+from resa_lens.tuning.objective import preset
 
 LAYERS = (4, 5)
 
@@ -84,6 +85,14 @@ def test_the_jobs_are_named_seed_by_seed():
     jobs = jobs_of(SweepConfig(TuneJob("m"), seeds=1, controls=("pca",)), 12)
     assert [job.layer for job in jobs if job.control is None] == list(range(1, 11))
     assert [job.layer for job in jobs if job.control] == [4, 7]
+
+
+def test_a_layer_where_nothing_is_tuned_is_not_checked():
+    tuning = TuneJob("m", objective=preset("reference"))
+    asked = SweepConfig(tuning, layers=(3,), seeds=1, controls=("cot-free",), control_layers=(11,))
+    assert [job.name for job in jobs_of(asked, 12)] == ["L03-s0", "cot-free-s0"]
+    with pytest.raises(BadInputError, match="layer 11"):
+        jobs_of(replace(asked, controls=("noise",)), 12)
 
 
 def test_a_sweep_scores_every_job_and_is_read_again(ctx):
