@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -98,13 +99,18 @@ class World:
 ALONE = World()
 
 
+PATIENCE = timedelta(days=7)
+"""How long processes wait for one that does a piece for all, such as training SAEs or drawing
+answers; after ten minutes NCCL would give up.  Where a process dies, torchrun ends the others."""
+
+
 def join_world(device: str) -> World:
     """Join the processes started by torchrun or accelerate launch; alone without them."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), size)
 
 

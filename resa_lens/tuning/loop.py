@@ -22,7 +22,7 @@ from resa_lens.config import check_value, result_fields
 from resa_lens.errors import BadInputError, RunFailedError
 from resa_lens.files import run_lock
 from resa_lens.saes.checkpoint import restore_threads
-from resa_lens.saes.world import ALONE, World
+from resa_lens.saes.world import ALONE, PATIENCE, World
 from resa_lens.tuning.collapse import CollapseWatch
 from resa_lens.tuning.config import Schedule
 from resa_lens.tuning.config import TuneConfig as TuneConfig
@@ -61,7 +61,7 @@ def join_processes(device: str) -> World:
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=not device.startswith("cuda"))
+    state = PartialState(cpu=not device.startswith("cuda"), timeout=PATIENCE)
     return World(state.process_index, state.num_processes)
 
 
