@@ -127,7 +127,8 @@ def options_of(command: str) -> set[str]:
     """Return the options that a command has."""
     group = get_command(app)
     assert isinstance(group, TyperGroup)
-    return {name for option in group.commands[command].params for name in option.opts}
+    params = group.commands[command].params
+    return {name for option in params for name in (*option.opts, *option.secondary_opts)}
 
 
 def test_levers_of_generated_texts_are_the_commands_options(tmp_path: Path) -> None:
