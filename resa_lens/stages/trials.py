@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resa_lens.artifacts.stage import Context
 from resa_lens.evals.engines import HFEngine
+from resa_lens.evals.engines.hf import longest_first
 from resa_lens.evals.run import Asked, EvalConfig, score
 from resa_lens.features.effects import causal_effects
 from resa_lens.features.exclusive import count_features
@@ -62,7 +63,11 @@ def try_answers(
     point: Hookpoint | None = None,
     inserted: SparseCoder | Replacement | None = None,
 ) -> AnswersTrial:
-    """Answer and grade one batch of the questions, and reckon the others by it.
+    """Answer and grade up to three batches of the questions, and reckon the others by them.
+
+    The engine answers the longest prompts first, and a batch takes as long as its longest answer:
+    tried are its first batch, which takes the most memory, its middle and its last, by Simpson's
+    rule.  Where one is cut off, it stands for all.
 
     Args:
         model: the model that answers.
@@ -72,33 +77,45 @@ def try_answers(
         inserted: what stands there.
     """
     generation = config.generation
-    rows = min(len(questions), generation.batch_size)
-    # From all parts of the list, whose levels may stand one after the other.
-    some = [questions[i * len(questions) // rows] for i in range(rows)]
-    prompts = [one.prompt for one in some]
     engine = HFEngine(model.model, model.tokenizer)
+    rows = min(len(questions), generation.batch_size)
+    total = len(questions) / rows
+    encoded = model.tokenizer([one.prompt for one in questions])["input_ids"]
+    order = [questions[i] for i in longest_first(encoded)]
+    starts = (0, (len(order) - rows) // 2, len(order) - rows) if total > 1 else (0,)
+    limit = min(ANSWER_SECONDS, generation.timeout or ANSWER_SECONDS)
+    asking = replace(generation, timeout=limit)
 
     def put(acts: Tensor, hook: object = None) -> Tensor:
         assert inserted is not None
         return substitute(inserted, acts)
 
+    tried: list[tuple[Trial, int]] = []
+    cut = False
     with ExitStack() as hooks, Meter(model.device).peak() as peak:
         if point is not None:
             hooks.enter_context(model.bridge.hooks(fwd_hooks=[(point.transformer_lens, put)]))
         # Which tokens can end an answer is worked out once.
-        engine.generate(prompts[:1], replace(generation, max_new_tokens=1))
-        limit = min(ANSWER_SECONDS, generation.timeout or ANSWER_SECONDS)
-        with timed(model.device) as trial:
-            answers = engine.generate(prompts, replace(generation, timeout=limit))
-            score(some, answers, extraction=config.extraction)
-    cut = [answer for answer in answers if answer.timed_out]
-    written = max((answer.tokens for answer in answers), default=1)
-    longer = generation.max_new_tokens / max(1, written) if cut else 1.0
-    if generation.timeout is not None:
-        longer = min(longer, generation.timeout / limit)
-    share = longer * len(questions) / rows
-    tokens = round(share * sum(answer.tokens for answer in answers))
-    return AnswersTrial(trial[0] * share, peak[0], tokens, bool(cut))
+        engine.generate([order[0].prompt], replace(generation, max_new_tokens=1))
+        for start in starts:
+            some = order[start : start + rows]
+            with timed(model.device) as trial:
+                answers = engine.generate([one.prompt for one in some], asking)
+                score(some, answers, extraction=config.extraction)
+            lengths = [answer.tokens for answer in answers]
+            tried.append((trial[0], sum(lengths)))
+            if cut := any(answer.timed_out for answer in answers):
+                longer = generation.max_new_tokens / max(1, *lengths)
+                if generation.timeout is not None:
+                    longer = min(longer, generation.timeout / limit)
+                tried = [(trial[0] * longer, round(longer * sum(lengths)))]
+                break
+    shares = (1 / 6, 4 / 6, 1 / 6) if len(tried) == 3 else (1.0,)
+    whole, tokens = Trial(), 0.0
+    for share, (seconds, written) in zip(shares, tried, strict=True):
+        whole += seconds * (share * total)
+        tokens += written * (share * total)
+    return AnswersTrial(whole, peak[0], round(tokens), cut)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,14 @@ PROBE_DOCUMENTS, PROBE_STEPS = 8, 4
 """Of the threads' probe: few enough to take a second, where a step of a model takes 0.1 s."""
 
 
+def longest_first(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the indices of prompts' tokens in the order in which the engine answers them.
+
+    Too little memory shows at once, and neighbours need little padding.
+    """
+    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+
+
 class HFEngine:
     """Generates with a transformers causal language model, plain or wrapped by PEFT, in process.
 
@@ -94,8 +102,7 @@ class HFEngine:
                 f"prompt {over[0]} has {len(encoded[over[0]])} tokens and the model reads "
                 f"{longest} in all: {prompts[over[0]][:60]!r}"
             )
-        # Longest first: too little memory shows at once, and neighbours need little padding.
-        order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+        order = longest_first(encoded)
         results: dict[int, Generation] = {}
         with _evaluating(self.model), grouped_queries(), torch.inference_mode():
             for start in range(0, len(order), config.batch_size):
