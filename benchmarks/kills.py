@@ -102,7 +102,18 @@ COMMANDS = {
     ],
     "attribute": ["attribute", "--layer", "4", *EITHER, *SHAPE, *TEXT, "--top", "5"],
     "tune": ["tune", *TUNE],
+    "tune on own samples": ["tune", "--control", "own-samples", *MODEL, *TUNE[-8:]],
     "eval": ["eval", *MODEL, "--limit", "24", "--max-new-tokens", "48"],
+    "eval of replicates": [
+        "eval",
+        *MODEL,
+        "--limit",
+        "24",
+        "--max-new-tokens",
+        "48",
+        "--replicates",
+        "2",
+    ],
     "compare": ["compare", "evals/*", "--save", f"{OUT}/compared.html"],
     "sweep": ["sweep", "--layers", "4,5", "--seeds", "1", *TUNE[2:], "--no-effects"],
     "convert": ["convert", "saes/*/*", f"{OUT}/converted", "--to", "saelens", "--force"],
@@ -382,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
             totals[kind][2] += chain.pauses
             bad += bool(lines)
             print(
-                f"{number:3} {label:16} {len(hosts)} host{'s' * (kind == 'two'):1} "
+                f"{number:3} {label:20} {len(hosts)} host{'s' * (kind == 'two'):1} "
                 f"{chain.kills} kills {chain.pauses} pauses {chain.again} again: "
                 f"{'DIFFERENT' if lines else 'same'}, {same} files byte by byte, {timed} but for "
                 f"seconds and places",
