@@ -33,6 +33,9 @@ and memory does not grow with the batch."""
 GROUPS = 512
 """Groups of latents whose maxima are looked at first, or four times the count if that is more."""
 
+SMALLEST = np.nextafter(np.float32(0), np.float32(1))
+"""Of the floats above zero."""
+
 
 class Active(NamedTuple):
     """Active latents of some rows, row by row, values above zero."""
@@ -225,11 +228,12 @@ def _largest(pre: Float[Tensor, "row latent"], count: int) -> Active:
     if pre.dtype is torch.bfloat16:
         numbers, smallest = pre.view(torch.int16).numpy(), np.int16(1)
     else:
-        numbers, smallest = pre.numpy(), np.nextafter(np.float32(0), np.float32(1))
+        numbers, smallest = pre.numpy(), SMALLEST
     flat = _reaching(numbers, count, smallest)
-    places = torch.from_numpy(flat)
-    rows = places.div(numbers.shape[1], rounding_mode="floor")
-    return Active(rows, places - rows * numbers.shape[1], pre.view(-1)[places].float())
+    rows = flat // numbers.shape[1]
+    values = pre.view(-1).index_select(0, torch.from_numpy(flat)).float()
+    latents = torch.from_numpy(flat - rows * numbers.shape[1])
+    return Active(torch.from_numpy(rows), latents, values)
 
 
 def _reaching(numbers: Any, count: int, smallest: Any) -> Any:
@@ -244,11 +248,11 @@ def _reaching(numbers: Any, count: int, smallest: Any) -> Any:
     size = latents // groups
     if size < 4:
         limit = np.partition(numbers, latents - count, axis=1)[:, latents - count]
-        return np.flatnonzero(numbers >= np.maximum(limit, smallest)[:, None])
+        return _places(numbers >= np.maximum(limit, smallest)[:, None])
     # Latents behind the last whole group can only raise the limit that is looked for.
     best = numbers[:, : size * groups].reshape(n_rows, size, groups).max(axis=1)
     low = np.partition(best, groups - count, axis=1)[:, groups - count]
-    flat = np.flatnonzero(numbers >= np.maximum(low, smallest)[:, None])
+    flat = _places(numbers >= np.maximum(low, smallest)[:, None])
     rows, values = flat // latents, numbers.reshape(-1)[flat]
     counts = np.bincount(rows, minlength=n_rows)
     width = int(counts.max())
@@ -260,6 +264,19 @@ def _reaching(numbers: Any, count: int, smallest: Any) -> Any:
     table[rows, np.arange(len(flat)) - starts[rows]] = values
     limit = np.partition(table, width - count, axis=1)[:, width - count]
     return flat[values >= limit[rows]]
+
+
+def _places(mask: Any) -> Any:
+    """Return where a mask is true, as `np.flatnonzero`; by eights, in half its time where few are.
+
+    Most eights are empty, and eight bytes are compared at once.
+    """
+    if mask.size % 8:
+        return np.flatnonzero(mask)
+    eights = mask.reshape(-1).view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    inside = np.flatnonzero(eights[some].view(bool))
+    return (some[inside >> 3] << 3) + (inside & 7)
 
 
 def exact(
@@ -284,7 +301,16 @@ def largest_of_each_row(
     n_rows: int,
     k: int,
 ) -> Active:
-    """Keep the k largest of each row, above zero, in the order of their latents."""
+    """Keep the k largest of each row, above zero, in the order of their latents.
+
+    On a CPU by NumPy's partition, in a fifth of the time; where the k-th of a row has equals, by
+    torch's top-k, which chooses among them.
+    """
+    if determinism.on_cpu(values) and values.dtype is torch.float32:
+        kept = _kept_of_each_row(rows.numpy(), values.numpy(), n_rows, k)
+        if kept is not None:
+            columns = (column.numpy().take(kept) for column in (rows, latents, values))
+            return Active(*map(torch.from_numpy, columns))
     counts = torch.bincount(rows, minlength=n_rows)
     width = int(counts.max()) if counts.numel() else 0
     if width > k:
@@ -299,6 +325,27 @@ def largest_of_each_row(
     else:
         mask = values > 0
     return Active(rows[mask], latents[mask], values[mask])
+
+
+def _kept_of_each_row(rows: Any, values: Any, n_rows: int, k: int) -> Any:
+    """Return the places of the k largest of each row, above zero; None where ties make them more.
+
+    Args:
+        rows: of each pair, sorted, [pair] in int64.
+        values: [pair] in float32.
+        n_rows: how many rows there are.
+        k: of each row.
+    """
+    counts = np.bincount(rows, minlength=n_rows)
+    width = int(counts.max(initial=0))
+    if width <= k:
+        return np.flatnonzero(values > 0)
+    table = np.zeros((n_rows, width), values.dtype)
+    first = np.arange(n_rows) * width - (np.cumsum(counts) - counts)
+    table.reshape(-1)[np.arange(len(rows)) + first[rows]] = values
+    last = np.partition(table, width - k, axis=1)[:, width - k]
+    kept = np.flatnonzero(values >= np.maximum(last, SMALLEST)[rows])
+    return kept if np.bincount(rows[kept], minlength=n_rows).max() <= k else None
 
 
 def _take(found: Active, index: Tensor) -> Active:

@@ -159,3 +159,28 @@ def test_maxima_of_groups_change_no_selection(kind: str, count: int, latents: in
     ):
         expected = partitioned(numbers, count, smallest)
         assert np.array_equal(select._reaching(numbers, count, smallest), expected)
+
+
+@pytest.mark.parametrize("kind", ["distinct", "tied", "few", "negative", "none"])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_largest_of_each_row_of_pairs(kind: str, k: int, path: str) -> None:
+    generator = torch.Generator().manual_seed(k)
+    mask = torch.rand(11, 60, generator=generator) < (0.05 if kind == "few" else 0.5)
+    mask[3] = False
+    if kind == "none":
+        mask[:] = False
+    table = torch.where(mask, torch.randn(11, 60, generator=generator), 0)
+    if kind == "tied":
+        table = (2 * table).round() / 2
+    elif kind == "negative":
+        table = -table.abs()
+    rows, latents = mask.nonzero(as_tuple=True)
+    found = select.largest_of_each_row(rows, latents, table[rows, latents], 11, k)
+    assert (found.values > 0).all()
+    pairs = found.rows * 60 + found.latents
+    assert (pairs.diff() > 0).all()
+    assert torch.equal(table[found.rows, found.latents], found.values)
+    # Which of equals is kept is open; how many and how large is not.
+    expected = by_rows(table.clamp_min(0), k)
+    kept = dense(found, (11, 60))
+    assert torch.equal(kept.sort(dim=1).values, expected.sort(dim=1).values)
