@@ -160,10 +160,17 @@ class Model:
         _ = self.bridge
         return str(self.extra["attention"])
 
+    @property
+    def why_stock(self) -> str:
+        """Return why attention is "stock"; empty where it is "native"."""
+        _ = self.bridge
+        return str(self.extra["why_stock"] or "")
+
     @cached_property
     def bridge(self) -> Any:
         """The TransformerBridge over `.model`; booting it changes the module in place."""
         bridge, self.extra["attention"], reason = boot(self.model, self.tokenizer, self.name)
+        self.extra["why_stock"] = reason
         if reason:
             self.tell(
                 f"{self.name}: TransformerLens' own attention is used, since the model's cannot be "

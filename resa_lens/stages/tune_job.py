@@ -28,7 +28,7 @@ from resa_lens.tuning.config import Control
 from resa_lens.tuning.loop import TuneConfig
 from resa_lens.tuning.objective import Objective
 from resa_lens.tuning.sft import KINDS
-from resa_lens.tuning.train import lora_targets, modules_in
+from resa_lens.tuning.train import check_called, lora_targets, modules_in
 
 ALL_CONTROLS = (*CONTROLS, *KINDS)
 REFERENCE_SEQUENCE = 2048
@@ -85,7 +85,13 @@ class TuneJob(Config):
             BadInputError: as `modules`, or tuning through an SAE could change no adapter.
         """
         modules = self.modules(target)
-        for layer in layers if self.control not in KINDS else ():
+        if self.control in KINDS:
+            return
+        if target.attention == "stock":
+            check_called(
+                target.name, target.why_stock, lora_targets(target.model, self.objective.targets)
+            )
+        for layer in layers:
             self.objective.check_reach(layer, modules)
 
     def modules(self, target: Model) -> dict[str, Any]:

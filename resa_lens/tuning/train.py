@@ -237,12 +237,8 @@ def add_adapters(
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
     bridge, attention, reason = boot(inner, model.tokenizer, model.name)
-    fused = {*chain(*EQUIVALENTS["q_proj"]), "gate_up_proj"}
-    if attention == "stock" and (cut := sorted(set(targets) & fused)):
-        raise BadInputError(
-            f"{model.name}: TransformerLens' own attention and MLP are used ({reason}), which go "
-            f"around an adapter on {cut[0]}; choose others with --targets"
-        )
+    if attention == "stock":
+        check_called(model.name, reason, targets)
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -250,6 +246,25 @@ def add_adapters(
         shorten_norms(bridge)
         shorten_rotary(bridge)
     return peft, bridge
+
+
+def check_called(name: str, reason: object, targets: Iterable[str]) -> None:
+    """Check that no adapter is on a module that the bridge's own attention and MLP go around.
+
+    Args:
+        name: the model's.
+        reason: why the model's own are not used.
+        targets: names of the modules that get adapters.
+
+    Raises:
+        BadInputError: one is.
+    """
+    fused = {*chain(*EQUIVALENTS["q_proj"]), "gate_up_proj"}
+    if cut := sorted(fused.intersection(targets)):
+        raise BadInputError(
+            f"{name}: TransformerLens' own attention and MLP are used ({reason}), which go "
+            f"around an adapter on {cut[0]}; choose others with --targets"
+        )
 
 
 def prepare_sft(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks.model_grid import save_variant
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.machine.hardware import MB
+from resa_lens.models import bridge as bridge_module
 from resa_lens.models.hookpoints import Hookpoint, inside
 from resa_lens.models.host import Model, load_model
 from resa_lens.stages.adapters import adapter_mb
@@ -192,6 +194,23 @@ def test_targets_with_dots_are_tuned(tmp_path: Path, plan: tuple[str, ...]) -> N
     assert done.exit_code == 0, (done.stderr, done.exception)
     for file in [] if plan else [next(tmp_path.rglob("adapter_config.json"))]:
         assert json.loads(file.read_text())["target_modules"] == ["self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("command", ["tune --layer 0", "sweep --layers 0 --plan"])
+def test_adapters_that_the_bridge_goes_around_are_refused_too(
+    variant: Callable[[str], Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = bridge_module._build
+
+    def stock_only(*args: Any, native: bool) -> Any:
+        if native:
+            raise AttributeError("no such part")
+        return build(*args, native=False)
+
+    monkeypatch.setattr(bridge_module, "_build", stock_only)
+    line = refused(tmp_path, *command.split(), "--model", str(variant("gpt_neox")))
+    assert "no such part" in line
+    assert "around an adapter on query_key_value" in line
 
 
 @pytest.mark.parametrize(
