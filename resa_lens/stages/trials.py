@@ -90,7 +90,7 @@ def try_answers(
         assert inserted is not None
         return substitute(inserted, acts)
 
-    tried: list[tuple[Trial, int]] = []
+    batches: list[tuple[Trial, int]] = []
     cut = False
     with ExitStack() as hooks, Meter(model.device).peak() as peak:
         if point is not None:
@@ -103,16 +103,16 @@ def try_answers(
                 answers = engine.generate([one.prompt for one in some], asking)
                 score(some, answers, extraction=config.extraction)
             lengths = [answer.tokens for answer in answers]
-            tried.append((trial[0], sum(lengths)))
+            batches.append((trial[0], sum(lengths)))
             if cut := any(answer.timed_out for answer in answers):
                 longer = generation.max_new_tokens / max(1, *lengths)
                 if generation.timeout is not None:
                     longer = min(longer, generation.timeout / limit)
-                tried = [(trial[0] * longer, round(longer * sum(lengths)))]
+                batches = [(trial[0] * longer, round(longer * sum(lengths)))]
                 break
-    shares = (1 / 6, 4 / 6, 1 / 6) if len(tried) == 3 else (1.0,)
+    shares = (1 / 6, 4 / 6, 1 / 6) if len(batches) == 3 else (1.0,)
     whole, tokens = Trial(), 0.0
-    for share, (seconds, written) in zip(shares, tried, strict=True):
+    for share, (seconds, written) in zip(shares, batches, strict=True):
         whole += seconds * (share * total)
         tokens += written * (share * total)
     return AnswersTrial(whole, peak[0], round(tokens), cut)

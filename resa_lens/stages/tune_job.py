@@ -87,10 +87,8 @@ class TuneJob(Config):
         modules = self.modules(target)
         if self.control in KINDS:
             return
-        if target.attention == "stock":
-            check_called(
-                target.name, target.why_stock, lora_targets(target.model, self.objective.targets)
-            )
+        names = lora_targets(target.model, self.objective.targets)
+        check_called(target.name, names, lambda: target.why_stock)
         for layer in layers:
             self.objective.check_reach(layer, modules)
 

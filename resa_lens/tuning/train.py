@@ -236,9 +236,8 @@ def add_adapters(
     peft = add_lora(model.model, targets, config, shortened=shortened)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
-    bridge, attention, reason = boot(inner, model.tokenizer, model.name)
-    if attention == "stock":
-        check_called(model.name, reason, targets)
+    bridge, _, reason = boot(inner, model.tokenizer, model.name)
+    check_called(model.name, targets, lambda: reason)
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -248,19 +247,21 @@ def add_adapters(
     return peft, bridge
 
 
-def check_called(name: str, reason: object, targets: Iterable[str]) -> None:
+def check_called(name: str, targets: Iterable[str], why_stock: Callable[[], str]) -> None:
     """Check that no adapter is on a module that the bridge's own attention and MLP go around.
 
     Args:
         name: the model's.
-        reason: why the model's own are not used.
         targets: names of the modules that get adapters.
+        why_stock: says why the model's own are not used, empty where they are; since that takes
+            a pass of the model, it is called only where a target could be gone around.
 
     Raises:
         BadInputError: one is.
     """
     fused = {*chain(*EQUIVALENTS["q_proj"]), "gate_up_proj"}
-    if cut := sorted(fused.intersection(targets)):
+    cut = sorted(fused.intersection(targets))
+    if cut and (reason := why_stock()):
         raise BadInputError(
             f"{name}: TransformerLens' own attention and MLP are used ({reason}), which go "
             f"around an adapter on {cut[0]}; choose others with --targets"
