@@ -24,6 +24,8 @@ from resa_lens.files import read_json, write_errors, write_json
 from resa_lens.saes.checkpoint import STATE, check_machine, machine, newest
 
 BEGUN = "begun.json"
+COST = "cost.json"
+"""What an unfinished run has taken so far, in all of its processes."""
 
 
 def record_run(work: Path, ingredients: Mapping[str, Any], device: str, exact: bool) -> None:
@@ -35,6 +37,39 @@ def record_run(work: Path, ingredients: Mapping[str, Any], device: str, exact: b
         own = work / f".{BEGUN}-{secrets.token_hex(4)}"
         write_json(own, value)
         own.replace(work / BEGUN)
+
+
+def keep_cost(work: Path, cost: Mapping[str, Any]) -> None:
+    """Write what an unfinished run has taken so far.
+
+    A disk that is full or away is the run's to find: what it took is not worth its end.
+    """
+    with suppress(OSError):
+        write_json(work / COST, cost)
+
+
+def kept_cost(work: Path) -> dict[str, Any]:
+    """Return what an unfinished run took before, as a meter writes it; empty where none is known.
+
+    Raises:
+        DamagedError: the record is damaged; it may be removed.
+    """
+    file = work / COST
+    if not file.exists():
+        return {}
+    cost = read_json(file)
+    numbers = ("seconds", "cpu_seconds", "peak_rss_mb")
+    try:
+        whole = all(float(cost[name]) >= 0 for name in numbers) and all(
+            float(joules) >= 0 for joules in cost["joules"].values()
+        )
+    except (TypeError, ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise DamagedError(
+            f"{file} is damaged; remove it, and what the run took before is not counted"
+        )
+    return cost
 
 
 def records(work: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

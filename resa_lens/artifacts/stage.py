@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from resa_lens import claims
 from resa_lens.artifacts.artifact import Artifact, Kind, Parent, checked
-from resa_lens.artifacts.begun import record_run, restore_run, unfinished_like
+from resa_lens.artifacts.begun import keep_cost, kept_cost, record_run, restore_run, unfinished_like
 from resa_lens.artifacts.manifest import MANIFEST, SHOWN, Manifest
 from resa_lens.artifacts.placement import place
 from resa_lens.artifacts.walk import WORK
@@ -188,8 +189,7 @@ class Draft:
     settings: dict[str, Any] = field(default_factory=dict)
     """Added to the manifest's config: what only the work knows."""
     seconds: float = 0.0
-    """What the work took in all processes that were at it, where it counts that: this one's, which
-    are metered, may be the last of several."""
+    """What the work took in all processes that were at it, where it counts that itself."""
     threads: int | None = None
     """Where the work ran with others than the process has now."""
     kernel_path: str | None = None
@@ -322,7 +322,7 @@ class Stage:
                 # By another process, since.
                 if (artifact := finished(True)) is None:
                     with self.as_begun(world):
-                        artifact = self._make(work, world, finished)
+                        artifact = self._make(work, world, finished, resumable=True)
                 if first:
                     claims.prove()
                     shutil.rmtree(self.work, ignore_errors=True)
@@ -334,12 +334,19 @@ class Stage:
         work: Callable[[Draft], None],
         world: World,
         finished: Callable[[bool], Artifact | None],
+        *,
+        resumable: bool = False,
     ) -> Artifact:
         ctx = self.ctx
         draft = Draft(self.work, expect=self.expect)
         with memory_errors(self.noun, self.kind.lighter):
             device = next((model.device for model in ctx.models.values()), "cpu")
-            with ctx.works.meter(device, devices=world.size) as metered:
+            costs: dict[str, Any] = {}
+            if resumable:
+                costs["before"] = kept_cost(self.work)
+                if world.rank == 0:
+                    costs["keep"] = partial(keep_cost, self.work)
+            with ctx.works.meter(device, devices=world.size, **costs) as metered:
                 self.expect(0, SMALL_MB)
                 work(draft)
             # What another process has finished meanwhile is not replaced.

@@ -17,16 +17,19 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from resa_lens.machine.energy import READ_ERRORS, Counter, gpu_counters, rapl_counters
 
 INTERVAL_S = 0.5
 """Between two looks at memory and counters; a RAPL counter wraps after some minutes."""
+KEEP_S = 5.0
+"""Between two records of what a work has taken so far: what a kill takes from its cost at most."""
 JOULES_PER_WH = 3600.0
 
 
@@ -124,13 +127,20 @@ _OPEN: list[Meter] = []
 
 
 @contextmanager
-def meter(device: str = "cpu", *, devices: int = 1, tokens: int | None = None) -> Iterator[Meter]:
+def meter(
+    device: str = "cpu",
+    *,
+    devices: int = 1,
+    tokens: int | None = None,
+    keep: Callable[[Meter], None] = lambda running: None,
+) -> Iterator[Meter]:
     """Measure a block of work; the meter's figures are complete after it.
 
     Args:
         device: "cpu", "cuda" or "cuda:1".
         devices: devices at work, all of one kind, of which this process drives one.
         tokens: read or written by the work, where that is known before.
+        keep: called every `KEEP_S`, by another thread, with what was seen so far.
     """
     counters, reason = rapl_counters()
     unreadable = (f"cpu: {reason}",) if reason else ()
@@ -149,8 +159,12 @@ def meter(device: str = "cpu", *, devices: int = 1, tokens: int | None = None) -
     done = threading.Event()
 
     def watch() -> None:
+        kept = 0.0
         while not done.wait(INTERVAL_S):
             running.look()
+            if running.seconds - kept >= KEEP_S:
+                kept = running.seconds
+                keep(running)
 
     watcher = threading.Thread(target=watch, name="cost-meter", daemon=True)
     watcher.start()
@@ -218,20 +232,29 @@ class Work:
 
     device: str
     devices: int
+    keep: Callable[[dict[str, Any]], None] = lambda cost: None
+    """Called now and then, and at the end of a stretch, with what it cost so far."""
     parts: list[dict[str, Any]] = field(default_factory=list)
-    """What its stretches cost."""
+    """What its stretches cost, those of earlier processes before them."""
     _stretch: ExitStack = field(default_factory=ExitStack)
     _meter: Meter | None = None
 
     def go_on(self) -> None:
         """Begin a stretch."""
-        self._meter = self._stretch.enter_context(meter(self.device, devices=self.devices))
+        self._meter = self._stretch.enter_context(
+            meter(
+                self.device,
+                devices=self.devices,
+                keep=lambda running: self.keep(combined([*self.parts, running.to_dict()])),
+            )
+        )
 
     def pause(self) -> None:
         """End the stretch."""
         self._stretch.close()
         if self._meter is not None:
             self.parts.append(self._meter.to_dict())
+            self.keep(self.cost())
 
     def cost(self) -> dict[str, Any]:
         """Return what the work cost, once it is over."""
@@ -245,9 +268,23 @@ class Works:
         self._open: list[Work] = []
 
     @contextmanager
-    def meter(self, device: str = "cpu", *, devices: int = 1) -> Iterator[Work]:
-        """Meter a work as `meter` does, and none that it stands in meanwhile."""
-        work = Work(device, devices)
+    def meter(
+        self,
+        device: str = "cpu",
+        *,
+        devices: int = 1,
+        before: Mapping[str, Any] = MappingProxyType({}),
+        keep: Callable[[dict[str, Any]], None] = lambda cost: None,
+    ) -> Iterator[Work]:
+        """Meter a work as `meter` does, and none that it stands in meanwhile.
+
+        Args:
+            device: as of `meter`.
+            devices: as of `meter`.
+            before: what the work cost in earlier processes, as `keep` was called with it.
+            keep: called now and then with what it cost so far, by another thread too.
+        """
+        work = Work(device, devices, keep, [dict(before)] if before else [])
         for outer in self._open[-1:]:
             outer.pause()
         self._open.append(work)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from dataclasses import replace
 
 import pytest
 
+from resa_lens.artifacts.begun import COST, keep_cost
 from resa_lens.artifacts.kinds.stability import Stability
 from resa_lens.artifacts.stage import Context, Draft
-from resa_lens.artifacts.workspace import Workspace
-from resa_lens.errors import BadInputError
+from resa_lens.artifacts.workspace import LOCK, Workspace
+from resa_lens.errors import BadInputError, DamagedError
+from resa_lens.machine import meters
 
 RESULTS = {"verdict": "v", "reason": "r", "tables": 1, "site": "mlp_out", "model": "m",
            "n_layers": 12}  # fmt: skip
@@ -83,3 +87,49 @@ def test_what_other_processes_took_is_in_the_seconds(ctx, tiny):
     manifest = stage(ctx, tiny, 1).obtain(work).manifest
     assert manifest.seconds == 40.0
     assert manifest.cost["seconds"] < 1
+
+
+def test_a_killed_run_counts_what_it_took_before(ctx, tiny, monkeypatch, tmp_path_factory):
+    """Of any kind that goes on: the record is written on the way, not at the end."""
+    monkeypatch.setattr(meters, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(meters, "KEEP_S", 0.02)
+    run, as_killed = stage(ctx, tiny, 1), tmp_path_factory.mktemp("killed") / "work"
+
+    def killed(draft: Draft) -> None:
+        time.sleep(0.5)
+        (draft.work / "piece.parquet").touch()
+        shutil.copytree(draft.work, as_killed, ignore=shutil.ignore_patterns(LOCK))
+        raise BadInputError("the end")
+
+    def quick(draft: Draft) -> None:
+        draft.results = RESULTS
+
+    with pytest.raises(BadInputError, match="the end"):
+        run.obtain(killed, doing="trying")
+    shutil.rmtree(run.work)
+    shutil.copytree(as_killed, run.work)
+    before = json.loads((run.work / COST).read_text())
+    assert 0.3 < before["seconds"] < 0.8
+
+    (run.work / COST).write_text('{"seconds": "long"}')
+    with pytest.raises(DamagedError, match=r"cost\.json is damaged; remove it"):
+        run.obtain(quick, doing="trying")
+    shutil.copy(as_killed / COST, run.work)
+    manifest = run.obtain(quick, doing="trying").manifest
+    for name in ("seconds", "cpu_seconds"):
+        assert before[name] <= manifest.cost[name] < before[name] + 0.3
+    assert manifest.seconds == manifest.cost["seconds"]
+    assert not run.work.exists()
+
+
+def test_a_run_that_begins_anew_counts_itself_alone(ctx, tiny):
+    run = stage(ctx, tiny, 1)
+    run.work.mkdir(parents=True)
+    keep_cost(run.work, {"seconds": 9.0, "cpu_seconds": 9.0, "peak_rss_mb": 1.0, "joules": {}})
+
+    def quick(draft: Draft) -> None:
+        draft.results = RESULTS
+
+    forced = replace(ctx, force=True)
+    manifest = stage(forced, tiny, 1).obtain(quick, doing="trying").manifest
+    assert manifest.cost["seconds"] < 5
