@@ -10,9 +10,9 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,28 +127,6 @@ def part_of(
         name, amount, unit, round(time.seconds, 2), round(time.cpu_seconds, 2),
         round(peak_memory_mb, 1), **more,
     )  # fmt: skip
-
-
-def within(
-    parts: Sequence[Part], what: str, *, times: int = 1, extra_mb: float = 0.0
-) -> list[Part]:
-    """Return the parts of a work that is done within another, so many times.
-
-    Args:
-        parts: of the work, done once.
-        what: put behind their names.
-        times: how often it is done.
-        extra_mb: that the process has beside it.
-    """
-    return [
-        replace(
-            part, name=f"{part.name}{what}", amount=part.amount * times,
-            seconds=part.seconds * times, cpu_seconds=part.cpu_seconds * times,
-            disk_mb=round(part.disk_mb * times, 1),
-            peak_memory_mb=round(part.peak_memory_mb + extra_mb, 1),
-        )
-        for part in parts
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

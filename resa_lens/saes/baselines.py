@@ -270,6 +270,11 @@ def baselines(
     return replacements
 
 
+def random_model_name(model: Model, seed: int, weights: str) -> str:
+    """Return the name of `random_weights_model`'s model, which need not be made for it."""
+    return f"{model.name.rstrip('/').split('/')[-1]}-random-{weights}-{seed}"
+
+
 def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -> Model:
     """Return the same architecture with random weights, to train an SAE on.
 
@@ -294,7 +299,7 @@ def random_weights_model(model: Model, seed: int, *, weights: str = "initial") -
         _match_moments(network, source, seed)
     network = network.to(model.device).eval()
     return Model(
-        name=f"{model.name.rstrip('/').split('/')[-1]}-random-{weights}-{seed}",
+        name=random_model_name(model, seed, weights),
         model=network,
         tokenizer=model.tokenizer,
         folder=model.folder,

@@ -10,13 +10,13 @@ from resa_lens.evals.config import EvalConfig
 from resa_lens.evals.run import Asked
 from resa_lens.evals.tasks import EvalItem
 from resa_lens.machine.hardware import MB
-from resa_lens.machine.plans import Part, part_of, within
+from resa_lens.machine.plans import Part, part_of
 from resa_lens.models.host import Model
 from resa_lens.saes.coder import SparseCoder
 from resa_lens.saes.config import SaeConfig
 from resa_lens.stages.controls import OWN_QUESTIONS, own_generation
-from resa_lens.stages.sae_plan import plan_run
-from resa_lens.stages.saes import SaeRun
+from resa_lens.stages.further_plans import Trainings, known_random_model, plan_each
+from resa_lens.stages.saes import SaeRun, find_saes
 from resa_lens.stages.trials import try_answers
 from resa_lens.texts import prompts
 from resa_lens.texts.corpora import CorpusConfig, Record
@@ -46,29 +46,35 @@ def own_answers_part(model: Model, records: Sequence[Record], times: int = 1) ->
     )  # fmt: skip
 
 
-def random_weights_parts(
+def random_weights_trainings(
     ctx: Context,
     model: Model,
-    layer: int,
+    layers: Sequence[int],
+    seeds: Sequence[int],
     run: SaeRun | None,
     coder: SparseCoder,
     training: tuple[SaeConfig, CorpusConfig],
-    *,
-    times: int = 1,
-) -> list[Part]:
-    """Return the parts of training SAEs of models with random weights, one at a time.
+) -> Trainings:
+    """Return what training SAEs of models with random weights takes, of those that are missing.
 
     Args:
         ctx: the workspace, in which nothing is made.
         model: the target, beside which the random model stands.
-        layer: 0-based.
+        layers: 0-based; each is trained by itself.
+        seeds: of the random weights.
         run: the SAEs in whose place they will stand, where they are there.
         coder: one of these.
         training: how they would be trained; of those that are there it is known.
-        times: layers and seeds.
     """
     config, corpus = (run.training() or (SaeConfig(), CorpusConfig())) if run else training
     config = replace(config, site=training[0].site, latents=coder.num_latents, k=coder.cfg.k)
-    plan = plan_run(ctx, model, [layer], config, corpus)
-    host_mb = sum(weight.nbytes for weight in model.model.parameters()) / MB
-    return within(plan.parts, ", random weights'", times=times, extra_mb=host_mb)
+    missing: list[int] = []
+    for seed in seeds:
+        host = known_random_model(ctx, model, seed)
+        missing += [
+            layer
+            for layer in layers
+            if host is None or find_saes(ctx, host, config, corpus, [layer]) is None
+        ]
+    extra_mb = sum(weight.nbytes for weight in model.model.parameters()) / MB
+    return plan_each(ctx, model, missing, (config, corpus), ", random weights'", extra_mb=extra_mb)

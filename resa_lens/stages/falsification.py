@@ -136,7 +136,7 @@ def _stage(
     # Every layer, also where nothing is counted: the null has all of them too.
     layers = [item.layer for item in counts.counts.layers]
     training = saes.training()
-    others = _other_seeds(ctx, model, saes, layers) if training and other_seed else {}
+    others = other_seeds(ctx, model, saes, layers) if training and other_seed else {}
     next_seed = training[0].seed + 1 if training and other_seed else None
     seed = min(others, default=next_seed)
     stage = ctx.stage(
@@ -445,7 +445,7 @@ def _counterparts(
     return counterparts(tried.responses, there.responses, directions)
 
 
-def _other_seeds(
+def other_seeds(
     ctx: Context, model: Model, saes: SaeRun, layers: Sequence[int]
 ) -> dict[int, SaeRun]:
     """Return the workspace's SAEs that differ from the given ones in their seed alone, by seed."""

@@ -239,6 +239,26 @@ def _share(arm: dict[str, Any]) -> dict[str, Any]:
     return {key: arm[key] for key in ("accuracy", "n", "ci")}
 
 
+def own_training(
+    training: tuple[SaeConfig, CorpusConfig] | None,
+    site: str,
+    coder: SparseCoder,
+    corpus: CorpusConfig,
+    seed: int,
+) -> tuple[SaeConfig, CorpusConfig]:
+    """Return how an SAE of the target is trained that stands beside the source's.
+
+    Args:
+        training: how the source's were trained, where that is known; theirs is taken then.
+        site: their place in a layer.
+        coder: one of them, whose size is taken.
+        corpus: the documents.
+        seed: of the training.
+    """
+    config, data = training or (SaeConfig(seed=seed), replace(corpus, thought_share=None))
+    return replace(config, site=site, latents=coder.num_latents, k=coder.cfg.k), data
+
+
 @dataclass
 class _Test:
     """The arms of one insertion test, each run once."""
@@ -330,12 +350,10 @@ class _Test:
 
     def own(self, point: Hookpoint, coder: SparseCoder) -> SparseCoder:
         """Return an SAE of the target, trained as the source's was where that is known."""
-        config, corpus = self.saes.training() or (
-            SaeConfig(seed=self.config.seed),
-            replace(self.corpus, thought_share=None),
+        training = own_training(
+            self.saes.training(), point.site, coder, self.corpus, self.config.seed
         )
-        config = replace(config, site=point.site, latents=coder.num_latents, k=coder.cfg.k)
-        run = saes_for(replace(self.ctx, force=False), self.target, [point.layer], config, corpus)
+        run = saes_for(replace(self.ctx, force=False), self.target, [point.layer], *training)
         return run.coders(self.target, [point.layer])[point]
 
     def documents(self, thought_share: float) -> list[PhasedBatch]:

@@ -14,13 +14,16 @@ from resa_lens.features.config import CountConfig, FalsifyConfig
 from resa_lens.features.responses import respond
 from resa_lens.features.stimuli import PLAIN_TEXTS, trials
 from resa_lens.machine.hardware import MB
-from resa_lens.machine.plans import Part, Plan, Trial, duration, part_of, timed, within
+from resa_lens.machine.plans import Part, Plan, Trial, duration, part_of, timed
 from resa_lens.models.hookpoints import Hookpoint
 from resa_lens.models.host import Model
 from resa_lens.saes.plan import Meter
 from resa_lens.saes.train import SaeConfig
 from resa_lens.stages.activity import try_activity
 from resa_lens.stages.config import InsertionConfig
+from resa_lens.stages.falsification import other_seeds
+from resa_lens.stages.further_plans import known_random_model, plan_each, weighted
+from resa_lens.stages.insertion import own_training
 from resa_lens.stages.plans import (
     answer_levers,
     answers_part,
@@ -31,7 +34,7 @@ from resa_lens.stages.plans import (
     plan_of,
 )  # fmt: skip
 from resa_lens.stages.sae_plan import plan_run
-from resa_lens.stages.saes import phased_corpus
+from resa_lens.stages.saes import SaeRun, find_saes, phased_corpus
 from resa_lens.stages.trials import try_answers
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
@@ -84,10 +87,14 @@ def plan_insert(
         tokens=config.tokens, readings=count * (3 if full else 2),
     )  # fmt: skip
     parts = list(saes.parts)
-    notes = []
+    work, notes = saes.work_disk_mb, []
     if full and other:
-        own = plan_run(ctx, target, layers, sae, corpus)
-        parts += within(own.parts, " of the target")
+        known = saes.run.training() if saes.run else (sae, corpus)
+        training = own_training(known, sae.site, saes.coder, corpus, config.seed)
+        missing = [x for x in layers if find_saes(ctx, target, *training, [x]) is None]
+        own = plan_each(ctx, target, missing, training, " of the target")
+        parts += own.parts
+        work = max(work, own.work_disk_mb)
         notes.append("the source beside the target is reckoned as an SAE in it")
     parts += [
         answers_part("answers of the target", questions, every, base),
@@ -101,9 +108,7 @@ def plan_insert(
     ]
     if full:
         levers.append(f"--arms short: each layer takes {duration(2 * inserted.time.seconds)}")
-    return plan_of(
-        ctx, "insert", target, parts, levers, work_disk_mb=saes.work_disk_mb, notes=notes
-    )
+    return plan_of(ctx, "insert", target, parts, levers, work_disk_mb=work, notes=notes)
 
 
 def plan_activity(
@@ -217,13 +222,17 @@ def plan_falsify(
     work = saes.work_disk_mb
     # The random-weights model stands beside the model.
     again = sum(weight.nbytes for weight in model.model.parameters()) / MB
-    for name, included, extra_mb in (
-        ("another seed's", other_seed, 0.0), ("random weights'", random_weights, again)
-    ):  # fmt: skip
+    for name, included, extra_mb, there in (
+        ("another seed's", other_seed, 0.0, _has_other_seed),
+        ("random weights'", random_weights, again, _has_random_weights),
+    ):
         if included and training:
-            plan = plan_run(ctx, model, layers, *training)
-            parts += within(plan.parts, f", {name}", extra_mb=extra_mb)
-            work, sets = max(work, plan.work_disk_mb), sets + 1
+            sets += 1
+            if saes.run is None or not there(ctx, model, saes.run, layers):
+                plan = plan_run(ctx, model, layers, *training)
+                further = weighted({0: plan}, {0: 1.0}, f", {name}", extra_mb=extra_mb)
+                parts += further.parts
+                work = max(work, further.work_disk_mb)
     texts = trials(
         model, count, texts=config.texts, shuffles=config.shuffles, plain_texts=plain_texts,
         seed=config.seed,
@@ -251,5 +260,14 @@ def plan_falsify(
         f"fewer --layers: each of {len(layers)} is trained {sets} times",
         "--no-other-seed and --no-random-weights: their SAEs are not trained",
     ]
-    notes = ["SAEs of another seed or of random weights that are there are not trained again"]
-    return plan_of(ctx, "falsify", model, parts, levers, work_disk_mb=work, notes=notes)
+    return plan_of(ctx, "falsify", model, parts, levers, work_disk_mb=work)
+
+
+def _has_other_seed(ctx: Context, model: Model, saes: SaeRun, layers: Sequence[int]) -> bool:
+    return bool(other_seeds(ctx, model, saes, layers))
+
+
+def _has_random_weights(ctx: Context, model: Model, saes: SaeRun, layers: Sequence[int]) -> bool:
+    host, training = known_random_model(ctx, model, ctx.seed), saes.training()
+    run = find_saes(ctx, host, *training, layers) if host and training else None
+    return bool(run and run.artifact and run.artifact.manifest.config["layers"] == list(layers))

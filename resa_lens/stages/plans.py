@@ -26,8 +26,9 @@ from resa_lens.stages.adapters import (
     elicitation_records,
     questions_of,
 )  # fmt: skip
-from resa_lens.stages.control_plans import own_answers_part, random_weights_parts
+from resa_lens.stages.control_plans import own_answers_part, random_weights_trainings
 from resa_lens.stages.controls import MATCHED
+from resa_lens.stages.further_plans import Trainings
 from resa_lens.stages.recommendation import newest_recommendation
 from resa_lens.stages.sae_plan import plan_run, try_report
 from resa_lens.stages.sae_quality import report_batches
@@ -246,6 +247,8 @@ class _Trials:
     """What was tried of a tuning or a sweep."""
 
     target: Model
+    layer: int
+    """That was tried, 0-based."""
     questions: list[Asked]
     config: EvalConfig
     saes: MissingSaes | None
@@ -308,7 +311,17 @@ def _try(ctx: Context, job: TuneJob, layers: Sequence[int] | None, start_layers:
     corpus = fit_corpus(job.elicitation, target)
     steps = job.steps or default_steps(target, records, corpus, job.lora)
     return _Trials(
-        target, questions, every, saes, steps, corpus.sequence, base, inserted, tuning, start
+        target,
+        point.layer,
+        questions,
+        every,
+        saes,
+        steps,
+        corpus.sequence,
+        base,
+        inserted,
+        tuning,
+        start,
     )
 
 
@@ -323,24 +336,23 @@ def _tuning_part(
     )  # fmt: skip
 
 
-def _control_parts(
+def _control_needs(
     ctx: Context,
     job: TuneJob,
     trials: _Trials,
     control: str | None,
     layers: Sequence[int],
-    seeds: int = 1,
-) -> list[Part]:
-    """Return the parts of what a control needs before its updates."""
+    seeds: Sequence[int],
+) -> Trainings:
+    """Return what a control needs before its updates."""
     if control == "own-samples":
-        return [own_answers_part(trials.target, elicitation_records(job), seeds)]
+        return Trainings((own_answers_part(trials.target, elicitation_records(job), len(seeds)),))
     if control == "random-weights" and trials.saes:
         training = replace(job.sae, site=job.objective.site), job.trigger
-        return random_weights_parts(
-            ctx, trials.target, layers[0], trials.saes.run, trials.saes.coder, training,
-            times=len(layers) * seeds,
-        )  # fmt: skip
-    return []
+        return random_weights_trainings(
+            ctx, trials.target, layers, seeds, trials.saes.run, trials.saes.coder, training
+        )
+    return Trainings()
 
 
 def _tuning_levers(job: TuneJob, trials: _Trials) -> list[str]:
@@ -388,9 +400,9 @@ def plan_tune(ctx: Context, job: TuneJob) -> Plan:
         elif through:
             notes.append("no recommendation is there: counting, which chooses the layer, is short")
     trials = _try(ctx, job, layers, 1 if job.start_check and through else 0)
+    needs = _control_needs(ctx, job, trials, job.control, layers or [trials.layer], [ctx.seed])
     parts = [
-        *trials.sae_parts, *trials.start,
-        *_control_parts(ctx, job, trials, job.control, layers or [0]),
+        *trials.sae_parts, *trials.start, *needs.parts,
         _tuning_part(job, trials, trials.tuning),
         answers_part("answers of the base", trials.questions, trials.config, trials.base),
         answers_part(
@@ -400,7 +412,7 @@ def plan_tune(ctx: Context, job: TuneJob) -> Plan:
     levers = _tuning_levers(job, trials) + answer_levers(
         trials.questions, trials.config, trials.base
     )
-    work = max(trials.work_disk_mb, 2 * 3 * adapter_mb(target, job))
+    work = max(trials.work_disk_mb, needs.work_disk_mb, 2 * 3 * adapter_mb(target, job))
     return plan_of(ctx, "tune", target, parts, levers, work_disk_mb=work, notes=notes)
 
 
@@ -422,9 +434,13 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
     trials = _try(ctx, job, layers, len(layers) if config.start_check else 0)
     n, answers = len(jobs), trials.tuning.answers
     tunings = [_tuning_part(job, trials, trials.tuning, sum(one.layer is not None for one in jobs))]
+    work = max(trials.work_disk_mb, 2 * 3 * adapter_mb(target, job))
     for control in config.controls:
         at = sorted({one.layer for one in jobs if one.control == control and one.layer is not None})
-        tunings += _control_parts(ctx, job, trials, control, at, config.seeds)
+        seeds = sorted({one.seed for one in jobs})
+        needs = _control_needs(ctx, job, trials, control, at, seeds)
+        tunings += needs.parts
+        work = max(work, needs.work_disk_mb)
         if control in KINDS:
             texts = try_tuning(
                 ctx, replace(job, control=control), target, elicitation_records(job),
@@ -448,7 +464,6 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
         *_tuning_levers(job, trials),
         f"a smaller --limit: half as many answers take {duration(n * answers.time.seconds / 2)}",
     ]
-    work = max(trials.work_disk_mb, 2 * 3 * adapter_mb(target, job))
     notes = _notes(job, config.controls)
     return plan_of(ctx, "sweep", target, parts, levers, work_disk_mb=work, notes=notes)
 

@@ -345,7 +345,7 @@ def _falsify(call: Call) -> Any:
 def _falsify_trained(call: Call) -> Any:
     training = SaeConfig(latents=16, k=4), CORPUS
     with (
-        patch("resa_lens.stages.falsification._other_seeds", lambda *_: {}),
+        patch("resa_lens.stages.falsification.other_seeds", lambda *_: {}),
         patch.object(SaeRun, "training", lambda _: training),
     ):
         return _falsify(call)
