@@ -33,6 +33,7 @@ and memory does not grow with the batch."""
 GROUPS = 512
 """Groups of latents whose maxima are looked at first, or four times the count if that is more."""
 
+
 SMALLEST = np.nextafter(np.float32(0), np.float32(1))
 """Of the floats above zero."""
 
@@ -344,7 +345,8 @@ def _kept_of_each_row(rows: Any, values: Any, n_rows: int, k: int) -> Any:
     first = np.arange(n_rows) * width - (np.cumsum(counts) - counts)
     table.reshape(-1)[np.arange(len(rows)) + first[rows]] = values
     last = np.partition(table, width - k, axis=1)[:, width - k]
-    kept = np.flatnonzero(values >= np.maximum(last, SMALLEST)[rows])
+    # Not at least the smallest above zero: where such are flushed to zero, it would be zero.
+    kept = np.flatnonzero((values >= last[rows]) & (values > 0))
     return kept if np.bincount(rows[kept], minlength=n_rows).max() <= k else None
 
 

@@ -49,9 +49,16 @@ from resa_lens.stages.tune_job import (
 from resa_lens.texts import corpora, prompts
 from resa_lens.texts.corpora import CorpusConfig, Record
 from resa_lens.tuning.log import LOG
-from resa_lens.tuning.loop import TuneConfig, TuneResult, fit
+from resa_lens.tuning.loop import TuneConfig, TuneResult, check_accumulation, fit
 from resa_lens.tuning.sft import KINDS, OwnConfig, sft_batches
-from resa_lens.tuning.train import left_out, lora_targets, prepare_sft, save_adapter, tune
+from resa_lens.tuning.train import (
+    FUSED_MLP,
+    left_out,
+    lora_targets,
+    prepare_sft,
+    save_adapter,
+    tune,
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ def adapter_run(
             that do not fit.
         RunFailedError: a loss or gradient that is not finite.
     """
+    check_accumulation(job.lora, world)
     job = with_sequence(job)
     records = elicitation_records(job)
     ctx.note_once(corpora.doubtful(records, job.elicitation.source))
@@ -180,7 +188,12 @@ class _Run:
             parents["recommendation"] = sae.recommendation.parent
         stage = self._stage(
             f"{job.objective.preset}-{point.site}-L{point.layer:02d}",
-            {"layer": point.layer, "objective": job.objective, **control_config(ctx, job, sae)},
+            {
+                "layer": point.layer,
+                "objective": job.objective,
+                **self._computed(),
+                **control_config(ctx, job, sae),
+            },
             parents,
             {
                 "layer": point.layer,
@@ -307,6 +320,16 @@ class _Run:
 
         artifact = stage.obtain(work, doing=f"fine-tuning ({kind})", world=self.world)
         return Adapter(artifact, target, None, "given", kind)
+
+    def _computed(self) -> dict[str, str]:
+        """Return what tells an adapter from one of the same job that was computed otherwise.
+
+        Until 2026-11-30 passes with hooks went around an adapter on a fused MLP.
+        """
+        names = tuple(f".{name}" for name in FUSED_MLP)
+        modules = self.job.modules(self.target)
+        fused = any(f".{module}".endswith(names) for module in modules)
+        return {"fused_mlp": "adapted"} if fused else {}
 
     def _stage(
         self,

@@ -49,6 +49,7 @@ from resa_lens.stages.sweep_tunings import RemoteTunings, Tunings, recorded
 from resa_lens.stages.tune_job import with_sequence
 from resa_lens.stages.tuning import score_base
 from resa_lens.texts import corpora
+from resa_lens.tuning.sft import examples
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _plan(ctx: Context, config: SweepConfig) -> _Plan:
     jobs = jobs_of(config, target.n_layers)
     layers = sorted({job.layer for job in jobs if job.layer is not None})
     shared.check_modules(target, layers)
+    for control in {"cot", "cot-free"}.intersection(config.controls):
+        examples(elicited, control)
     site = shared.objective.site
     saes = in_turn(
         ctx,

@@ -24,7 +24,7 @@ from resa_lens.stages.sae_training import saes_for
 from resa_lens.stages.saes import SaeRun, open_saes
 from resa_lens.texts import corpora
 from resa_lens.texts.corpora import CorpusConfig
-from resa_lens.tuning.config import Control
+from resa_lens.tuning.config import ATTENTION, MLP, Control
 from resa_lens.tuning.loop import TuneConfig
 from resa_lens.tuning.objective import Objective
 from resa_lens.tuning.sft import KINDS
@@ -76,7 +76,11 @@ class TuneJob(Config):
         The target is not loaded: only layers are known, and `check_modules` says the rest.
         """
         layers = adapted_layers(self.lora.adapter_layers, n_layers)
-        self.objective.check_reach(layer, [f"{other}." for other in layers])
+        known = [f"{other}." for other in layers]
+        if self.lora.adapter_layers == "all":
+            # What no preset names may be outside of layers, as an unembedding is.
+            known += [name for name in self.objective.targets if name not in (*ATTENTION, *MLP)]
+        self.objective.check_reach(layer, known)
 
     def check_modules(self, target: Model, layers: Iterable[int] = ()) -> None:
         """Check what of a loaded target is adapted, and that it learns through layers' SAEs.
@@ -85,10 +89,14 @@ class TuneJob(Config):
             BadInputError: as `modules`, or tuning through an SAE could change no adapter.
         """
         modules = self.modules(target)
+        if self.lora.gradient_checkpointing and not target.model.supports_gradient_checkpointing:
+            raise BadInputError(
+                f"--gradient-checkpointing: {type(target.model).__name__} cannot do it; leave it "
+                "out, or use shorter sequences"
+            )
         if self.control in KINDS:
             return
-        names = lora_targets(target.model, self.objective.targets)
-        check_called(target.name, names, lambda: target.why_stock)
+        check_called(target.name, modules, lambda: target.why_stock)
         for layer in layers:
             self.objective.check_reach(layer, modules)
 

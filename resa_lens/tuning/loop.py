@@ -65,6 +65,19 @@ def join_processes(device: str) -> World:
     return World(state.process_index, state.num_processes)
 
 
+def check_accumulation(config: TuneConfig, world: World) -> None:
+    """Check that the batches of an update divide among the processes.
+
+    Raises:
+        BadInputError: they do not.
+    """
+    if config.accumulation % world.size:
+        raise BadInputError(
+            f"an accumulation of {config.accumulation} batches does not divide among {world.size} "
+            f"processes; use {world.size * math.ceil(config.accumulation / world.size)}"
+        )
+
+
 def fit(
     peft: nn.Module,
     batches: Iterable[Any],
@@ -112,11 +125,7 @@ def fit(
         RunFailedError: a loss or gradient norm that is not finite.
     """
     check_value("schedule", schedule, Schedule, {})
-    if config.accumulation % world.size:
-        raise BadInputError(
-            f"an accumulation of {config.accumulation} batches does not divide among {world.size} "
-            f"processes; use {world.size * math.ceil(config.accumulation / world.size)}"
-        )
+    check_accumulation(config, world)
     weights = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         list(weights.values()),

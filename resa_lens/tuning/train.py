@@ -54,6 +54,7 @@ EQUIVALENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("dense_4h_to_h",), ("mlp.c_proj",), ("c_proj",), ("fc2",), ("fc_out",)),
 }  # fmt: skip
 """What other architectures call the modules of a Llama shape, of which the presets speak."""
+FUSED_MLP = ("gate_up_proj",)
 EQUIVALENTS["v_proj"] = EQUIVALENTS["k_proj"]
 # Where nothing is gated there is only the way up.
 EQUIVALENTS["gate_proj"] = (("up_proj",), *EQUIVALENTS["up_proj"])
@@ -122,30 +123,33 @@ def adaptable(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
     kinds = torch.nn.Linear, Conv1D
     modules = {n: m for n, m in plain_modules(model).items() if isinstance(m, kinds)}
-    experts = _expert_names(model, {name.rsplit(".", 1)[-1] for name in modules})
-    return {n: m for n, m in modules.items() if n.rsplit(".", 1)[-1] not in experts}
+    left = _names_left(model, {name.rsplit(".", 1)[-1] for name in modules})
+    return {n: m for n, m in modules.items() if n.rsplit(".", 1)[-1] not in left}
 
 
-def _expert_names(model: torch.nn.Module, names: set[str]) -> set[str]:
-    """Return the names that PEFT takes for those of routed experts, whatever else has them.
+def _names_left(model: torch.nn.Module, names: set[str]) -> set[str]:
+    """Return the names that PEFT refuses, or takes for those of routed experts.
 
-    Since transformers stacks experts, PEFT rewrites an adapter's targets for many mixtures, when
-    it makes the adapter and again when it reads one: `down_proj` then means all routed experts and
-    no shared one, and no other spelling of the target means anything else.
+    Kernels of Mamba's family read some weights themselves, around an adapter.  And since
+    transformers stacks experts, PEFT rewrites an adapter's targets for many mixtures, when it makes
+    the adapter and again when it reads one: `down_proj` then means all routed experts and no shared
+    one, and no other spelling of the target means anything else.
     """
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    experts = set()
+    left = set()
     for name in names:
         config = LoraConfig(target_modules=[name])
         try:
+            _check_lora_target_modules_mamba(config, model, name)
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # the name alone is half of a fused tensor
-            experts.add(name)
+        except ValueError:  # of an expert's: the name alone is half of a fused tensor
+            left.add(name)
         else:
-            experts |= {name} if config.target_parameters else set()
-    return experts
+            left |= {name} if config.target_parameters else set()
+    return left
 
 
 def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> dict[str, Any]:
@@ -168,6 +172,12 @@ def modules_in(model: torch.nn.Module, targets: Sequence[str], layers: str) -> d
     placed = {name: module for name, module in named.items() if module_layer(name) in adapted}
     if not placed:
         raise BadInputError(f"--adapter-layers {layers}: none of {', '.join(targets)} is in them")
+    for name in targets:
+        alike = [module for module in named if f".{module}".endswith(f".{name}")]
+        if not any(module_layer(module) is not None for module in alike):
+            raise BadInputError(
+                f"--adapter-layers {layers}: {name} is in no layer; leave one of the two out"
+            )
     return placed
 
 
@@ -233,11 +243,12 @@ def add_adapters(
         BadInputError: a module is to be adapted that the bridge's own attention or MLP goes around.
     """
     targets = lora_targets(model.model, objective.targets)
+    modules = modules_in(model.model, targets, config.adapter_layers)
     peft = add_lora(model.model, targets, config, shortened=shortened)
     # After PEFT, so that its layers are inside what the bridge wraps.
     inner: Any = peft.base_model.model
     bridge, _, reason = boot(inner, model.tokenizer, model.name)
-    check_called(model.name, targets, lambda: reason)
+    check_called(model.name, modules, lambda: reason)
     # The bridge makes copies of its own of some weights, and these would be trained too.
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -247,20 +258,20 @@ def add_adapters(
     return peft, bridge
 
 
-def check_called(name: str, targets: Iterable[str], why_stock: Callable[[], str]) -> None:
+def check_called(name: str, modules: Iterable[str], why_stock: Callable[[], str]) -> None:
     """Check that no adapter is on a module that the bridge's own attention and MLP go around.
 
     Args:
         name: the model's.
-        targets: names of the modules that get adapters.
+        modules: whole names of the modules that get adapters.
         why_stock: says why the model's own are not used, empty where they are; since that takes
             a pass of the model, it is called only where a target could be gone around.
 
     Raises:
         BadInputError: one is.
     """
-    fused = {*chain(*EQUIVALENTS["q_proj"]), "gate_up_proj"}
-    cut = sorted(fused.intersection(targets))
+    fused = tuple(f".{part}" for part in (*chain(*EQUIVALENTS["q_proj"]), *FUSED_MLP))
+    cut = [module for module in modules if f".{module}".endswith(fused)]
     if cut and (reason := why_stock()):
         raise BadInputError(
             f"{name}: TransformerLens' own attention and MLP are used ({reason}), which go "

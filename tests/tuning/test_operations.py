@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import model_grid
 from resa_lens.models.bridge import boot
-from resa_lens.models.host import Model
+from resa_lens.models.host import Model, load_model
 from resa_lens.tuning.loop import TuneConfig, fit
 from resa_lens.tuning.lora import AdapterSwitch, LoraProduct, restore_lora, shorten_lora
 from resa_lens.tuning.norms import RmsNorm, shorten_norms
@@ -23,6 +24,12 @@ from resa_lens.tuning.objective import preset
 from resa_lens.tuning.rotary import shorten_rotary
 from resa_lens.tuning.train import add_adapters, add_lora
 
+PARTIAL = {
+    "nemotron": model_grid.GROUPED,
+    "glm4_moe": {**model_grid.HEADS, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                 "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1},
+}  # fmt: skip
+"""Architectures whose positions turn half of each head, in a function called as Llama's is."""
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "tuning_operations.py"
 
 
@@ -141,6 +148,19 @@ def test_norms_and_rotations_give_the_model_s_logits_to_the_bit(
     with model.bridge.hooks(fwd_hooks=[hook]):
         assert torch.allclose(model.bridge(ids, use_cache=False), expected, atol=1e-5)
     assert seen[0].shape == (2, 24, 1)
+
+
+@pytest.mark.parametrize("name", ["nemotron", "glm4_moe"])
+def test_a_part_of_each_head_is_turned_by_the_model_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(model_grid.VARIANTS, name, PARTIAL[name])
+    model_grid.save_variant(name, tmp_path / name)
+    model = load_model(str(tmp_path / name))
+    ids = torch.arange(8, 40)[None]
+    expected = model.bridge(ids, use_cache=False)
+    assert shorten_rotary(model.bridge) == 0
+    assert torch.equal(model.bridge(ids, use_cache=False), expected)
 
 
 def test_gradients_through_norms_and_rotations_are_autograd_s(ids: torch.Tensor) -> None:

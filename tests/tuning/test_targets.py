@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
+from benchmarks import model_grid
 from benchmarks.model_grid import save_variant
+from resa_lens.artifacts.stage import Context
+from resa_lens.artifacts.workspace import Workspace
 from resa_lens.cli import app
 from resa_lens.errors import BadInputError
 from resa_lens.machine.hardware import MB
 from resa_lens.models import bridge as bridge_module
 from resa_lens.models.hookpoints import Hookpoint, inside
 from resa_lens.models.host import Model, load_model
-from resa_lens.stages.adapters import adapter_mb
+from resa_lens.saes.world import World
+from resa_lens.stages.adapters import adapter_mb, adapter_run
 from resa_lens.stages.tune_job import TuneJob
 from resa_lens.tuning.config import ATTENTION, PRESETS, TuneConfig, preset
 from resa_lens.tuning.train import add_adapters, add_lora, lora_targets, modules_in, save_adapter
@@ -168,6 +174,8 @@ def refused(place: Path, *words: str) -> str:
         ("--model tiny-reasoner --preset reference --site mlp_out --adapter-layers 3 "
          "--targets gate_proj,up_proj", "no adapter is behind or beside it"),
         ("--model tiny-reasoner --adapter-layers 3 --targets lm_head", "none of lm_head is in"),
+        ("--model tiny-reasoner --adapter-layers 3 --targets q_proj,lm_head",
+         "lm_head is in no layer"),
     ],
 )  # fmt: skip
 def test_a_tuning_is_refused_before_an_sae_is_trained(
@@ -196,10 +204,26 @@ def test_targets_with_dots_are_tuned(tmp_path: Path, plan: tuple[str, ...]) -> N
         assert json.loads(file.read_text())["target_modules"] == ["self_attn.q_proj"]
 
 
-@pytest.mark.parametrize("command", ["tune --layer 0", "sweep --layers 0 --plan"])
+@pytest.mark.parametrize(
+    ("name", "command", "module"),
+    [
+        ("gpt_neox", "tune --layer 0", "attention.query_key_value"),
+        ("gpt_neox", "sweep --layers 0 --plan", "attention.query_key_value"),
+        ("gpt_neox", "tune --layer 0 --targets attention.query_key_value,dense --plan",
+         "attention.query_key_value"),
+        ("gpt2", "tune --layer 0 --targets c_attn,c_fc", "attn.c_attn"),
+        ("phi3", "tune --layer 0 --targets mlp.gate_up_proj", "mlp.gate_up_proj"),
+    ],
+)  # fmt: skip
 def test_adapters_that_the_bridge_goes_around_are_refused_too(
-    variant: Callable[[str], Path], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+    variant: Callable[[str], Path],
+    tmp_path: Path,
+    name: str,
+    command: str,
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By whatever name they are called."""
     build = bridge_module._build
 
     def stock_only(*args: Any, native: bool) -> Any:
@@ -208,9 +232,10 @@ def test_adapters_that_the_bridge_goes_around_are_refused_too(
         return build(*args, native=False)
 
     monkeypatch.setattr(bridge_module, "_build", stock_only)
-    line = refused(tmp_path, *command.split(), "--model", str(variant("gpt_neox")))
+    line = refused(tmp_path, *command.split(), "--model", str(variant(name)))
     assert "no such part" in line
-    assert "around an adapter on query_key_value" in line
+    assert "around an adapter on " in line
+    assert f".0.{module};" in line
 
 
 @pytest.mark.parametrize(
@@ -223,3 +248,68 @@ def test_gpt2_is_tuned_by_every_command(
     words = [*options.split(), "--model", str(variant("gpt2")), "--workspace", str(tmp_path)]
     done = CliRunner().invoke(app, [*words, *SHORT])
     assert done.exit_code == 0, (done.stderr, done.exception)
+
+
+def test_an_adapter_on_the_unembedding_learns_behind_the_last_sae(tmp_path: Path) -> None:
+    """No gradient passes this SAE, and the unembedding is behind it though in no layer."""
+    words = ["tune", "--model", "tiny-reasoner", "--preset", "reference", "--layer", "11",
+             "--targets", "lm_head", "--learning-rate", "1e-2",
+             "--workspace", str(tmp_path)]  # fmt: skip
+    done = CliRunner().invoke(app, [*words, *SHORT])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    weights = load_file(next(tmp_path.rglob("adapter_model.safetensors")))
+    assert any(w.any() for name, w in weights.items() if "lora_B" in name)
+
+
+def test_an_adapter_on_a_fused_mlp_is_not_taken_for_one_of_before_it_learned(
+    variant: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Passes with hooks went around it once, and its files are still in workspaces."""
+    config = {}
+    for targets in ("gate_up_proj,down_proj", "qkv_proj"):
+        words = ["tune", "--model", str(variant("phi3")), "--layer", "0", "--targets", targets,
+                 "--workspace", str(tmp_path / targets)]  # fmt: skip
+        done = CliRunner().invoke(app, [*words, *SHORT])
+        assert done.exit_code == 0, (done.stderr, done.exception)
+        (file,) = tmp_path.glob(f"{targets}/adapters/*/manifest.json")
+        config[targets] = json.loads(file.read_text())["ingredients"]["config"]
+    assert config["gate_up_proj,down_proj"]["fused_mlp"] == "adapted"
+    assert "fused_mlp" not in config["qkv_proj"]
+
+
+@pytest.mark.parametrize("control", [(), ("--control", "cot-free")])
+def test_checkpointing_that_a_model_cannot_do_is_refused(
+    tmp_path: Path, control: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Qwen2ForCausalLM, "supports_gradient_checkpointing", False)
+    words = ["tune", "--model", "tiny-reasoner", "--layer", "3", "--gradient-checkpointing"]
+    assert "Qwen2ForCausalLM cannot do it" in refused(tmp_path, *words, *control)
+
+
+def test_mamba_is_tuned_where_peft_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels read the way out themselves, and PEFT refuses an adapter on it."""
+    monkeypatch.setitem(model_grid.VARIANTS, "mamba", {"hidden_size": 32, "num_hidden_layers": 3})
+    model_grid.save_variant("mamba", tmp_path / "mamba")
+    model = load_model(str(tmp_path / "mamba")).model
+    with pytest.raises(BadInputError, match=r"'out_proj' to adapt; choose .* dt_proj, in_proj, x_"):
+        lora_targets(model, ("in_proj", "out_proj"))
+    peft = add_lora(model, ("in_proj", "x_proj"), TuneConfig(rank=2))
+    assert sum("lora_A" in name for name, _ in peft.named_parameters()) == 2 * 3
+
+
+def test_a_sweep_without_steps_to_imitate_is_refused_before_an_sae_is_trained(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"question": "What is 1+1?", "answer": "2"}))
+    words = ["sweep", "--model", "tiny-reasoner", "--layers", "3", "--controls", "cot", "--data"]
+    assert "no steps to imitate" in refused(tmp_path / "w", *words, str(data))
+
+
+def test_batches_of_an_update_divide_among_processes_before_anything_is_made(
+    tmp_path: Path,
+) -> None:
+    """Own samples and SAEs take hours, and another accumulation is another adapter."""
+    job = TuneJob("no-such-model", lora=replace(CONFIG, accumulation=3))
+    with pytest.raises(BadInputError, match="does not divide among 2 processes; use 4"):
+        adapter_run(Context(Workspace(tmp_path)), job, world=World(0, 2))
