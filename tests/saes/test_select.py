@@ -184,3 +184,15 @@ def test_the_largest_of_each_row_of_pairs(kind: str, k: int, path: str) -> None:
     expected = by_rows(table.clamp_min(0), k)
     kept = dense(found, (11, 60))
     assert torch.equal(kept.sort(dim=1).values, expected.sort(dim=1).values)
+
+
+def test_no_zero_is_active_where_the_smallest_floats_are_flushed_to_zero() -> None:
+    rows, latents = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1])
+    values = torch.tensor([0.0, -1.0, 2.0, 0.0, 0.0])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush them")
+    try:
+        active = select.largest_of_each_row(rows, latents, values, 2, 2)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (active.rows.tolist(), active.latents.tolist()) == ([0], [2])
