@@ -58,14 +58,12 @@ def kept_cost(work: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     cost = read_json(file)
-    numbers = ("seconds", "cpu_seconds", "peak_rss_mb")
+    names = ("seconds", "cpu_seconds", "peak_rss_mb")
     try:
-        whole = all(float(cost[name]) >= 0 for name in numbers) and all(
-            float(joules) >= 0 for joules in cost["joules"].values()
-        )
-    except (TypeError, ValueError, KeyError, AttributeError):
-        whole = False
-    if not whole:
+        numbers = [*(cost[name] for name in names), *cost["joules"].values()]
+    except (TypeError, KeyError, AttributeError):
+        numbers = [None]
+    if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
         raise DamagedError(
             f"{file} is damaged; remove it, and what the run took before is not counted"
         )

@@ -435,9 +435,9 @@ def plan_sweep(ctx: Context, config: SweepConfig) -> Plan:
     n, answers = len(jobs), trials.tuning.answers
     tunings = [_tuning_part(job, trials, trials.tuning, sum(one.layer is not None for one in jobs))]
     work = max(trials.work_disk_mb, 2 * 3 * adapter_mb(target, job))
+    seeds = sorted({one.seed for one in jobs})
     for control in config.controls:
         at = sorted({one.layer for one in jobs if one.control == control and one.layer is not None})
-        seeds = sorted({one.seed for one in jobs})
         needs = _control_needs(ctx, job, trials, control, at, seeds)
         tunings += needs.parts
         work = max(work, needs.work_disk_mb)

@@ -111,9 +111,11 @@ def test_a_killed_run_counts_what_it_took_before(ctx, tiny, monkeypatch, tmp_pat
     before = json.loads((run.work / COST).read_text())
     assert 0.3 < before["seconds"] < 0.8
 
-    (run.work / COST).write_text('{"seconds": "long"}')
-    with pytest.raises(DamagedError, match=r"cost\.json is damaged; remove it"):
-        run.obtain(quick, doing="trying")
+    for wrong in ("[]", '{"seconds": 1}', *(json.dumps({**before, "seconds": x})
+                                            for x in ("5", None, -1.0, float("nan")))):  # fmt: skip
+        (run.work / COST).write_text(wrong)
+        with pytest.raises(DamagedError, match=r"cost\.json is damaged"):
+            run.obtain(quick, doing="trying")
     shutil.copy(as_killed / COST, run.work)
     manifest = run.obtain(quick, doing="trying").manifest
     for name in ("seconds", "cpu_seconds"):
